@@ -28,7 +28,7 @@ def parse_name(model: str) -> tuple[str, str] | None:
     if tagged := _FILE_WITH_TAG.fullmatch(model):
         file, tag = tagged["file"][:_SHOWN_CHARS], tagged["tag"][:_SHOWN_CHARS]
         raise CheckpointError(
-            f"{file}:{tag} names a GGUF file, and {tag!r} behind it: a file keeps its weights in "
+            f"{file}:{tag} names a GGUF file, and {tag!r} after it: a file keeps its weights in "
             f"one way only. Give {file} alone; a colon chooses among the files of a repository of "
             "the hub, such as 'org/name:Q4_K_M'."
         )

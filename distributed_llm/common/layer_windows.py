@@ -12,7 +12,7 @@ _FROM_A_LAYER_ON = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
 """Model types in which the first `max_window_layers` see everything."""
 
 _ALL_BUT_EVERY: Mapping[str, int] = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3_text": 6}
-"""Model types in which each so-manieth layer sees everything, if config.json has no other number.
+"""Model types in which every n-th layer sees everything; n, if config.json has no other number.
 
 Files of today tell the type of each layer.
 """

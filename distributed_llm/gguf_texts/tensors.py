@@ -1,7 +1,7 @@
 """Reads which tensors a GGUF file holds, and refuses what cannot be right before it is used.
 
-A file can claim anything: any number of fields, tensors that begin behind its end, or in one
-another. Nothing is allocated by what it claims.
+A file can claim anything: any number of fields, tensors that begin after its end, or overlap.
+Nothing is allocated by what it claims.
 """
 
 import math
@@ -166,7 +166,7 @@ def _tensor(file: Path, data_offset: int, field: ReaderField) -> TensorInfo:
 def _check_places(
     file: Path, size: int, start: int, alignment: int, tensors: Iterable[TensorInfo]
 ) -> None:
-    """Raise if tensors do not follow each other from `start` on, or end behind the file.
+    """Raise if tensors do not follow each other from `start` on, or end after the file does.
 
     Raises:
         CheckpointError: with the tensor.
@@ -182,4 +182,4 @@ def _check_places(
             )
         end = tensor.offset + tensor.nbytes
         if end > size:
-            raise broken(file, f"{tensor.name} would end behind it")
+            raise broken(file, f"{tensor.name} would end after the file does")

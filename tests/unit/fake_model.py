@@ -70,7 +70,7 @@ AUTO_MODEL = replace(
     ),
     may_shrink=True,
 )
-"""The same if weights may have fewer bits where it does not fit else."""
+"""The same if weights may have fewer bits where it would not fit otherwise."""
 
 _TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}
 """What makes layers compute otherwise where their weights have fewer bits."""

@@ -1,4 +1,4 @@
-"""Weights have fewer bits while the workers that are there cannot hold them else."""
+"""Weights have fewer bits while the workers that are there cannot hold them otherwise."""
 
 from collections.abc import Callable
 

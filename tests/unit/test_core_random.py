@@ -435,7 +435,7 @@ class TwinCluster(Cluster):
 
 
 class AutoCluster(Cluster):
-    """Weights have fewer bits where the workers that are there cannot hold them else."""
+    """Weights have fewer bits where the workers that are there cannot hold them otherwise."""
 
     model = AUTO_MODEL
     longest = 60

@@ -5,7 +5,7 @@ moved to other workers while requests run. If no others can hold the layers, cli
 told why, and the worker stays; one that got a signal leaves all the same.
 
 Where weights may have fewer bits (`quantize: auto`), the others are given fewer if they cannot hold
-the layers else: the pipeline is loaded anew, and its requests go on from their tokens so far.
+the layers otherwise: the pipeline is loaded anew, and its requests go on from their tokens so far.
 """
 
 from collections.abc import Sequence

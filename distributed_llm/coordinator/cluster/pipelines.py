@@ -144,7 +144,7 @@ class Pipelines:
         ]
 
     def _tell_form(self, pipeline: Pipeline) -> list[Action]:
-        """Say that weights have other bits than before, or fewer because they do not fit else."""
+        """Say that weights have other bits than before, or fewer because they would not fit."""
         form, before = pipeline.quantize, self._form or pipeline.quantize
         full, self._form = self._model.cost.quantize, form
         log, epoch, nbytes = self._event_log, pipeline.epoch, self._weight_bytes(form)

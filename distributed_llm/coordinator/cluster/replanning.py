@@ -114,7 +114,7 @@ class Replanning:
 
     @property
     def may_have_more_bits(self) -> bool:
-        """Whether weights that are served have fewer bits because they did not fit else."""
+        """Whether weights that are served have fewer bits because they did not fit otherwise."""
         served = self._pipelines.all
         return bool(served) and self._planner.more_than(served[0].quantize) is not None
 

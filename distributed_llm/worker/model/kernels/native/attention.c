@@ -17,6 +17,8 @@ INSTRUCTIONS("avx2,fma,f16c")
 #include "eights.h"
 
 #define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
+#define MOST_SCORED 2 /* heads for which a key is read once, and the registers have room */
+#define MOST_ADDED 4  /* heads for which a value is */
 
 /* How the numbers of a row are kept: as they are, or as codes, behind which their scale is. */
 enum { BFLOAT16, INT8, FP8 };
@@ -64,6 +66,9 @@ static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t str
                        int kept)
 {
     for (int64_t row = 0; row < rows; row++, from += stride, to += columns) {
+        /* Positions that come next often begin a page, at which the processor stops reading ahead. */
+        for (int64_t i = 0; i < columns * (kept == BFLOAT16 ? 2 : 1); i += 64)
+            _mm_prefetch((const char *)from + POSITIONS * stride + i, _MM_HINT_T0);
         if (kept == INT8) {
             __m256 scale = scale8(from + columns, 1.0f);
             for (int64_t i = 0; i < columns; i += 8)
@@ -79,43 +84,84 @@ static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t str
     }
 }
 
-/* scores[p] = query . keys[p] for POSITIONS rows, of which the last ones need not be there. */
-INLINE void score(float *scores, const float *query, const float *keys, int64_t dim)
+/* scores[h][p] = queries[h] . keys[p] for a few heads and POSITIONS rows, of which the last ones need
+ * not be there. */
+INLINE void score_heads(float *scores, const float *queries, const float *keys, int64_t dim,
+                        const int heads)
 {
     for (int p = 0; p < POSITIONS; p += 4) {
         const float *k = keys + p * dim;
-        __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
-        for (int64_t i = 0; i < dim; i += 8) {
-            __m256 q = _mm256_load_ps(query + i);
-            a = _mm256_fmadd_ps(q, _mm256_load_ps(k + i), a);
-            b = _mm256_fmadd_ps(q, _mm256_load_ps(k + dim + i), b);
-            c = _mm256_fmadd_ps(q, _mm256_load_ps(k + 2 * dim + i), c);
-            d = _mm256_fmadd_ps(q, _mm256_load_ps(k + 3 * dim + i), d);
+        __m256 sums[MOST_SCORED][4];
+        for (int h = 0; h < heads; h++)
+            for (int n = 0; n < 4; n++)
+                sums[h][n] = _mm256_setzero_ps();
+        for (int64_t i = 0; i < dim; i += 8)
+            for (int h = 0; h < heads; h++) {
+                __m256 query = _mm256_load_ps(queries + h * dim + i);
+                for (int n = 0; n < 4; n++)
+                    sums[h][n] = _mm256_fmadd_ps(query, _mm256_load_ps(k + n * dim + i), sums[h][n]);
+            }
+        for (int h = 0; h < heads; h++) {
+            __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[h][0], sums[h][1]),
+                                          _mm256_hadd_ps(sums[h][2], sums[h][3]));
+            _mm_store_ps(scores + h * POSITIONS + p, _mm_add_ps(_mm256_castps256_ps128(pairs),
+                                                                _mm256_extractf128_ps(pairs, 1)));
         }
-        __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_store_ps(scores + p, _mm_add_ps(_mm256_castps256_ps128(pairs),
-                                            _mm256_extractf128_ps(pairs, 1)));
     }
 }
 
-/* Adds weights[p] * values[p] to a sum that has been multiplied by `fade`. */
-INLINE void add_values(float *sum, const float *weights, const float *values, int64_t dim, float fade,
-                       int64_t positions)
+/* Makes weights of one head's scores, as the softmax stands now; returns what earlier sums fade by. */
+INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, float *total)
+{
+    if (softcap != 0.0f)
+        for (int64_t p = 0; p < count; p++)
+            scores[p] = softcap * tanhf(scores[p] / softcap);
+    for (int64_t p = count; p < POSITIONS; p++)
+        scores[p] = scores[0];
+    __m256 highest = _mm256_load_ps(scores);
+    for (int p = 8; p < POSITIONS; p += 8)
+        highest = _mm256_max_ps(highest, _mm256_load_ps(scores + p));
+    float most = fmaxf(*largest, max8(highest));
+    for (int64_t p = count; p < POSITIONS; p++)
+        scores[p] = most - 87.0f; /* adds 1e-38 to the total */
+    __m256 sum = _mm256_setzero_ps();
+    for (int p = 0; p < POSITIONS; p += 8) {
+        __m256 weight = exp8(_mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most)));
+        _mm256_store_ps(scores + p, weight);
+        sum = _mm256_add_ps(sum, weight);
+    }
+    float fade = *largest == most ? 1.0f : expf(*largest - most);
+    *total = *total * fade + sum8(sum);
+    *largest = most;
+    return fade;
+}
+
+/* sums[h] = sums[h] * fades[h] + weights[h][p] * values[p] for a few heads and all positions. */
+INLINE void add_values(float *sums, const float *weights, const float *fades, const float *values,
+                       int64_t dim, int64_t positions, const int heads)
 {
     for (int64_t i = 0; i < dim; i += 8) {
-        __m256 own = _mm256_mul_ps(_mm256_load_ps(sum + i), _mm256_set1_ps(fade));
-        __m256 other = _mm256_setzero_ps();
+        __m256 own[MOST_ADDED], other[MOST_ADDED];
+        for (int h = 0; h < heads; h++) {
+            own[h] = _mm256_mul_ps(_mm256_load_ps(sums + h * dim + i), _mm256_set1_ps(fades[h]));
+            other[h] = _mm256_setzero_ps();
+        }
         int64_t p = 0;
         for (; p + 2 <= positions; p += 2) {
-            own = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p),
-                                  _mm256_load_ps(values + p * dim + i), own);
-            other = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p + 1),
-                                    _mm256_load_ps(values + (p + 1) * dim + i), other);
+            __m256 value = _mm256_load_ps(values + p * dim + i);
+            __m256 next = _mm256_load_ps(values + (p + 1) * dim + i);
+            for (int h = 0; h < heads; h++) {
+                const float *weight = weights + h * POSITIONS + p;
+                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight), value, own[h]);
+                other[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight + 1), next, other[h]);
+            }
         }
         if (p < positions)
-            own = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p),
-                                  _mm256_load_ps(values + p * dim + i), own);
-        _mm256_store_ps(sum + i, _mm256_add_ps(own, other));
+            for (int h = 0; h < heads; h++)
+                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * POSITIONS + p),
+                                         _mm256_load_ps(values + p * dim + i), own[h]);
+        for (int h = 0; h < heads; h++)
+            _mm256_store_ps(sums + h * dim + i, _mm256_add_ps(own[h], other[h]));
     }
 }
 
@@ -125,7 +171,8 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
     const int64_t group = w->heads / w->kv_heads;
     float *queries = memory, *keys = queries + group * w->dim;
     float *sums = keys + POSITIONS * w->dim, *values = sums + group * w->value_dim;
-    float *largest = values + POSITIONS * w->value_dim, *totals = largest + group;
+    float *scores = values + POSITIONS * w->value_dim;
+    float *largest = scores + group * POSITIONS, *totals = largest + group, *fades = totals + group;
     for (int64_t g = 0; g < group; g++) {
         const int64_t head = kv_head * group + g;
         const uint16_t *query = w->queries + token * w->query_token + head * w->query_head;
@@ -145,29 +192,19 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
                        w->dim, w->kept);
             widen_rows(values, own_values + first * part->value_position, count,
                        part->value_position, w->value_dim, w->kept);
-            for (int64_t g = 0; g < group; g++) {
-                _Alignas(32) float scores[POSITIONS];
-                score(scores, queries + g * w->dim, keys, w->dim);
-                float most = largest[g];
-                for (int64_t p = 0; p < count; p++) {
-                    if (w->softcap != 0.0f)
-                        scores[p] = w->softcap * tanhf(scores[p] / w->softcap);
-                    most = scores[p] > most ? scores[p] : most;
-                }
-                for (int64_t p = count; p < POSITIONS; p++)
-                    scores[p] = most - 87.0f; /* adds 1e-38 to the total */
-                __m256 total = _mm256_setzero_ps();
-                for (int p = 0; p < POSITIONS; p += 8) {
-                    __m256 x = _mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most));
-                    _mm256_store_ps(scores + p, exp8(x));
-                }
-                for (int p = 0; p < POSITIONS; p += 8)
-                    total = _mm256_add_ps(total, _mm256_load_ps(scores + p));
-                float fade = largest[g] == most ? 1.0f : expf(largest[g] - most);
-                totals[g] = totals[g] * fade + sum8(total);
-                largest[g] = most;
-                add_values(sums + g * w->value_dim, scores, values, w->value_dim, fade, count);
-            }
+            int64_t g = 0;
+            for (; g + MOST_SCORED <= group; g += MOST_SCORED)
+                score_heads(scores + g * POSITIONS, queries + g * w->dim, keys, w->dim, MOST_SCORED);
+            for (; g < group; g++)
+                score_heads(scores + g * POSITIONS, queries + g * w->dim, keys, w->dim, 1);
+            for (g = 0; g < group; g++)
+                fades[g] = weigh(scores + g * POSITIONS, count, w->softcap, largest + g, totals + g);
+            for (g = 0; g + MOST_ADDED <= group; g += MOST_ADDED)
+                add_values(sums + g * w->value_dim, scores + g * POSITIONS, fades + g, values,
+                           w->value_dim, count, MOST_ADDED);
+            for (; g < group; g++)
+                add_values(sums + g * w->value_dim, scores + g * POSITIONS, fades + g, values,
+                           w->value_dim, count, 1);
         }
     }
     for (int64_t g = 0; g < group; g++) {
@@ -183,7 +220,8 @@ static void attend_some(void *data)
 {
     Work *w = data;
     int64_t group = w->heads / w->kv_heads;
-    size_t numbers = (size_t)((group + POSITIONS) * (w->dim + w->value_dim) + 2 * group);
+    size_t numbers = (size_t)((group + POSITIONS) * (w->dim + w->value_dim) +
+                              group * (POSITIONS + 3));
     float *memory = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
     if (!memory) {
         atomic_store(&w->failed, 1);
