@@ -1,4 +1,4 @@
-"""Products of integers that torch has no fast kernels for, in C; missing where it was not built."""
+"""Products of integers, attention of single tokens and norms, in C; missing where not built."""
 
 from distributed_llm.worker.model.kernels.native.layouts import Int4Blocks, Int8Blocks
 from distributed_llm.worker.model.kernels.native.library import instructions
