@@ -40,8 +40,12 @@ LATE = Faults(latency_s=0.4)
 So what a test does when a phase begins happens in that phase.
 """
 
-NARROW = Faults(rate_bytes_per_s=150_000.0)
-"""Rate between workers with which KV cache takes seconds, and the results of a step far less."""
+NARROW = Faults(rate_bytes_per_s=400_000.0)
+"""Rate between workers with which KV cache takes a good part of a second, and steps go on.
+
+Not so slow that computing the cache again would be chosen: a link that a test made narrow was
+measured like that, and is remembered by the tests that follow.
+"""
 
 
 @pytest.fixture(scope="module")

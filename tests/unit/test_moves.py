@@ -306,6 +306,16 @@ def test_prefixes_go_along_as_far_as_that_is_quick() -> None:
     assert old.scheduler.kv_tokens_cached == 128
 
 
+def test_prefixes_do_not_speak_against_a_copy() -> None:
+    """What the answer needs is copied within what is borne; prefixes that go along are a gift."""
+    parts = moving()
+    parts.keep(parts.pipelines.all[0], 100)
+    parts.measurements.rate = 21.4
+    found = price(parts)
+    assert found.cached_tokens > 0
+    assert found.copies
+
+
 def test_a_move_that_is_carried_out_makes_good_those_that_were_undone() -> None:
     parts = moving()
     parts.moves.failures = 3
