@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.kv.slabs import SlabPool
 from distributed_llm.worker.model import chunk_attention, partial_attention, token_attention
 from distributed_llm.worker.model.attention import packed_attention
@@ -209,8 +210,12 @@ def test_long_heads_in_the_library(positions: int) -> None:
     keys = torch.randn(positions + 5, 2, 72).bfloat16().transpose(0, 1)
     values = torch.randn(2, positions + 5, 40).bfloat16()
     query = torch.randn(3, 14, 72).bfloat16().transpose(0, 1)
-    of_one = [Part(keys, values, 3, 3 + positions)]
-    actual = attend(query, [of_one] * 3, scale=0.2, softcap=None, sinks=None)
+    held = KVBuffers(keys, values).cut(3, 3 + positions)
+    of_one = [Part(*held.addresses, positions, *held.strides)]
+    newest = 2 + positions
+    key, value = (each[:, newest, None].expand(-1, 3, -1).clone() for each in (keys, values))
+    keys[:, newest] = values[:, newest] = float("nan")  # they are to be written
+    actual = attend(query, key, value, [of_one] * 3, scale=0.2, softcap=None, sinks=None)
     there = slice(3, 3 + positions)
     shared = (each[:, there].double().repeat_interleave(7, 0) for each in (keys, values))
     whole_keys, whole_values = shared
@@ -223,8 +228,10 @@ def test_long_heads_in_the_library(positions: int) -> None:
 def test_a_query_that_is_no_number_gives_none() -> None:
     query = torch.randn(4, 2, 8).bfloat16()
     query[1, 0, 2] = float("nan")
-    part = Part(torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 9, 8).bfloat16(), 0, 9)
-    output = attend(query, [[part], [part]], scale=1.0, softcap=None, sinks=None)
+    held = KVBuffers(torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 9, 8).bfloat16())
+    part = Part(*held.addresses, 9, *held.strides)
+    own = torch.randn(2, 2, 8).bfloat16()
+    output = attend(query, own, own, [[part], [part]], scale=1.0, softcap=None, sinks=None)
     assert output[0, 1].isnan().all()
     assert output[0, [0, 2, 3]].isfinite().all()
     assert output[1].isfinite().all()

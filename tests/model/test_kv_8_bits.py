@@ -21,10 +21,13 @@ from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.coding import RowCoding
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
+from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.kv.wire import decode_end, decode_pieces, encode_end, encode_pieces
 from distributed_llm.worker.model import chunk_attention, decoded_rows, token_attention
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.failures import SequencesFailed
+from distributed_llm.worker.model.kernels import native
+from distributed_llm.worker.model.kernels.native.attention import Part, attend
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline
@@ -147,6 +150,39 @@ def test_attention_in_bfloat16(
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, window=14, with_sinks=True))
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, softcap=2.0, window=4))
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, value_dim=16))
+
+
+@pytest.mark.skipif(native.instructions() == "none", reason="the C library was not built here")
+@pytest.mark.parametrize("kv_dtype", KINDS)
+def test_the_library_keeps_what_torch_would(kv_dtype: KVDtype) -> None:
+    """Values to the last bit; keys but for what the order of sums in a rotation changes."""
+    torch.manual_seed(0)
+    keys, values = (torch.randn(4, 300, dim).bfloat16() for dim in (64, 24))
+    keys[:, 5] *= 1e30
+    values[0, 0] = 0
+    values[0, 1, 3] = 2e-38
+    values[1] = torch.linspace(-448, 448, 300 * 24).view(300, 24)  # all codes of fp8
+    values[1, :, 0] = 448.0  # the scale is 1
+    coding = RowCoding(kv_dtype)
+    expected = coding.encoded(keys, values)
+    held = KVBuffers(torch.zeros_like(expected[0]), torch.zeros_like(expected[1]))
+    addresses, strides = held.addresses, held.strides
+    parts = [[Part(*addresses, position + 1, *strides)] for position in range(300)]
+    attend(
+        *(torch.zeros(8, 300, 64).bfloat16(), keys, values, parts),
+        kept=kv_dtype,
+        rotation=coding.rotation(64, keys.device),
+        scale=1.0,
+        softcap=None,
+        sinks=None,
+    )
+    assert torch.equal(held.values, expected[1])
+    same = held.keys == expected[0]
+    assert float(same[..., :64].float().mean()) > 0.999
+    assert float(same[..., 64:].float().mean()) > 0.99
+    if kv_dtype == "int8":
+        kept, wanted = (rows[..., :64].view(torch.int8).int() for rows in (held.keys, expected[0]))
+        assert int((kept - wanted).abs().max()) <= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from distributed_llm.worker.model.kernels import native, orders
 from distributed_llm.worker.model.kernels.choice import Kind
-from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, library
+from distributed_llm.worker.model.kernels.native import (
+    Int4Blocks,
+    Int8Blocks,
+    JointProduct,
+    library,
+)
 
 HERE = library.supported()[1:]
 
@@ -23,6 +28,12 @@ RUN = 64
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    yield
+    native.instructions.cache_clear()
 
 
 @pytest.fixture(params=[1, 2], ids="threads {}".format)
@@ -119,6 +130,28 @@ def test_a_state_that_is_no_number_spoils_its_own_row_only(bad: float, instructi
     assert torch.equal(output[others], good[others])
 
 
+@pytest.mark.parametrize("rows", [1, 5, 19])
+@pytest.mark.parametrize("instructions", HERE)
+def test_products_with_the_same_states_in_one_call(
+    rows: int, instructions: str, threads: int
+) -> None:
+    """To the last bit; one fills no whole block, one has fewer than are taken at once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        states = states_of(rows, 192, dtype)
+        int8, int4 = [], []
+        for channels in (150, 16, 301):
+            codes = torch.randint(-127, 128, (channels, 192), dtype=torch.int8)
+            int8.append(Int8Blocks(codes, torch.rand(channels), instructions))
+            scales = torch.rand(channels, 3)
+            int4.append(Int4Blocks((codes & 15).view(torch.uint8), scales, -scales, instructions))
+        for weights in (int8, int4):
+            assert len({weight.alike for weight in weights}) == 1
+            together = JointProduct(weights)(states)
+            for product, weight in zip(together, weights, strict=True):
+                assert torch.equal(product, weight.kernels()["native"](states))
+    assert int8[0].alike != int4[0].alike
+
+
 def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
     codes = torch.randint(0, 16, (80, 128), dtype=torch.uint8)
     scales = torch.rand(80, 2) * 0.1
@@ -132,6 +165,7 @@ def test_the_usual_order_is_that_of_the_library_where_there_is_one(
 ) -> None:
     assert orders.usual(Kind("int4", "", "large")).order == "blocks"
     monkeypatch.setattr(library, "_library", lambda: None)
+    native.instructions.cache_clear()
     assert native.instructions() == "none"
     assert orders.usual(Kind("int4", "", "large")).order != "blocks"
     with pytest.raises(library.Missing):
@@ -145,6 +179,7 @@ def test_instructions_that_torch_may_not_use_are_not_used_either(
     torch_has: str, allowed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
+    native.instructions.cache_clear()
     assert native.instructions() in allowed
     assert native.instructions() in library.supported()
 

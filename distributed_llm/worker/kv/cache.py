@@ -314,11 +314,21 @@ class KVCache:
         """
         if self.coding:
             keys, values = self.coding.encoded(keys, values)
-        places = []
-        for sequence_id, position in tokens:
-            last = self._sequences[sequence_id].segments[-1]
-            places.append((last, position - last.start))
-        self._layers.write_tokens(layer, places, keys, values)
+        self._layers.write_tokens(layer, self._places(tokens), keys, values)
+
+    def make_room(
+        self, layer: int, tokens: Sequence[tuple[SequenceId, int]], keys: Tensor, values: Tensor
+    ) -> None:
+        """Make room in one layer where somebody else will write what `append_tokens` would."""
+        if self.coding and not self._layers.knows(layer):
+            keys, values = self.coding.encoded(keys, values)
+        for segment, offset in self._places(tokens):
+            self._layers.with_room(layer, segment, offset, keys, values)
+
+    def _places(self, tokens: Sequence[tuple[SequenceId, int]]) -> list[tuple[Segment, int]]:
+        """Return the segments that tokens belong to, and how far after their starts."""
+        last = [(self._sequences[whose].segments[-1], position) for whose, position in tokens]
+        return [(segment, position - segment.start) for segment, position in last]
 
     def segments(self, sequence_id: SequenceId) -> Sequence[Segment]:
         """Return the segments of a sequence, in the order of positions."""

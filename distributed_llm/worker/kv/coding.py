@@ -56,10 +56,14 @@ class RowCoding:
 
     def rotated(self, states: Tensor) -> Tensor:
         """Return queries or keys, [..., dim], so that their products stay what they were."""
-        if self.kv_dtype != "int8":
+        turn = self.rotation(states.shape[-1], states.device)
+        if turn is None:
             return states
-        turn = _rotation(states.shape[-1], states.device)
         return torch.matmul(states.float(), turn).to(states.dtype)
+
+    def rotation(self, dim: int, device: torch.device) -> Tensor | None:
+        """Return the matrix, float32 [dim, dim], by which queries and keys are turned, if any."""
+        return _rotation(dim, device) if self.kv_dtype == "int8" else None
 
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows, uint8 [..., row bytes], of keys and of values, [..., dim]."""

@@ -34,6 +34,10 @@ class LayerBuffers:
         windowed = [n for n, window in enumerate(self.windows) if window]
         return sum(self.layout(layer).token_bytes for layer in windowed)
 
+    def knows(self, layer: int) -> bool:
+        """Return whether a layer has been written."""
+        return self._layouts[layer] is not None
+
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""
         layout = self._layouts[layer]

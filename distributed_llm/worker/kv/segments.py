@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TokenIds = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KVBuffers:
     """Keys and values of consecutive positions in one layer.
 
@@ -43,6 +44,20 @@ class KVBuffers:
     def nbytes(self) -> int:
         """Bytes of both tensors; those in a slab take as much memory as was written of them."""
         return self.keys.nbytes + self.values.nbytes
+
+    @cached_property
+    def addresses(self) -> tuple[int, int]:
+        """Where keys and values begin in memory."""
+        return self.keys.data_ptr(), self.values.data_ptr()
+
+    @cached_property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Bytes from head to head and from position to position, of keys and then of values."""
+        of_keys, of_values = (
+            (states.stride(0) * states.element_size(), states.stride(1) * states.element_size())
+            for states in (self.keys, self.values)
+        )
+        return *of_keys, *of_values
 
     def cut(self, start: int, stop: int) -> "KVBuffers":
         """Return a view of the positions `[start, stop)`, counted from the start of the segment."""

@@ -40,7 +40,7 @@ from distributed_llm.worker.model.integer_targets import (
 )
 from distributed_llm.worker.model.kernels import pack_linear_layers
 from distributed_llm.worker.model.quantized.affine import AffineWeight
-from distributed_llm.worker.model.quantized.linear import QuantLinear
+from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
 
@@ -103,6 +103,7 @@ class ModelLoader:
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
+            share_states(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
         return loaded

@@ -53,25 +53,25 @@ def attend_tokens(
     Returns:
         [tokens, heads, value_dim].
     """
-    step.cache.append_tokens(
-        layer, [(part.sequence_id, part.start) for part in step.single], key, value
-    )
+    own = [(part.sequence_id, part.start) for part in step.single]
     readings = readings_of(step, scoring.window)
-    held = [reading.segment.layers[layer] for reading in readings]
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     coding = step.cache.coding
-    if coding is not None:
-        query = coding.rotated(query)
     if can_attend(query, value.shape[-1]):
+        step.cache.make_room(layer, own, key, value)
         return attend(
-            query,
-            _parts(readings, held, tokens),
+            *(query, key, value, _parts(readings, layer, tokens)),
             kept=step.cache.kv_dtype,
+            rotation=coding.rotation(query.shape[-1], query.device) if coding else None,
             scale=scoring.scale,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
         )
+    step.cache.append_tokens(layer, own, key, value)
+    held = [reading.segment.layers[layer] for reading in readings]
+    if coding is not None:
+        query = coding.rotated(query)
     rows = None
     if coding is not None:
         rows = CodedRows(coding, query.shape[-1], value.shape[-1], query.dtype)
@@ -93,16 +93,17 @@ def attend_tokens(
     return attended.reshape(tokens, heads, -1)
 
 
-def _parts(
-    readings: Sequence[Reading], held: Sequence[KVBuffers | None], tokens: int
-) -> list[list[Part]]:
-    """Return what each token attends to."""
+def _parts(readings: Sequence[Reading], layer: int, tokens: int) -> list[list[Part]]:
+    """Return what each token attends to, in the order of positions."""
     parts: list[list[Part]] = [[] for _ in range(tokens)]
-    for reading, buffers in zip(readings, held, strict=True):
+    for segment, first, stop, readers in readings:
+        buffers = segment.layers[layer]
         assert buffers is not None
-        there = buffers.cut(reading.first, reading.stop)
-        part = Part(there.keys, there.values, 0, reading.stop - reading.first)
-        for reader in reading.readers:
+        keys, values = buffers.addresses
+        strides = buffers.strides
+        ahead = first - buffers.first
+        part = Part(keys + ahead * strides[1], values + ahead * strides[3], stop - first, *strides)
+        for reader in readers:
             parts[reader].append(part)
     return parts
 

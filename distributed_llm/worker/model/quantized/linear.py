@@ -10,8 +10,10 @@ from distributed_llm.worker.model.kernels import orders
 from distributed_llm.worker.model.kernels.choice import Choice, Form, Kind, class_of, size_of
 from distributed_llm.worker.model.kernels.chosen import choice_for, is_worth_it
 from distributed_llm.worker.model.kernels.layout import Kernel, Layout
+from distributed_llm.worker.model.kernels.native import Blocks
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
 from distributed_llm.worker.model.quantized.affine import AffineWeight
+from distributed_llm.worker.model.quantized.shared_states import SharedStates
 
 _PLAIN = Choice("rows", ("upcast",) * 4)
 """What small weights, and devices without kernels of their own, use; it is exact."""
@@ -45,6 +47,8 @@ class QuantLinear(OpaqueWeights):
         self._layout = layout
         self._kernels = kernels
         self._input_order = input_order
+        self._shared: SharedStates | None = None
+        self._number = 0
 
     @classmethod
     def of(cls, weight: AffineWeight, bias: Tensor | None, dtype: torch.dtype) -> "QuantLinear":
@@ -81,15 +85,33 @@ class QuantLinear(OpaqueWeights):
         """Return what holds codes, scales and offsets."""
         return [*self._layout.tensors(), self._input_order]
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """The weight, if its products may be computed with those of others."""
+        layout = self._layout
+        return layout if isinstance(layout, Blocks) and self._input_order is None else None
+
+    def share(self, shared: SharedStates, number: int) -> None:
+        """Have products computed with those of others.
+
+        Args:
+            shared: has `blocks`, and those of others.
+            number: of `blocks` among them.
+        """
+        self._shared, self._number = shared, number
+
     def forward(self, states: Tensor) -> Tensor:
         """Return [..., out_features] for states [..., in_features]."""
         count = states.numel() // self.in_features
         if not count:
             return states.new_empty(*states.shape[:-1], self.out_features)
-        rows = states.reshape(count, self.in_features)
-        if self._input_order is not None:
-            rows = rows.index_select(1, self._input_order)
-        output = self._kernels[class_of(count)](rows)
+        if self._shared is not None:
+            output = self._shared.product(self._number, states)
+        else:
+            rows = states.reshape(count, self.in_features)
+            if self._input_order is not None:
+                rows = rows.index_select(1, self._input_order)
+            output = self._kernels[class_of(count)](rows)
         if self.bias is not None:
             output = output + self.bias
         return output.to(states.dtype).view(*states.shape[:-1], self.out_features)
@@ -114,3 +136,17 @@ def _layout(weight: AffineWeight, order: str, dtype: torch.dtype) -> Layout:
         return orders.INT8[order](codes, weight.scales[:, 0].contiguous())
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     return orders.INT4[order](weight.codes, weight.scales, weight.offsets, kept)
+
+
+def share_states(model: nn.Module) -> None:
+    """Let the layers of `model` that have a parent in common share the states they may share."""
+    for parent in model.modules():
+        alike: dict[object, list[tuple[QuantLinear, Blocks]]] = {}
+        for layer in parent.children():
+            if isinstance(layer, QuantLinear) and (weight := layer.blocks) is not None:
+                alike.setdefault(weight.alike, []).append((layer, weight))
+        for found in alike.values():
+            if len(found) > 1:
+                shared = SharedStates([weight for _, weight in found])
+                for number, (layer, _) in enumerate(found):
+                    layer.share(shared, number)

@@ -1,5 +1,5 @@
-/* Attention of single tokens over keys and values in bfloat16 or 8 bits, which lie in several places:
- * one pass over the positions, with the softmax as it stands so far [1].
+/* Attention of single tokens over keys and values in bfloat16 or 8 bits, which lie in several places, and
+ * whose newest position is written first: one pass over the positions, with the softmax as it stands so far [1].
  *
  * [1] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
  *     2022. */
@@ -20,10 +20,11 @@ INSTRUCTIONS("avx2,fma,f16c")
 #define MOST_SCORED 2 /* heads for which a key is read once, and the registers have room */
 #define MOST_ADDED 4  /* heads for which a value is */
 
-/* How the numbers of a row are kept: as they are, or as codes, behind which their scale is. */
+/* How the numbers of a row are kept: as they are, or as codes, behind which their scale is; coding.py. */
 enum { BFLOAT16, INT8, FP8 };
 
-/* Consecutive positions that a token attends to, in one place; strides in bytes. */
+/* Consecutive positions that a token attends to, in one place; strides in bytes. The last position of a
+ * token's last part is its own, and not written yet. */
 typedef struct {
     const uint8_t *keys, *values; /* of the first position and the first head */
     int64_t positions, key_head, key_position, value_head, value_position;
@@ -31,11 +32,14 @@ typedef struct {
 
 typedef struct {
     const uint16_t *queries; /* [tokens] of [heads, dim], with these strides */
+    const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise */
+    const float *rotation;   /* [dim, dim], for queries and keys; or NULL */
     uint16_t *output;        /* [tokens, heads, value_dim] */
     const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
     const Part *parts;
     const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
-    int64_t tokens, heads, kv_heads, dim, value_dim, query_token, query_head;
+    int64_t tokens, heads, kv_heads, dim, value_dim;
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     float scale, softcap; /* softcap 0: none */
     int kept;             /* how keys and values are */
     atomic_llong next;
@@ -165,6 +169,76 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
     }
 }
 
+/* to = from @ rotation; `to` has room for `dim` numbers. */
+static void rotate(float *to, const uint16_t *from, const float *rotation, int64_t dim)
+{
+    for (int64_t column = 0; column < dim; column += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int64_t i = 0; i < dim; i++)
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(widened(from[i])),
+                                  _mm256_loadu_ps(rotation + i * dim + column), sum);
+        _mm256_store_ps(to + column, sum);
+    }
+}
+
+/* Returns the code of a number of at most 448: 1 + 4 + 3 bits, exponents biased by 7. */
+static uint8_t fp8_code(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+    if (size < 121u << 23) /* below 2**-6 codes are multiples of 2**-9 */
+        return (uint8_t)(sign | (uint32_t)nearbyintf(fabsf(value) * 512.0f));
+    size += 0x7ffff + (size >> 20 & 1); /* to the nearest, ties to even */
+    return (uint8_t)(sign | ((size >> 20) - (120 << 3)));
+}
+
+/* Makes a row of codes and a scale of bfloat16 numbers; `memory` has room for `dim` float32. */
+static void keep_row(uint8_t *to, const uint16_t *from, int64_t dim, const float *rotation, int kept,
+                     float *memory)
+{
+    if (kept == BFLOAT16) {
+        memcpy(to, from, (size_t)dim * sizeof *from);
+        return;
+    }
+    if (rotation)
+        rotate(memory, from, rotation, dim);
+    uint32_t largest = 0; /* bits, so that a NaN is larger than any number */
+    for (int64_t i = 0; i < dim; i++) {
+        memory[i] = rotation ? widened(narrowed(memory[i])) : widened(from[i]);
+        uint32_t bits;
+        memcpy(&bits, memory + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float most, limit = kept == INT8 ? 127.0f : 448.0f;
+    memcpy(&most, &largest, sizeof most);
+    uint16_t scale = narrowed(most / limit);
+    if (scale < 0x80)
+        scale = 0x80; /* the least normal number */
+    memcpy(to + dim, &scale, sizeof scale);
+    float divisor = widened(scale);
+    for (int64_t i = 0; i < dim; i++) {
+        float code = fminf(fmaxf(memory[i] / divisor, -limit), limit);
+        to[i] = kept == INT8 ? (uint8_t)(int8_t)(int32_t)nearbyintf(code) : fp8_code(code);
+    }
+}
+
+/* Writes a token's own key and value of one head where they are to be read. */
+static void keep_newest(const Work *w, int64_t token, int64_t kv_head, float *for_key,
+                        float *for_value)
+{
+    const Part *last = w->parts + w->starts[token + 1] - 1;
+    uint8_t *key = (uint8_t *)last->keys + kv_head * last->key_head;
+    uint8_t *value = (uint8_t *)last->values + kv_head * last->value_head;
+    keep_row(key + (last->positions - 1) * last->key_position,
+             w->keys + token * w->key_token + kv_head * w->key_head, w->dim, w->rotation, w->kept,
+             for_key);
+    keep_row(value + (last->positions - 1) * last->value_position,
+             w->values + token * w->value_token + kv_head * w->value_head, w->value_dim, NULL,
+             w->kept, for_value);
+}
+
 /* Attention of one token's heads of one key, in `memory` for (group + POSITIONS) rows of both. */
 static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *memory)
 {
@@ -173,11 +247,15 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
     float *sums = keys + POSITIONS * w->dim, *values = sums + group * w->value_dim;
     float *scores = values + POSITIONS * w->value_dim;
     float *largest = scores + group * POSITIONS, *totals = largest + group, *fades = totals + group;
+    keep_newest(w, token, kv_head, keys, values);
     for (int64_t g = 0; g < group; g++) {
         const int64_t head = kv_head * group + g;
         const uint16_t *query = w->queries + token * w->query_token + head * w->query_head;
+        float *own = queries + g * w->dim;
+        if (w->rotation)
+            rotate(own, query, w->rotation, w->dim);
         for (int64_t i = 0; i < w->dim; i++)
-            queries[g * w->dim + i] = widened(query[i]) * w->scale;
+            own[i] = (w->rotation ? own[i] : widened(query[i])) * w->scale;
         memset(sums + g * w->value_dim, 0, (size_t)w->value_dim * sizeof(float));
         largest[g] = w->sinks ? w->sinks[head] : -INFINITY;
         totals[g] = w->sinks ? 1.0f : 0.0f;
@@ -238,14 +316,16 @@ static void attend_some(void *data)
 }
 
 /* dim and value_dim are multiples of 8. Returns 0, or 1 if there is no memory. */
-EXPORT int attend_tokens(const uint16_t *queries, uint16_t *output, const float *sinks,
-                         const void *parts, const int64_t *starts, int64_t tokens, int64_t heads,
-                         int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t query_token,
-                         int64_t query_head, float scale, float softcap, int kept, int threads)
+EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
+                         uint16_t *output, const float *sinks, const float *rotation,
+                         const void *parts, const int64_t *starts, const int64_t *sizes, float scale,
+                         float softcap, int kept, int threads)
 {
-    Work w = {.queries = queries, .output = output, .sinks = sinks, .parts = parts,
-              .starts = starts, .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .dim = dim,
-              .value_dim = value_dim, .query_token = query_token, .query_head = query_head,
+    Work w = {.queries = queries, .keys = keys, .values = values, .output = output, .sinks = sinks,
+              .rotation = rotation, .parts = parts, .starts = starts, .tokens = sizes[0],
+              .heads = sizes[1], .kv_heads = sizes[2], .dim = sizes[3], .value_dim = sizes[4],
+              .query_token = sizes[5], .query_head = sizes[6], .key_token = sizes[7],
+              .key_head = sizes[8], .value_token = sizes[9], .value_head = sizes[10],
               .scale = scale, .softcap = softcap, .kept = kept};
     in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);

@@ -4,13 +4,14 @@ They are bfloat16, or rows of bytes: codes of 8 bits, and a bfloat16 that is the
 """
 
 import itertools
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distributed_llm.common.kv_dtypes import SCALE_BYTES, KVDtype
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.worker.model.kernels.native import library
 from distributed_llm.worker.model.kernels.native.norms import can_compute
 
@@ -18,22 +19,29 @@ _KEPT: dict[KVDtype, int] = {"auto": 0, "int8": 1, "fp8": 2}
 """The numbers that attention.c has for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Consecutive positions that a token attends to, in one place.
+class Part(NamedTuple):
+    """Consecutive positions that a token attends to, in one place; as attention.c reads it.
+
+    Keys are bfloat16 [kv_heads, positions, dim], and the numbers of a key lie one after another; or
+    uint8 [kv_heads, positions, row bytes]. Values likewise.
 
     Attributes:
-        keys: bfloat16 [kv_heads, room, dim]; the numbers of a key lie one after another. Or uint8
-            [kv_heads, room, row bytes].
-        values: bfloat16 [kv_heads, room, value_dim], likewise; or uint8.
-        first: of the positions, in the room.
-        stop: where they end.
+        keys: address of the first position's key of the first head.
+        values: address of its value.
+        positions: how many there are.
+        key_head: bytes from one head's keys to those of the next.
+        key_position: bytes from a key to that of the next position.
+        value_head: as `key_head`.
+        value_position: as `key_position`.
     """
 
-    keys: Tensor
-    values: Tensor
-    first: int
-    stop: int
+    keys: int
+    values: int
+    positions: int
+    key_head: int
+    key_position: int
+    value_head: int
+    value_position: int
 
 
 def can_attend(query: Tensor, value_dim: int) -> bool:
@@ -43,44 +51,51 @@ def can_attend(query: Tensor, value_dim: int) -> bool:
 
 def attend(
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     parts: Sequence[Sequence[Part]],
     *,
     kept: KVDtype = "auto",
+    rotation: Tensor | None = None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return the attention of single tokens, [tokens, heads, value_dim].
+    """Keep the keys and values of single tokens, and return their attention.
 
     Computed in float32 and rounded once.
 
     Args:
         query: bfloat16 [heads, tokens, dim]; see `can_attend`.
-        parts: of each token; at least one position each.
-        kept: what the codes of rows of bytes are; auto if keys and values are numbers.
+        key: bfloat16 [kv_heads, tokens, dim]; becomes the last position of a token's last part.
+        value: bfloat16 [kv_heads, tokens, value_dim]; likewise.
+        parts: of each token; at least its own position.
+        kept: what the codes of rows of bytes are; auto if keys and values are kept as numbers.
+        rotation: float32 [dim, dim], by which queries and keys are turned; or None.
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
 
+    Returns:
+        bfloat16 [tokens, heads, value_dim].
+
     Raises:
         MemoryError: there is no memory for a few rows.
     """
+    query, key, value = (_in_rows(states) for states in (query, key, value))
     heads, tokens, dim = query.shape
-    kv_heads, _, value_dim = parts[0][0].values.shape
-    if kept != "auto":
-        value_dim -= SCALE_BYTES
-    if query.stride(2) != 1:
-        query = query.contiguous()
+    kv_heads, _, value_dim = value.shape
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    numbers = [number for of_one in parts for part in of_one for number in _numbers(part)]
-    starts = [0, *itertools.accumulate(map(len, parts))]
-    places, where = torch.tensor(numbers), torch.tensor(starts)
+    strides = [states.stride(way) for states in (query, key, value) for way in (1, 0)]
+    sizes = array("q", (tokens, heads, kv_heads, dim, value_dim, *strides))
+    numbers = array("q", itertools.chain.from_iterable(itertools.chain.from_iterable(parts)))
+    starts = array("q", itertools.accumulate(map(len, parts), initial=0))
     output = query.new_empty(tokens, heads, value_dim)
     failed = library.loaded().attend_tokens(
-        *(query.data_ptr(), output.data_ptr(), 0 if sinks is None else sinks.data_ptr()),
-        *(places.data_ptr(), where.data_ptr()),
-        *(tokens, heads, kv_heads, dim, value_dim, query.stride(1), query.stride(0)),
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),
+        *(_address(sinks), _address(rotation)),
+        *(each.buffer_info()[0] for each in (numbers, starts, sizes)),
         *(scale, softcap or 0.0, _KEPT[kept], torch.get_num_threads()),
     )
     if failed:
@@ -88,15 +103,9 @@ def attend(
     return output
 
 
-def _numbers(part: Part) -> tuple[int, ...]:
-    """Return a `Part` of attention.c."""
-    keys, values = part.keys, part.values
-    size = keys.element_size()
-    key_head, key_position = (size * stride for stride in keys.stride()[:2])
-    value_head, value_position = (size * stride for stride in values.stride()[:2])
-    return (
-        keys.data_ptr() + part.first * key_position,
-        values.data_ptr() + part.first * value_position,
-        part.stop - part.first,
-        *(key_head, key_position, value_head, value_position),
-    )
+def _in_rows(states: Tensor) -> Tensor:
+    return states if states.stride(2) == 1 else states.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

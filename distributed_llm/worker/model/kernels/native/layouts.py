@@ -1,6 +1,6 @@
 """Weights of integers in the orders that the C library reads; products.h describes them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,51 @@ _LANES = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class Int8Blocks:
+class Blocks:
+    """A weight in blocks of 16 output channels; see its kinds below.
+
+    Args:
+        function: of the library.
+        shape: [out_features, in_features].
+        group: what `function` is told beside the shape.
+        kept: codes, and numbers of theirs, as the library reads them.
+
+    Attributes:
+        alike: equal for weights that one call can multiply by the same states.
+        channels: output channels.
+        table: of one weight, as the library reads it: int64 [1, 3].
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        shape: tuple[int, int],
+        group: tuple[int, ...],
+        kept: tuple[Tensor, Tensor],
+    ) -> None:
+        self.channels, inputs = shape
+        self.alike = (function, inputs, group)
+        self.table = torch.tensor([[*(tensor.data_ptr() for tensor in kept), self.channels]])
+        self._kept = kept
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Return the kernel that reads this order."""
+        return {"native": self._product}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and offsets."""
+        return sum(tensor.nbytes for tensor in self._kept)
+
+    def tensors(self) -> list[object]:
+        """Return what holds codes, scales and offsets."""
+        return list(self._kept)
+
+    def _product(self, states: Tensor) -> Tensor:
+        return _multiply(states, self.alike, self.table, self.channels)
+
+
+class Int8Blocks(Blocks):
     """Codes of 8 bits with a scale for each channel, in blocks of 16 channels.
 
     States are rounded to 8 bits, 64 of them at a time by their largest magnitude.
@@ -30,38 +74,15 @@ class Int8Blocks:
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, instructions: str | None = None) -> None:
-        self._function = library.function("int8_product", instructions or library.instructions())
-        self._channels, self._inputs = codes.shape
-        padded = F.pad(codes, (0, -self._inputs % 4, 0, -self._channels % _LANES))
+        function = library.function("int8_products", instructions or library.instructions())
+        channels, inputs = codes.shape
+        padded = F.pad(codes, (0, -inputs % 4, 0, -channels % _LANES))
         fours = (padded.view(torch.uint8) ^ 128).view(torch.int32)  # a byte is code + 128
-        self._codes = fours.view(-1, _LANES, fours.shape[1]).transpose(1, 2).contiguous()
-        self._scales = scales.contiguous()
-
-    def kernels(self) -> Mapping[str, Kernel]:
-        """Return the kernel that reads this order."""
-        return {"native": self._product}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self._codes.nbytes + self._scales.nbytes
-
-    def tensors(self) -> list[object]:
-        """Return codes and scales."""
-        return [self._codes, self._scales]
-
-    def _product(self, states: Tensor) -> Tensor:
-        states, output = _ready(states, self._inputs % 4, self._channels)
-        self._function(
-            *(states.data_ptr(), output.data_ptr()),
-            *(self._codes.data_ptr(), self._scales.data_ptr()),
-            *(*states.shape, self._channels),
-            *(_DTYPES[states.dtype], torch.get_num_threads()),
-        )
-        return output
+        ordered = fours.view(-1, _LANES, fours.shape[1]).transpose(1, 2).contiguous()
+        super().__init__(function, (channels, inputs), (), (ordered, scales.contiguous()))
 
 
-class Int4Blocks:
+class Int4Blocks(Blocks):
     """Codes of 4 bits with scale and offset for each group of inputs, in blocks of 16 channels.
 
     States are rounded to 8 bits, a group at a time by their largest magnitude. Scales and offsets
@@ -80,56 +101,75 @@ class Int4Blocks:
     def __init__(
         self, codes: Tensor, scales: Tensor, offsets: Tensor, instructions: str | None = None
     ) -> None:
-        self._function = library.function("int4_product", instructions or library.instructions())
-        self._channels, self._inputs = codes.shape
+        function = library.function("int4_products", instructions or library.instructions())
+        channels, inputs = codes.shape
         groups = scales.shape[1]
-        self._group = self._inputs // groups
-        rows = (0, 0, 0, -self._channels % _LANES)
+        group = inputs // groups
+        rows = (0, 0, 0, -channels % _LANES)
         fours = F.pad(codes, rows).view(torch.int32)
-        fours = fours.view(-1, _LANES, groups, self._group // 8, 2).permute(0, 2, 3, 4, 1)
+        fours = fours.view(-1, _LANES, groups, group // 8, 2).permute(0, 2, 3, 4, 1)
         pairs = fours[..., 0, :] | fours[..., 1, :] << 4  # [blocks, groups, group / 8, 16]
-        self._factor = torch.tensor([_power_of_two(scales, offsets)])
+        factor = torch.tensor([_power_of_two(scales, offsets)])
         blocks = pairs.shape[0]
         numbers = [
-            (F.pad(each.float() / self._factor, rows).view(blocks, _LANES, groups).transpose(1, 2))
+            (F.pad(each.float() / factor, rows).view(blocks, _LANES, groups).transpose(1, 2))
             for each in (scales, offsets)
         ]
         halves = torch.cat(numbers, -1).half()  # [blocks, groups, 32]
         parts = halves.view(torch.int32), pairs.flatten(2)
-        self._weight = torch.cat(parts, -1).contiguous()
-
-    def kernels(self) -> Mapping[str, Kernel]:
-        """Return the kernel that reads this order."""
-        return {"native": self._product}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
-        return self._weight.nbytes
-
-    def tensors(self) -> list[object]:
-        """Return what holds codes, scales and offsets."""
-        return [self._weight]
-
-    def _product(self, states: Tensor) -> Tensor:
-        states, output = _ready(states, 0, self._channels)
-        self._function(
-            *(states.data_ptr(), output.data_ptr()),
-            *(self._weight.data_ptr(), self._factor.data_ptr()),
-            *(*states.shape, self._channels, self._group),
-            *(_DTYPES[states.dtype], torch.get_num_threads()),
-        )
-        return output
+        ordered = torch.cat(parts, -1).contiguous()
+        super().__init__(function, (channels, inputs), (group,), (ordered, factor))
 
 
-def _ready(states: Tensor, padding: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Return states as the library reads them, and memory for its output, of the same dtype."""
+class JointProduct:
+    """The products of some states with several weights, in one call.
+
+    Args:
+        weights: not empty, of which `alike` is the same. Whoever uses this keeps them.
+    """
+
+    def __init__(self, weights: Sequence[Blocks]) -> None:
+        self._alike = weights[0].alike
+        self._channels = [weight.channels for weight in weights]
+        self._all_channels = sum(self._channels)
+        self._table = torch.cat([weight.table for weight in weights])
+
+    def __call__(self, states: Tensor) -> list[Tensor]:
+        """Return the product with each weight, [rows, out_features], to the last bit as alone.
+
+        Args:
+            states: [rows, in_features].
+        """
+        output = _multiply(states, self._alike, self._table, self._all_channels)
+        if states.shape[0] == 1:
+            return list(torch.split_with_sizes(output, self._channels, 1))
+        sizes = [states.shape[0] * channels for channels in self._channels]
+        parts = torch.split_with_sizes(output.view(-1), sizes)
+        return [part.view(states.shape[0], -1) for part in parts]
+
+
+def _multiply(
+    states: Tensor,
+    alike: tuple[Callable[..., None], int, tuple[int, ...]],
+    table: Tensor,
+    channels: int,
+) -> Tensor:
+    """Return the products [rows, channels] with weights that have so many channels in all.
+
+    With several weights, the product with the first one comes first, whole.
+    """
+    function, inputs, group = alike
     if states.dtype not in _DTYPES:
         states = states.float()
-    if padding:
-        states = F.pad(states, (0, 4 - padding))
+    if inputs % 4:
+        states = F.pad(states, (0, -inputs % 4))
     states = states.contiguous()
-    return states, states.new_empty(states.shape[0], channels)
+    output = states.new_empty(states.shape[0], channels)
+    function(
+        *(states.data_ptr(), output.data_ptr(), table.data_ptr(), table.shape[0]),
+        *(*states.shape, *group, _DTYPES[states.dtype], torch.get_num_threads()),
+    )
+    return output
 
 
 def _power_of_two(scales: Tensor, offsets: Tensor) -> float:

@@ -25,10 +25,10 @@ _OPENMP = re.compile(r"lib(g|i)?omp5?\b.*")
 
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "attend_tokens": (*[_ADDRESS] * 5, *[_COUNT] * 7, *[_REAL] * 2, *[_SMALL] * 2),
+    "attend_tokens": (*[_ADDRESS] * 9, *[_REAL] * 2, *[_SMALL] * 2),
     "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
-    "int8_product": (*[_ADDRESS] * 4, *[_COUNT] * 3, *[_SMALL] * 3),
-    "int4_product": (*[_ADDRESS] * 4, *[_COUNT] * 4, *[_SMALL] * 3),
+    "int8_products": (*[_ADDRESS] * 3, _SMALL, *[_COUNT] * 2, *[_SMALL] * 3),
+    "int4_products": (*[_ADDRESS] * 3, _SMALL, *[_COUNT] * 3, *[_SMALL] * 3),
 }
 
 
@@ -36,10 +36,11 @@ class Missing(NotImplementedError):
     """This machine has no such library, or its processor none of the instructions it needs."""
 
 
+@functools.cache
 def instructions() -> str:
     """Return which of `NAMES` this process computes with.
 
-    Respects ATEN_CPU_CAPABILITY, which takes instructions from torch.
+    Respects ATEN_CPU_CAPABILITY, which takes instructions from torch, and is read once.
     """
     torch_has = torch.backends.cpu.get_cpu_capability()
     allowed = NAMES[: {"DEFAULT": 1, "AVX2": 3}.get(torch_has, len(NAMES))]
@@ -66,11 +67,14 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
 def function(name: str, instructions: str) -> Callable[..., None]:
-    """Return a product; its arguments are those of products.c, but for the last one.
+    """Return what multiplies, the same each time.
+
+    Its arguments are those of products.c, but for the last one.
 
     Args:
-        name: "int8_product" or "int4_product".
+        name: "int8_products" or "int4_products".
         instructions: one of `NAMES`, which this processor has to have.
 
     Raises:

@@ -130,12 +130,14 @@ EXPORT int has_instructions(int number)
     return 0;
 }
 
-/* What the threads that compute one product share. */
+/* What the threads of one call share. The blocks of all weights are numbered through. */
 typedef struct {
-    const Product *product;
+    const Product *states; /* a product but for weight and output */
+    const Weight *weights;
     const Instructions *set;
     Rounded *rounded;
-    int is_int4;
+    char *output;
+    int is_int4, num_weights;
     int64_t blocks, step;
     atomic_llong next_row, next_block;
 } Work;
@@ -143,7 +145,7 @@ typedef struct {
 static void round_some(void *data)
 {
     Work *work = data;
-    const Product *p = work->product;
+    const Product *p = work->states;
     Rounded *x = work->rounded;
     for (;;) {
         int64_t row = atomic_fetch_add_explicit(&work->next_row, 1, memory_order_relaxed);
@@ -154,25 +156,42 @@ static void round_some(void *data)
     }
 }
 
-static void multiply_some(void *data)
+static int64_t blocks_of(const Weight *weight) { return (weight->channels + LANES - 1) / LANES; }
+
+static void multiply_blocks(const Work *work, int64_t first, int64_t last)
 {
-    Work *work = data;
     Rows *rows = work->is_int4 ? work->set->int4 : work->set->int8;
-    for (;;) {
-        int64_t first =
-            atomic_fetch_add_explicit(&work->next_block, work->step, memory_order_relaxed);
-        int64_t last = first + work->step < work->blocks ? first + work->step : work->blocks;
-        if (first >= work->blocks)
-            return;
-        for (int64_t block = first; block < last; block += work->set->blocks) {
-            int64_t left = last - block;
-            rows(work->product, work->rounded, block,
-                 (int)(left < work->set->blocks ? left : work->set->blocks));
-        }
+    Product p = *work->states;
+    char *output = work->output;
+    int64_t start = 0; /* the number of the weight's first block */
+    for (int n = 0; n < work->num_weights; n++) {
+        p.weight = work->weights[n];
+        p.output = output;
+        int64_t stop = start + blocks_of(&p.weight);
+        int64_t block = first > start ? first : start, end = last < stop ? last : stop;
+        for (; block < end; block += work->set->blocks)
+            rows(&p, work->rounded, block - start,
+                 (int)(end - block < work->set->blocks ? end - block : work->set->blocks));
+        start = stop;
+        output += p.rows * p.weight.channels * (p.dtype == BFLOAT16 ? 2 : 4);
     }
 }
 
-static int product(Product p, int is_int4, int instructions)
+static void multiply_some(void *data)
+{
+    Work *work = data;
+    for (;;) {
+        int64_t first =
+            atomic_fetch_add_explicit(&work->next_block, work->step, memory_order_relaxed);
+        if (first >= work->blocks)
+            return;
+        int64_t last = first + work->step;
+        multiply_blocks(work, first, last < work->blocks ? last : work->blocks);
+    }
+}
+
+static int multiply(Product p, void *output, const Weight *weights, int num_weights, int is_int4,
+                    int threads, int instructions)
 {
     int64_t runs = (p.inputs + p.group - 1) / p.group;
     size_t codes = ((size_t)(p.rows * p.inputs) + 63) / 64 * 64;
@@ -182,32 +201,33 @@ static int product(Product p, int is_int4, int instructions)
         return 1;
     Rounded rounded = {(int8_t *)memory, (float *)(memory + codes),
                        (int32_t *)(memory + codes + each), runs};
-    Work work = {
-        .product = &p, .set = &sets[instructions], .rounded = &rounded, .is_int4 = is_int4};
-    work.blocks = (p.channels + LANES - 1) / LANES;
+    Work work = {.states = &p, .weights = weights, .set = &sets[instructions], .rounded = &rounded,
+                 .output = output, .is_int4 = is_int4, .num_weights = num_weights};
+    for (int n = 0; n < num_weights; n++)
+        work.blocks += blocks_of(weights + n);
     /* Pieces so small that a slow core does not keep the others waiting. */
     int64_t each_time = work.set->blocks;
-    work.step = work.blocks / (8 * p.threads) / each_time * each_time;
+    work.step = work.blocks / (8 * threads) / each_time * each_time;
     work.step = work.step < each_time ? each_time : work.step > 8 ? 8 : work.step;
-    in_threads(round_some, &work, p.rows >= 4 * p.threads ? p.threads : 1);
-    in_threads(multiply_some, &work, p.threads);
+    in_threads(round_some, &work, p.rows >= 4 * threads ? threads : 1);
+    in_threads(multiply_some, &work, threads);
     free(memory);
     return 0;
 }
 
-/* Both return 0, or 1 if there is no memory for the rounded states. */
-EXPORT int int8_product(const void *states, void *output, const void *weight, const float *scales,
-                        int64_t rows, int64_t inputs, int64_t channels, int dtype, int threads,
-                        int instructions)
+/* The products of states [rows, inputs] with weights [channels, inputs], one after another in `output`.
+ * Both return 0, or 1 if there is no memory for the rounded states. */
+EXPORT int int8_products(const void *states, void *output, const Weight *weights, int num_weights,
+                         int64_t rows, int64_t inputs, int dtype, int threads, int instructions)
 {
-    Product p = {states, output, weight, scales, rows, inputs, channels, INT8_RUN, dtype, threads};
-    return product(p, 0, instructions);
+    Product p = {.states = states, .rows = rows, .inputs = inputs, .group = INT8_RUN, .dtype = dtype};
+    return multiply(p, output, weights, num_weights, 0, threads, instructions);
 }
 
-EXPORT int int4_product(const void *states, void *output, const void *weight, const float *factor,
-                        int64_t rows, int64_t inputs, int64_t channels, int64_t group, int dtype,
-                        int threads, int instructions)
+EXPORT int int4_products(const void *states, void *output, const Weight *weights, int num_weights,
+                         int64_t rows, int64_t inputs, int64_t group, int dtype, int threads,
+                         int instructions)
 {
-    Product p = {states, output, weight, factor, rows, inputs, channels, group, dtype, threads};
-    return product(p, 1, instructions);
+    Product p = {.states = states, .rows = rows, .inputs = inputs, .group = group, .dtype = dtype};
+    return multiply(p, output, weights, num_weights, 1, threads, instructions);
 }

@@ -7,6 +7,9 @@
  *                                       [group / 8][16][4] }
  *          byte i of a channel holds the codes of inputs i (low half) and i + 4 (high half)
  *
+ * Weights that are multiplied by the same states share a call: the states are rounded once, and threads are
+ * started once.
+ *
  * Integer products round states to 8 bits, each run of `group` inputs (64 for int8) of each row by its own
  * largest magnitude, so that neither another row nor a few very large states make the others coarse.
  */
@@ -21,14 +24,19 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
+/* A weight; layouts.py makes tables of them. */
+typedef struct {
+    const void *codes;
+    const float *scales; /* int8: [channels]; int4: one factor for all */
+    int64_t channels;
+} Weight;
+
 typedef struct {
     const void *states; /* [rows, inputs], rows one after another */
     void *output;       /* [rows, channels], of the states' dtype */
-    const void *weight;
-    const float *scales; /* int8: [channels]; int4: one factor for all */
-    int64_t rows, inputs, channels, group;
-    int32_t dtype;   /* of states and output */
-    int32_t threads; /* that compute */
+    Weight weight;
+    int64_t rows, inputs, group;
+    int32_t dtype; /* of states and output */
 } Product;
 
 #endif

@@ -61,11 +61,11 @@ INLINE void NAME(write_sums)(const Product *p, int64_t row, int64_t block, int r
     float values[LANES];
     for (int b = 0; b < blocks; b++) {
         int64_t channel = (block + b) * LANES;
-        int size = (int)(p->channels - channel < LANES ? p->channels - channel : LANES);
+        int size = (int)(p->weight.channels - channel < LANES ? p->weight.channels - channel : LANES);
         for (int r = 0; r < rows; r++) {
             for (int v = 0; v < VECTORS; v++)
                 store_real(values + v * (LANES / VECTORS), sums[r][b][v]);
-            int64_t at = (row + r) * p->channels + channel;
+            int64_t at = (row + r) * p->weight.channels + channel;
             if (p->dtype == BFLOAT16) {
                 uint16_t *output = (uint16_t *)p->output + at;
                 for (int i = 0; i < size; i++)
@@ -93,7 +93,7 @@ INLINE void NAME(int8_tile)(const Product *p, const Rounded *x, int64_t row, int
     real sums[MOST_ROWS][MOST_BLOCKS][VECTORS];
     const int8_t *states = x->codes + row * p->inputs;
     NAME(clear)(sums, rows, blocks);
-    const uint8_t *weight = (const uint8_t *)p->weight + block * p->inputs * LANES;
+    const uint8_t *weight = (const uint8_t *)p->weight.codes + block * p->inputs * LANES;
     int64_t run = 0;
     for (int64_t start = 0; start < p->inputs; start += p->group, run++) {
         int64_t stop = start + p->group < p->inputs ? start + p->group : p->inputs;
@@ -124,7 +124,7 @@ INLINE void NAME(int8_tile)(const Product *p, const Rounded *x, int64_t row, int
                     sums[r][b][v] = multiply_add(to_real(products[r][b][v]), scale, sums[r][b][v]);
         }
     }
-    NAME(write_sums)(p, row, block, rows, blocks, sums, p->scales, 1);
+    NAME(write_sums)(p, row, block, rows, blocks, sums, p->weight.scales, 1);
 }
 
 INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block,
@@ -135,7 +135,7 @@ INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int
     NAME(clear)(sums, rows, blocks);
     const int64_t group_bytes = 4 * LANES + p->group * LANES / 2;
     const int64_t block_bytes = x->runs * group_bytes;
-    const uint8_t *weight = (const uint8_t *)p->weight + block * block_bytes;
+    const uint8_t *weight = (const uint8_t *)p->weight.codes + block * block_bytes;
     for (int64_t run = 0; run < x->runs; run++) {
         const uint8_t *group = weight + run * group_bytes;
         integer products[MOST_ROWS][MOST_BLOCKS][VECTORS];
@@ -175,7 +175,7 @@ INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int
                 }
             }
     }
-    NAME(write_sums)(p, row, block, rows, blocks, sums, p->scales, 0);
+    NAME(write_sums)(p, row, block, rows, blocks, sums, p->weight.scales, 0);
 }
 
 #define TILES(form)                                                                                \
