@@ -180,6 +180,8 @@ def plan_lines(run: DryRun) -> list[str]:
         *_format_lines(run),
         *([] if run.kv_dtype == "auto" else [f"context: kept in {run.kv_dtype}"]),
         *_window_lines(run),
+        f"memory: {size_text(run.cost.workspace_bytes)} of each machine are kept for what it "
+        "computes with",
         *([f"without layers: {list_text(idle)}"] if idle else []),
         *_disk_lines(run),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",

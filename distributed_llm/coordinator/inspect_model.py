@@ -1,6 +1,7 @@
 """Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
@@ -11,6 +12,7 @@ from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
+from distributed_llm.common.workspace import workspace_bytes
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
@@ -36,7 +38,17 @@ def served_model(
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     first = "none" if settings.quantize == "auto" else settings.quantize
     levels = QUANTIZE_LEVELS[QUANTIZE_LEVELS.index(first) :]
-    costs = [model_cost(checkpoint, dtype, level, settings.kv_dtype) for level in levels]
+    workspace = workspace_bytes(
+        checkpoint.config,
+        dtype,
+        vocab_size=checkpoint.vocab_size,
+        tokens=settings.max_batch_tokens,
+        rows=settings.max_batch_sequences,
+    )
+    costs = [
+        replace(model_cost(checkpoint, dtype, level, settings.kv_dtype), workspace_bytes=workspace)
+        for level in levels
+    ]
     defaults = generation_defaults(
         checkpoint.config,
         read_generation_config(checkpoint.folder),

@@ -20,6 +20,8 @@ class ModelCost:
         quantize: what floating-point weights become while they are loaded.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
+        workspace_bytes: what a stage takes beside its weights and KV cache while it computes. No
+            plan is made for it: what workers offer is counted without (`room_in`).
     """
 
     layer_bytes: tuple[int, ...]
@@ -29,6 +31,7 @@ class ModelCost:
     kv_bytes_per_token: int
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
+    workspace_bytes: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -44,6 +47,10 @@ class ModelCost:
     def all_weight_bytes(self) -> int:
         """Bytes of all weights, each once."""
         return self.weight_bytes(LayerRange(0, self.num_layers))
+
+    def room_in(self, memory_bytes: int) -> int:
+        """Return what a worker's memory has room for: weights and KV cache."""
+        return max(0, memory_bytes - self.workspace_bytes)
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""

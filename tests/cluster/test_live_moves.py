@@ -457,7 +457,7 @@ class Pair:
         return worker
 
 
-SMALL: dict[str, Any] = {**WORKER, "max_memory": "33MiB", "slowdown": SLOWDOWN}
+SMALL: dict[str, Any] = {**WORKER, "max_memory": "42MiB", "slowdown": SLOWDOWN}
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_small_memory_is_shared_by_giving_way(checkpoint: Path) -> None:
     with (
         LocalCluster(
             checkpoint,
-            workers=[{"max_memory": "1MiB"}] * 2,
+            workers=[{"max_memory": "10MiB"}] * 2,  # 9 of them for what a step takes
             coordinator={"strategy": "memory", "min_kv_tokens": 64},
         ) as cluster,
         DistributedClient(cluster.address) as client,

@@ -139,7 +139,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
     monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
-    monkeypatch.setattr(chunk_attention, "_MAX_SCORES", 200)
+    monkeypatch.setattr(chunk_attention, "SCORES_AT_ONCE", 200)
 
 
 @pytest.fixture

@@ -372,7 +372,7 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
         read: list[Any] = []
         monkeypatch.setattr(Stage, "load", lambda *args, **kwargs: read.append(args))
         monkeypatch.setattr(
-            loading, "memory_now", lambda device, budget: room(device, weights + 10)
+            loading, "memory_now", lambda device, budget, order: room(device, weights + 10)
         )
         failed = worker.ask(Load(0, fits), LoadFailed)
         assert isinstance(failed.error, NotEnoughMemory)

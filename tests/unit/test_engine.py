@@ -761,6 +761,21 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
         assert engine.stages[0].story == [("limit", limit)]
 
 
+def test_what_a_step_takes_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the worker may use, and of what is free."""
+    step = 1000 * PER_TOKEN
+    for budget, free in (
+        (WEIGHTS + blocks(3) + step, 100 * GIB),
+        (GIB, 256 * MIB + blocks(3) + step),
+    ):
+        monkeypatch.setattr(loading, "free_memory_bytes", lambda device, free=free: free)
+        with running(budget) as (engine, posted):
+            engine.put(Load(0, order(workspace_bytes=step)))
+            assert posted.loaded().kv_tokens == 3 * KV_BLOCK
+            engine.put(Load(0, order(epoch=4, workspace_bytes=step + blocks(3))))
+            assert isinstance(posted.next(), LoadFailed)
+
+
 @pytest.mark.parametrize(
     ("memory_bytes", "free_bytes"),
     [

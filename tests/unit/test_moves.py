@@ -149,6 +149,12 @@ def test_a_move_needs_room_for_what_is_used(memory: int, room: int | None) -> No
     assert price(moving(memory=memory)).kv_tokens == room
 
 
+@pytest.mark.parametrize(("memory", "room"), [(4912, 128), (4911, None)])
+def test_a_move_leaves_room_for_what_a_step_takes(memory: int, room: int | None) -> None:
+    cost = replace(COST, workspace_bytes=100)
+    assert price(moving(memory=memory, cost=cost)).kv_tokens == room
+
+
 @pytest.mark.parametrize(("memory", "room"), [(4556, 64), (4555, None)])
 def test_a_move_needs_room_for_one_block(memory: int, room: int | None) -> None:
     assert price(moving(memory=memory, prompt=0)).kv_tokens == room

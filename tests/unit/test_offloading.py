@@ -109,6 +109,23 @@ def test_the_forecast_counts_what_is_read() -> None:
     assert table[1, 3] < 3 * LAYER_S  # fits
 
 
+def test_what_a_step_takes_is_not_planned_with() -> None:
+    """Two machines of 700 MiB hold ten layers of 100 MiB, but not if a step takes 250 of each."""
+    cost = ModelCost((100 * MIB,) * 10, 0, 0, 0, 1, workspace_bytes=150 * MIB)
+    settings = CoordinatorSettings(replicas=1)
+    workers = ["a=700MiB", "b=700MiB"]
+    run = dry_run(replace(MODEL, cost=cost, smaller=()), workers, settings)
+    assert [len(stage.layers) for stage in run.plans[0]] == [5, 5]
+    assert run.memory == {"a": 700 * MIB, "b": 700 * MIB}
+    said = "memory: 150.0 MiB of each machine are kept for what it computes with"
+    assert said in summary.plan_lines(run)
+    more = replace(MODEL, cost=replace(cost, workspace_bytes=250 * MIB), smaller=())
+    with pytest.raises(
+        NotEnoughMemory, match=r"without 250\.0 MiB that each of them computes with"
+    ):
+        dry_run(more, workers, settings)
+
+
 def test_a_dry_run_says_what_is_read() -> None:
     model = replace(MODEL, cost=ModelCost((100 * MIB,) * 10, 0, 0, 0, 1), smaller=())
     settings = CoordinatorSettings(replicas=1)

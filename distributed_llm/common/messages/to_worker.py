@@ -116,6 +116,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         from_disk: layers that stay on the disk; which ones, `layers_on_disk` says.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
+        workspace_bytes: that a step may take beside weights and KV cache.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
         next_stage: the next stage, to be reached directly if possible; None on the last stage.
         beside: the epoch that is served meanwhile, perhaps by this worker too; a handover may pass
@@ -136,6 +137,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     from_disk: Count = 0
     digest: Label
     kv_tokens: Count
+    workspace_bytes: Count = 0
     link_key: Label
     next_stage: NextStage | None = None
     beside: Epoch | None = None

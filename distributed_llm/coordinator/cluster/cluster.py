@@ -1,12 +1,14 @@
 """The state that the parts of a coordinator share: its workers, pipelines and requests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
+from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.requests.text_questions import TextQuestions
 from distributed_llm.coordinator.serving.event_log import EventLog
@@ -79,6 +81,11 @@ class Cluster:
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
         )
         return cls(model, settings, registry, pipelines, book, questions, measurements, event_log)
+
+    def memory_of(self, workers: Iterable[Worker]) -> dict[WorkerId, int]:
+        """Return what each of these workers has room for: weights and KV cache, bytes."""
+        room_in = self.model.cost.room_in
+        return {worker.id: room_in(worker.capabilities.memory_bytes) for worker in workers}
 
     def needed_tokens(self, pipeline: Pipeline) -> int:
         """Return the positions of KV cache without which a new plan would fail requests."""

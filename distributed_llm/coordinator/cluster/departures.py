@@ -25,7 +25,7 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.move import MoveState
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.replanning import Replanning
-from distributed_llm.coordinator.cluster.worker import Worker, memory_of
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
@@ -219,7 +219,7 @@ class Departures:
         departure.enter(_C.ASKED)
         departure.question = PlanQuestion(
             self._planner_for(pipeline),
-            self._cluster.measurements.machines(memory_of(others)),
+            self._cluster.measurements.machines(self._cluster.memory_of(others)),
             used_tokens=self._cluster.needed_tokens(pipeline),
             leaving=worker.id,
         )

@@ -85,7 +85,7 @@ class MovePrices:
             load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
             own_bytes = cost.weight_bytes(before) if before else 0
             layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
-            left_bytes = worker.capabilities.memory_bytes - own_bytes - added
+            left_bytes = cost.room_in(worker.capabilities.memory_bytes) - own_bytes - added
             room = min(room, left_bytes // max(1, layers * cost.kv_bytes_per_token))
         room -= room % KV_BLOCK
         transfers = transfers_between(old.stages, stages)

@@ -358,6 +358,7 @@ class Pipelines:
                 kv_dtype=self._model.kv_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=planned.kv_tokens,
+                workspace_bytes=self._model.cost.workspace_bytes,
                 from_disk=planned.from_disk,
                 link_key=key,
                 next_stage=None

@@ -16,7 +16,7 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.telling import tell
-from distributed_llm.coordinator.cluster.worker import Worker, memory_of
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
@@ -204,7 +204,7 @@ class Rebalancing:
             epoch=pipeline.epoch,
             planner=self._planner.only(pipeline.quantize),
             layer_map=pipeline.layer_map,
-            machines=self._measurements.machines(memory_of([*workers, *idle])),
+            machines=self._measurements.machines(self._cluster.memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
             hanging=frozenset(worker.id for worker in workers if self._registry.hangs(worker)),
             demand=demand or Demand.expected(min(len(everybody), len(own) + MAX_IDLE)),
@@ -258,7 +258,7 @@ class Rebalancing:
             return []
         if self._adds(result):
             assert result.extra is not None
-            memory = memory_of(self._available(result.extra))
+            memory = self._cluster.memory_of(self._available(result.extra))
             return self._pipelines.load([search.planner.plan_of(memory, result.extra.layer_map)])
         best = result.best
         if best is None or best.layer_map == pipeline.layer_map:
@@ -266,7 +266,7 @@ class Rebalancing:
         workers = self._available(best, pipeline)
         if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
-        plan = search.planner.plan_of(memory_of(workers), best.layer_map)
+        plan = search.planner.plan_of(self._cluster.memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
         gain = best.score(search.objective) / result.served.score(search.objective) - 1.0
         lineage = self._lineage(pipeline)

@@ -20,7 +20,7 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.common.wording import count_text, layers_text, list_text
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.telling import tell
-from distributed_llm.coordinator.cluster.worker import Worker, WorkerState, memory_of
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
@@ -198,7 +198,7 @@ class Replanning:
         workers = self._candidates(need)
         question = PlanQuestion(
             self._planner_for(need),
-            self._cluster.measurements.machines(memory_of(workers)),
+            self._cluster.measurements.machines(self._cluster.memory_of(workers)),
             several=need in (Need.ANEW, Need.MORE_BITS),
             doubted=frozenset(worker.id for worker in workers if worker.failures),
             standing=self._standing(workers) if need is Need.RECOVERY else Standing(),

@@ -1,6 +1,5 @@
 """One session of a worker: what it reports, its layers, and when it may have others. Pure."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -303,8 +302,3 @@ class Worker:
             load_bytes_per_s=self.load_bytes_per_s,
             fetch=self.stock.progress,
         )
-
-
-def memory_of(workers: Iterable[Worker]) -> dict[WorkerId, int]:
-    """Return what each of these workers offers for weights and KV cache, bytes."""
-    return {worker.id: worker.capabilities.memory_bytes for worker in workers}

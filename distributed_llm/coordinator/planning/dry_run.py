@@ -100,7 +100,10 @@ def dry_run(
         measurements.joined(worker, machine)
     planner = Planner.from_settings(model, settings)
     machines = measurements.machines(
-        {worker: machine.memory_bytes for worker, machine in capabilities.items()}
+        {
+            worker: model.cost.room_in(machine.memory_bytes)
+            for worker, machine in capabilities.items()
+        }
     )
     plans = planner.plans(machines)
     cost = model.cost_at(plans[0][0].quantize)
@@ -113,7 +116,7 @@ def dry_run(
     return DryRun(
         model.cost,
         tuple(plans),
-        machines.memory_bytes,
+        {worker: machine.memory_bytes for worker, machine in capabilities.items()},
         one_tokens_per_s=max(_rates(model.cost, used, plans, one)),
         many_tokens_per_s=sum(_rates(model.cost, used, plans, many)),
         advice=_advice(planner, machines, plans) if by_speed else {},

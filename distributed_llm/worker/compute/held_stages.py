@@ -220,7 +220,7 @@ class HeldStages:
         started = time.perf_counter()
         try:
             new = self._stage_alone(load)
-            kv_tokens = limit_kv(new.stage, load.order, self._memory())
+            kv_tokens = limit_kv(new.stage, load.order, self._memory(load.order))
         except Exception as exc:
             self.drop()
             self._post_load_failed(load, exc)
@@ -308,7 +308,7 @@ class HeldStages:
             return
         stage = new.stage
         try:
-            kv_tokens, import_bytes = admit_beside(order, stage, self.served, self._memory())
+            kv_tokens, import_bytes = admit_beside(order, stage, self.served, self._memory(order))
             importers = importers_for(order, stage, import_bytes)
         except Exception as exc:
             self._free_gradually(LoadedStage(order, stage))
@@ -319,8 +319,8 @@ class HeldStages:
             use_threads(new.threads)
         self._post_loaded(load, new, done.seconds, kv_tokens)
 
-    def _memory(self) -> Memory:
-        return memory_now(self._device, self._capabilities.memory_bytes)
+    def _memory(self, order: LoadStage) -> Memory:
+        return memory_now(self._device, self._capabilities.memory_bytes, order)
 
     def _post_loaded(self, load: Load, new: NewStage, load_s: float, kv_tokens: int) -> None:
         stage, weights = new.stage, new.weights

@@ -85,7 +85,7 @@ class Memory:
     Attributes:
         device: that has the memory.
         budget_bytes: that the worker may use for weights and KV cache in total.
-        free_bytes: that this process could still allocate.
+        free_bytes: that this process could still allocate for them.
     """
 
     device: torch.device
@@ -98,9 +98,16 @@ class Memory:
         return max(_RESERVE_BYTES, int(self.free_bytes * _RESERVE_SHARE))
 
 
-def memory_now(device: torch.device, budget_bytes: int) -> Memory:
-    """Return the memory as it is at this moment."""
-    return Memory(device, budget_bytes, free_memory_bytes(device))
+def memory_now(device: torch.device, budget_bytes: int, order: LoadStage) -> Memory:
+    """Return the memory as it is at this moment, without what steps of a stage will take.
+
+    Args:
+        device: that has the memory.
+        budget_bytes: that the worker may use in total.
+        order: for the stage.
+    """
+    taken = order.workspace_bytes
+    return Memory(device, max(0, budget_bytes - taken), max(0, free_memory_bytes(device) - taken))
 
 
 def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int:
@@ -241,7 +248,7 @@ def load_beside(
     if served:
         _ensure_same_model(served.order, order)
         missing = _missing_bytes(checkpoint, order, served.order.layers)
-        memory = memory_now(device, capabilities.memory_bytes)
+        memory = memory_now(device, capabilities.memory_bytes, order)
         _bytes_left_beside(order, served, missing, memory, loaded=False)
     stage = Stage.load(
         checkpoint,

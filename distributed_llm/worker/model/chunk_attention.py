@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from distributed_llm.common.workspace import SCORES_AT_ONCE
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
@@ -22,9 +23,6 @@ from distributed_llm.worker.model.partial_attention import Partial, fused, merge
 
 _BLOCK = 128
 """Queries for which a mask is made."""
-
-_MAX_SCORES = 2**22
-"""Scores that are computed at once where no fused kernel takes them."""
 
 
 class _Part(NamedTuple):
@@ -278,7 +276,7 @@ def _by_hand(step: PackedStep, queries: Tensor, part: _Part, scoring: Scoring) -
     """Compute attention with what fused kernels lack, in blocks of queries."""
     heads, tokens, _ = queries.shape
     kv_heads, positions, _ = part.keys.shape
-    size = max(1, _MAX_SCORES // (heads * positions))
+    size = max(1, SCORES_AT_ONCE // (heads * positions))
     blocks = []
     for row, block in _blocks(queries, kv_heads, size):
         attended = _by_hand_part(step, block, positions - tokens + row, part, scoring)

@@ -246,7 +246,7 @@ def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
     """Return these rows, in ascending order; the tensor itself if these are all."""
     if len(rows) == len(values):
         return values
-    return values.index_select(0, torch.tensor(rows, device=values.device))
+    return values.index_select(0, torch.tensor(rows, dtype=torch.int64, device=values.device))
 
 
 def _best(scores: FloatRow, position: int) -> int:

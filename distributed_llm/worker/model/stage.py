@@ -28,7 +28,8 @@ from distributed_llm.worker.model.failures import (
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.logits import Mask
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep
-from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
+from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
+from distributed_llm.worker.model.sampler import RowsFailed
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
@@ -478,22 +479,20 @@ class Stage:
     def _sample(
         self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
     ) -> StageOutput:
-        logits = logits.float()  # once, for all that follows
-        samplings = [self._samplings[s.sequence_id] for s in ends]
-        positions = [s.start + s.num_tokens for s in ends]
-        histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
+        rows = [
+            RowToSample(
+                self._samplings[s.sequence_id],
+                s.start + s.num_tokens,
+                self._cache.tokens(s.sequence_id, s.start + s.num_tokens),
+                mask,
+            )
+            for s, mask in zip(ends, masks, strict=True)
+        ]
         try:
-            token_ids = sample(logits, samplings, positions, histories, masks)
+            return StageOutput(**sample_rows(logits, rows)._asdict())
         except RowsFailed as exc:
             named = [ends[row].sequence_id for row in exc.rows]
             raise SequencesFailed(named, exc.error) from exc
-        counts = {row: s.logprobs for row, s in enumerate(samplings) if s.logprobs is not None}
-        if not counts:
-            return StageOutput(token_ids=token_ids)
-        logprobs, logprob_ids = log_probabilities(
-            logits, token_ids, max(counts.values()), list(counts)
-        )
-        return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
     def _check_finite(self, values: Tensor, slices: Sequence[PackedSlice], what: str) -> None:
         # The extremes of a tensor with a NaN are NaN; argmax would return some token for it.

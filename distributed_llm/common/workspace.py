@@ -1,0 +1,121 @@
+"""The memory that a step takes beside weights and KV cache, from a model's config.json.
+
+It is bounded by what one layer holds at its largest, and by the logits of rows that are sampled.
+Layers come one after another, and none keeps anything but its output.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from distributed_llm.common.model_sizes import Config, context_length, hidden_size, positive
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
+
+LOGITS_AT_ONCE = 2**22
+"""Logits that are sampled at once; those of more rows are sampled block by block."""
+
+SCORES_AT_ONCE = 2**22
+"""Scores of attention that are computed at once where no fused kernel takes them."""
+
+_COPIES_OF_SCORES = 4
+"""The scores themselves, what the softmax makes of them, and what it is made with, in float32."""
+
+_COPIES_OF_LOGITS = 4
+"""Likewise of the logits that are sampled at once: scaled, processed, sorted, log-probabilities."""
+
+_CANDIDATE_BYTES = 64
+"""Number and probability of one candidate for a token; one row is drawn at a time."""
+
+_STATES = 6
+"""Hidden states that exist at once: the residual, its norm, and what is computed in between."""
+
+_PROJECTED = 3
+"""Copies of queries, keys and values: as computed, with positions, and with heads in order."""
+
+_MLP = 4
+"""What an MLP holds of its width at once: gate, up, the activation and the product."""
+
+_MLP_IN_STEPS = 6
+"""The same where the activation is made of several operations."""
+
+_IN_STEPS = ("gelu_new", "gelu_fast", "quick_gelu")
+"""Activations that are."""
+
+_LEAST_BYTES = 8 << 20
+"""Blocks of weights that are converted, states that are rounded, and other small things."""
+
+
+def workspace_bytes(
+    config: Config, dtype: DtypeName, *, vocab_size: int, tokens: int, rows: int
+) -> int:
+    """Return the bytes that a stage takes at most while it computes a step.
+
+    Args:
+        config: of the model.
+        dtype: of the computation.
+        vocab_size: of the model.
+        tokens: of a step at most.
+        rows: of them that are sampled at most.
+    """
+    item_bytes = ITEM_BYTES[dtype]
+    hidden = hidden_size(config)
+    width = _STATES * hidden + max(_attention_width(config, hidden), _mlp_width(config, hidden))
+    scores = _scores(config, tokens) if _scores_by_hand(config) else 0
+    layer_bytes = tokens * width * item_bytes + scores * _COPIES_OF_SCORES * 4
+    logits = min(rows, tokens) * vocab_size
+    capped = 2 if config.get("final_logit_softcapping") else 1
+    sampled = min(logits, max(LOGITS_AT_ONCE, vocab_size))
+    logits_bytes = logits * item_bytes * capped + sampled * _COPIES_OF_LOGITS * 4
+    logits_bytes += vocab_size * _CANDIDATE_BYTES
+    return _LEAST_BYTES + max(layer_bytes, logits_bytes)
+
+
+def _attention_width(config: Config, hidden: int) -> int:
+    """Return the numbers that attention holds of each token."""
+    heads = positive(config, "num_attention_heads", "n_head")
+    if config.get("kv_lora_rank") is not None:
+        key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
+        return heads * _PROJECTED * (2 * key_dim + positive(config, "v_head_dim"))
+    dim = _size(config, "head_dim") or hidden // heads
+    kv_heads = _size(config, "num_key_value_heads") or _size(config, "num_kv_heads") or heads
+    return dim * _PROJECTED * (heads + 2 * kv_heads)
+
+
+def _mlp_width(config: Config, hidden: int) -> int:
+    """Return the numbers that the widest MLP holds of each token."""
+    if "n_inner" in config:  # GPT-2 and its kin
+        dense = _size(config, "n_inner") or 4 * hidden
+    else:
+        names = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
+        dense = max(_size(config, name) for name in names) or 4 * hidden
+    activation = config.get("hidden_act", config.get("activation_function"))
+    in_steps = activation in _IN_STEPS or config.get("swiglu_limit") is not None
+    held = _MLP_IN_STEPS if in_steps else _MLP
+    chosen = _size(config, "num_experts_per_tok")
+    if not chosen:
+        return held * dense
+    expert = _size(config, "moe_intermediate_size") or dense
+    shared = _size(config, "shared_expert_intermediate_size")
+    shared = shared or _size(config, "n_shared_experts") * expert
+    return max(held * dense, chosen * (held * expert + 4 * hidden) + held * shared)
+
+
+def _scores(config: Config, tokens: int) -> int:
+    """Return how many scores of a prompt are computed at once."""
+    heads = positive(config, "num_attention_heads", "n_head")
+    return min(SCORES_AT_ONCE, heads * tokens * context_length(config))
+
+
+def _scores_by_hand(config: Config) -> bool:
+    """Return whether no fused kernel computes the attention of prompts."""
+    return bool(config.get("attn_logit_softcapping")) or config.get("kv_lora_rank") is not None
+
+
+def _size(config: Config, name: str) -> int:
+    """Return a size, the largest one if it differs between layers; 0 if there is none."""
+    return max(_numbers(config.get(name)), default=0)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) is int:
+            yield number

@@ -1,0 +1,165 @@
+"""What a step takes beside weights and KV cache is within what is planned for it."""
+
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.workspace import workspace_bytes
+from distributed_llm.worker.model import sampled_rows
+from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
+from distributed_llm.worker.model.sampler import RowsFailed
+from distributed_llm.worker.model.stage import Stage
+from tests.checkpoints import make_checkpoint
+
+TOKENS = 512
+SMALL_BYTES = 8 << 20
+"""What is planned for whatever is small, and not measured here."""
+
+EVERYTHING = Sampling(
+    temperature=5.0,
+    top_k=15_000,
+    top_p=0.99,
+    min_p=1e-6,
+    typical_p=0.99,
+    repetition_penalty=1.1,
+    seed=1,
+    logprobs=20,
+)
+FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
+    "llama": (1.5, {}),
+    "qwen3_moe": (1.6, {"moe_intermediate_size": 384}),
+    "gpt_oss": (1.3, {}),
+    "gpt2": (1.5, {}),
+    "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
+}
+"""How many times what was measured may be planned."""
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Return by how many bytes torch's and NumPy's memory grows at most in a call."""
+    tracemalloc.start()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    results: Any = profiled.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak + most
+
+
+def planned(folder: Path, tokens: int, rows: int) -> int:
+    checkpoint = open_checkpoint(folder)
+    vocab_size = checkpoint.vocab_size
+    return workspace_bytes(
+        checkpoint.config, "bfloat16", vocab_size=vocab_size, tokens=tokens, rows=rows
+    )
+
+
+def measured(folder: Path, tokens: int, sampling: Sampling, count: int) -> int:
+    """Return the peak of the second of two steps of `count` sequences."""
+    stage = Stage.load(
+        open_checkpoint(folder),
+        LayerRange(0, 2),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+    )
+    each = tokens // count
+
+    def step(number: int) -> None:
+        parts = [
+            SequenceSlice(
+                sequence_id=SequenceId(one),
+                start=number * each,
+                num_tokens=each,
+                sample=True,
+                sampling=sampling,
+            )
+            for one in range(count)
+        ]
+        stage.run(parts, torch.randint(3, 100, (tokens,), dtype=torch.int32), None)
+
+    step(0)
+    return peak_of(lambda: step(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt(family: str, tmp_path: Path) -> None:
+    most, given = FAMILIES[family]
+    make_checkpoint(
+        tmp_path / "model",
+        family,
+        num_layers=2,
+        hidden_size=512,
+        intermediate_size=1536,
+        max_position_embeddings=4096,
+        **given,
+    )
+    peak = measured(tmp_path / "model", TOKENS, Sampling(), 1)
+    room = planned(tmp_path / "model", TOKENS, 1) - SMALL_BYTES
+    assert 1.0 <= room / peak <= most
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), EVERYTHING], ids=["greedy", "everything"])
+@pytest.mark.parametrize("rows", [4, 300])
+def test_sampling(rows: int, sampling: Sampling, tmp_path: Path) -> None:
+    """With so many rows that they are sampled in blocks, and so few that one row counts."""
+    folder = make_checkpoint(
+        tmp_path / "model",
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        vocab_size=20_000,
+        max_position_embeddings=4096,
+    )
+    peak = measured(folder, rows, sampling, rows)
+    room = planned(folder, rows, rows) - SMALL_BYTES
+    assert room / peak >= 1.0
+    if sampling is EVERYTHING and rows == 300:
+        assert room / peak <= 1.6
+
+
+def test_blocks_of_rows_give_what_all_give_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 50)
+    history = torch.arange(5, dtype=torch.int32).numpy()
+    samplings = [
+        Sampling(temperature=1.0, seed=row, logprobs=row if row % 3 else None) for row in range(7)
+    ]
+    rows = [RowToSample(sampling, 5, history, None) for sampling in samplings]
+    whole = sample_rows(logits, rows)
+    assert whole.logprobs is not None
+    assert whole.logprobs.shape == (7, 6)
+    monkeypatch.setattr(sampled_rows, "LOGITS_AT_ONCE", 3 * 50)
+    for actual, expected in zip(sample_rows(logits, rows), whole, strict=True):
+        assert actual is not None
+        assert expected is not None
+        assert torch.equal(actual, expected)
+    greedy = [RowToSample(Sampling(), 5, history, None)] * 7
+    assert sample_rows(logits, greedy).token_ids.tolist() == logits.argmax(-1).tolist()
+    assert sample_rows(logits, greedy).logprobs is None
+
+
+def test_a_row_that_fails_in_a_later_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled_rows, "LOGITS_AT_ONCE", 100)
+    history = torch.arange(5, dtype=torch.int32).numpy()
+    nothing = torch.zeros(7, dtype=torch.uint8).numpy()
+    rows = [RowToSample(Sampling(), 5, history, None)] * 6
+    rows[3] = rows[3]._replace(mask=nothing)
+    with pytest.raises(RowsFailed) as caught:
+        sample_rows(torch.randn(6, 50), rows)
+    assert caught.value.rows == (3,)
+    assert isinstance(caught.value.error, InvalidRequest)
