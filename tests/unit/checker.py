@@ -173,6 +173,7 @@ class Checker:
                 case events.Send(peer=peer, message=LoadStage(epoch=epoch, layers=layers) as order):
                     self._ordered.setdefault(epoch, {})[peer] = layers
                     self._check_form(order)
+                    self._check_room(peer, order)
                 case events.Send(message=Task(epoch=epoch)):
                     ranges = sorted(self._ordered[epoch].values())
                     ends = [0, *(one.stop for one in ranges)]
@@ -190,6 +191,16 @@ class Checker:
             assert order.epoch in said, f"nobody is told of {order.quantize} in plan {order.epoch}"
             self.forms.append(order.quantize)
         assert self.forms[-1] == order.quantize, f"plan {order.epoch} mixes weights"
+
+    def _check_room(self, peer: PeerId, order: LoadStage) -> None:
+        """What a worker is told to hold, and what its steps take, fits into what it offers."""
+        worker = self._core._registry.worker(peer)
+        assert worker is not None
+        cost = self._core._cluster.model.cost_at(order.quantize)
+        kv_bytes = order.kv_tokens * cost.kv_bytes_per_token * len(order.layers)
+        taken = cost.weight_bytes(order.layers) + kv_bytes + order.workspace_bytes
+        offered = worker.capabilities.memory_bytes
+        assert order.from_disk or taken <= offered, f"{taken} bytes on a worker that has {offered}"
 
     def _check_faults(self) -> None:
         """Nobody is charged with a fault but for what was spoiled, or for a hello that came twice.

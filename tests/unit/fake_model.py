@@ -72,6 +72,13 @@ AUTO_MODEL = replace(
 )
 """The same if weights may have fewer bits where it would not fit otherwise."""
 
+
+def with_workspace(model: ServedModel) -> ServedModel:
+    """Return a model of which a step takes some memory."""
+    costs = [replace(cost, workspace_bytes=10) for cost in (model.cost, *model.smaller)]
+    return replace(model, cost=costs[0], smaller=tuple(costs[1:]))
+
+
 _TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}
 """What makes layers compute otherwise where their weights have fewer bits."""
 

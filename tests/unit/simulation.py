@@ -434,7 +434,7 @@ class World:
         first = shift % len(workers)
         pairs = zip(workers[first:] + workers[:first], held, strict=False)
         layer_map = tuple((worker.id, layers) for worker, layers in pairs)
-        memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
+        memory = core._cluster.memory_of(workers)
         plan = plan_of(self.model.cost_at(pipeline.quantize), memory, layer_map)
         price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:

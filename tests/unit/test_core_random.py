@@ -40,7 +40,15 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient, text_of
-from tests.unit.fake_model import AUTO_MODEL, BIG, CONTEXT, MODEL, NUM_LAYERS, POISON
+from tests.unit.fake_model import (
+    AUTO_MODEL,
+    BIG,
+    CONTEXT,
+    MODEL,
+    NUM_LAYERS,
+    POISON,
+    with_workspace,
+)
 from tests.unit.fake_worker import SimWorker
 from tests.unit.random_schedule import any_of, between, coin, maybe, rule, run_schedule, several
 from tests.unit.simulation import Fault, FaultKind, Message, Way, World, with_settings
@@ -111,7 +119,7 @@ class Cluster:
     task_s = 0.0
     load_s = 0.01
     calm = False
-    model = MODEL
+    model = with_workspace(MODEL)
     faulty: ClassVar[list[type[Message]]] = FAULTY
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
@@ -437,7 +445,7 @@ class TwinCluster(Cluster):
 class AutoCluster(Cluster):
     """Weights have fewer bits where the workers that are there cannot hold them otherwise."""
 
-    model = AUTO_MODEL
+    model = with_workspace(AUTO_MODEL)
     longest = 60
     memories = (300, 450, 700)
     max_examples = 20
