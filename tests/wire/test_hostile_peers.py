@@ -26,6 +26,7 @@ from distributed_llm.common.messages import (
     LinkReport,
     MayLeave,
     Message,
+    Pong,
     RequestFailed,
     StageTime,
     Task,
@@ -75,13 +76,16 @@ class Peer:
         await self.let_in_or_not.until(1)
 
     async def ask(self, frames: Frames) -> Message:
-        """Send frames; return what comes back first."""
+        """Send frames; return what comes back first, but for signs of life."""
         count = len(self.heard)
         self.dealer.send(list(frames))
-        await self.heard.until(count + 1)
-        (answer,) = self.heard[count]
-        assert isinstance(answer, Message)
-        return answer
+        while True:
+            await self.heard.until(count + 1)
+            (answer,) = self.heard[count]
+            assert isinstance(answer, Message)
+            if not isinstance(answer, Pong):
+                return answer
+            count += 1
 
 
 @asynccontextmanager
