@@ -153,6 +153,7 @@ async def test_a_worker_gives_weights_to_those_that_the_coordinator_names(
         with asking(address, Login(KEYS.public, reader)) as named:
             assert await named.ask(ask) == NoChunk(sha256=SHA256, offset=0, reason="absent")
             boss.say("b", GiveWeights(readers=(KEYS.public,)))
+            await _admitted(address, KEYS, ask)  # it has been heard
             named.dealer.send(codec.encode(ask))
             await _admitted(address, KEYS, ask)
             assert len(named.heard) == 1, "others are named instead"

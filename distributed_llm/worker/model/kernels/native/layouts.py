@@ -1,5 +1,7 @@
 """Weights of integers in the orders that the C library reads; products.h describes them."""
 
+import itertools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -27,7 +29,6 @@ class Blocks:
     Attributes:
         alike: equal for weights that one call can multiply by the same states.
         channels: output channels.
-        table: of one weight, as the library reads it: int64 [1, 3].
     """
 
     def __init__(
@@ -39,8 +40,12 @@ class Blocks:
     ) -> None:
         self.channels, inputs = shape
         self.alike = (function, inputs, group)
-        self.table = torch.tensor([[*(tensor.data_ptr() for tensor in kept), self.channels]])
-        self._kept = kept
+        self._codes, self._scales = self._kept = kept
+
+    @property
+    def described(self) -> tuple[int, int, int]:
+        """The weight, as the library reads it; where it lies now, for tensors may be moved."""
+        return self._codes.data_ptr(), self._scales.data_ptr(), self.channels
 
     def kernels(self) -> Mapping[str, Kernel]:
         """Return the kernel that reads this order."""
@@ -56,7 +61,7 @@ class Blocks:
         return list(self._kept)
 
     def _product(self, states: Tensor) -> Tensor:
-        return _multiply(states, self.alike, self.table, self.channels)
+        return _multiply(states, self.alike, [self.described], self.channels)
 
 
 class Int8Blocks(Blocks):
@@ -125,14 +130,14 @@ class JointProduct:
     """The products of some states with several weights, in one call.
 
     Args:
-        weights: not empty, of which `alike` is the same. Whoever uses this keeps them.
+        weights: not empty, of which `alike` is the same.
     """
 
     def __init__(self, weights: Sequence[Blocks]) -> None:
         self._alike = weights[0].alike
         self._channels = [weight.channels for weight in weights]
         self._all_channels = sum(self._channels)
-        self._table = torch.cat([weight.table for weight in weights])
+        self._weights = weights
 
     def __call__(self, states: Tensor) -> list[Tensor]:
         """Return the product with each weight, [rows, out_features], to the last bit as alone.
@@ -140,7 +145,8 @@ class JointProduct:
         Args:
             states: [rows, in_features].
         """
-        output = _multiply(states, self._alike, self._table, self._all_channels)
+        described = [weight.described for weight in self._weights]
+        output = _multiply(states, self._alike, described, self._all_channels)
         if states.shape[0] == 1:
             return list(torch.split_with_sizes(output, self._channels, 1))
         sizes = [states.shape[0] * channels for channels in self._channels]
@@ -151,7 +157,7 @@ class JointProduct:
 def _multiply(
     states: Tensor,
     alike: tuple[Callable[..., None], int, tuple[int, ...]],
-    table: Tensor,
+    weights: Sequence[tuple[int, int, int]],
     channels: int,
 ) -> Tensor:
     """Return the products [rows, channels] with weights that have so many channels in all.
@@ -165,8 +171,9 @@ def _multiply(
         states = F.pad(states, (0, -inputs % 4))
     states = states.contiguous()
     output = states.new_empty(states.shape[0], channels)
+    table = array("q", itertools.chain.from_iterable(weights))
     function(
-        *(states.data_ptr(), output.data_ptr(), table.data_ptr(), table.shape[0]),
+        *(states.data_ptr(), output.data_ptr(), table.buffer_info()[0], len(weights)),
         *(*states.shape, *group, _DTYPES[states.dtype], torch.get_num_threads()),
     )
     return output
