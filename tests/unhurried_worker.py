@@ -2,9 +2,9 @@
 
     python -m tests.unhurried_worker SECONDS NAME=COORDINATOR [NAME=COORDINATOR ...]
 
-Each is `dllm worker`, but its compute thread sleeps after each task that took less than SECONDS. So a
-test decides how long an answer takes at least, however fast this machine is. The setting `slowdown`
-cannot do that: it multiplies what a task takes here.
+Each is `dllm worker`, but its compute thread sleeps after each task that took less than SECONDS. So
+a test decides how long an answer takes at least, however fast this machine is. The setting
+`slowdown` cannot do that: it multiplies what a task takes here.
 
 All are forks of one process, which loads torch once.
 """
