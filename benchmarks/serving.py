@@ -32,7 +32,7 @@ from benchmarks.split_generation import MIB, NEW_TOKENS, PROMPT_TOKENS, WORKERS,
 from distributed_llm import AsyncDistributedClient, LocalCluster, Overloaded
 from tests import checkpoints
 from tests.reference import reference_ids
-from tests.unhurried_worker import unhurried_worker
+from tests.unhurried_worker import unhurried_workers
 
 STAGGER_S = 0.05
 DELAY_S = 0.020
@@ -123,15 +123,11 @@ async def _waiting_stages(model: Path, stages: int) -> tuple[float, float, float
     settings = {"min_workers": stages, "strategy": "even"}
     with ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(model, workers=0, coordinator=settings))
-        for number in range(1, stages + 1):
-            worker = unhurried_worker(
-                cluster.address,
-                f"worker-{number}",
-                min_task_s=DELAY_S,
-                max_memory=STAGE_MEMORY,
-                threads=1,
-            )
-            stack.enter_context(worker)
+        coordinators = {f"worker-{number}": cluster.address for number in range(1, stages + 1)}
+        workers = unhurried_workers(
+            coordinators, min_task_s=DELAY_S, max_memory=STAGE_MEMORY, threads=1
+        )
+        stack.enter_context(workers)
         cluster.wait_until_serving(num_workers=stages)
         async with AsyncDistributedClient(cluster.address) as client:
             alone = await ask(client, _small_prompts(1)[0], 60)

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from typing import Any
@@ -18,6 +19,11 @@ atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 os.environ["DLLM_STATE"] = _STATE  # keys of tests are not among those of whoever runs them
 os.environ["DLLM_CACHE"] = os.path.join(_STATE, "cache")  # and so it is with weights
 os.environ["DLLM_KERNELS"] = "usual"  # the same ones in every run: nothing is measured
+
+# Bytecode is kept even where the environment says not to: without it, each of the hundreds of
+# processes that tests start compiles this package anew, and pytest rewrites all asserts anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 hypothesis.settings.register_profile("suite", deadline=None)  # other programs slow tests down
 hypothesis.settings.load_profile("suite")

@@ -16,7 +16,7 @@ from tests.cluster.hello_relay import HelloRelay
 from tests.cluster.test_commands import dllm
 from tests.fault_proxy import FaultProxy, Faults
 from tests.reference import check_varied, reference_ids
-from tests.unhurried_worker import unhurried_worker
+from tests.unhurried_worker import unhurried_workers
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(90)
@@ -120,11 +120,13 @@ def one_network(checkpoint: Path) -> Iterator[Network]:
             return (proxy.address,)
 
         relay = stack.enter_context(HelloRelay(cluster.address, behind_proxy))
-        for number, join in enumerate((lifeline.address, relay.address, relay.address), start=1):
-            worker = unhurried_worker(
-                join, f"worker-{number}", min_task_s=MIN_TASK_S, max_memory="256MiB"
-            )
-            stack.enter_context(worker)
+        coordinators = {
+            "worker-1": lifeline.address,
+            "worker-2": relay.address,
+            "worker-3": relay.address,
+        }
+        workers = unhurried_workers(coordinators, min_task_s=MIN_TASK_S, max_memory="256MiB")
+        stack.enter_context(workers)
         cluster.wait_until_serving(num_workers=3)
         yield network
 

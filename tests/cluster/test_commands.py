@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
 from distributed_llm import CheckpointError, DistributedClient, LocalCluster, UnsupportedModel
+from distributed_llm.cli import app
+from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.keyring import state_folder
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import PROTOCOL_VERSION
@@ -45,6 +48,16 @@ def dllm(
         env={**os.environ, **environment},
         check=False,
     )
+
+
+def plan(*arguments: str) -> Result:
+    """Run `dllm plan` in this process, which has loaded torch: a process of its own takes seconds.
+
+    Raises:
+        DistributedLLMError: what `dllm` would print before it exits.
+    """
+    environment = {"DLLM_COORDINATOR__REPLICAS": "1"}
+    return CliRunner().invoke(app, ["plan", *arguments], env=environment, catch_exceptions=False)
 
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
@@ -117,23 +130,21 @@ def test_a_plan_needs_no_more_than_a_config(checkpoint: Path, tmp_path: Path) ->
     config = tmp_path / "config.json"
     config.write_bytes((checkpoint / "config.json").read_bytes())
     workers = ["--worker", "pc=3MiB", "--worker", "2MiB"]
-    done = dllm("plan", str(config), *workers)
-    assert done.returncode == 0, done.stderr
-    *plan, assumed = done.stdout.splitlines()
+    *planned, assumed = plan(str(config), *workers).stdout.splitlines()
     assert assumed.startswith("assumed: weights as config.json describes them; ")
-    *with_weights, _ = dllm("plan", str(checkpoint), *workers).stdout.splitlines()
-    assert plan == with_weights
+    *with_weights, _ = plan(str(checkpoint), *workers).stdout.splitlines()
+    assert planned == with_weights
     code, said = failure("coordinator", str(tmp_path), "--bind", "127.0.0.1:0")
     assert code == 2
     assert "no weights" in said
 
 
 def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
-    asked = ["plan", str(checkpoint), "--objective", "latency"]
+    asked = [str(checkpoint), "--objective", "latency"]
     for worker in ("pc=16MiB,40MB/s,1GFLOPS", "mac=16MiB,20MB/s,1GFLOPS", "pi=20KiB,1MB/s,1GFLOPS"):
         asked += ["--worker", worker]
-    done = dllm(*asked, DLLM_COORDINATOR__REPLICAS="1")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = plan(*asked)
+    assert (done.exit_code, done.stderr) == (0, "")
     header, pc, weights, idle, expected, worth, *others, assumed = done.stdout.splitlines()
     assert header.split()[:3] == ["worker", "layers", "memory"]
     assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
@@ -146,7 +157,7 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
     assert re.match(r"mac: left out: .* without: the model runs fastest on pc alone$", others[0])
     assert others[1].startswith("pi: left out: too little memory for one layer (")
     assert assumed == "assumed: links of 1 Gbit/s and 0.5 ms"
-    document = json.loads(dllm(*asked, "--json", DLLM_COORDINATOR__REPLICAS="1").stdout)
+    document = json.loads(plan(*asked, "--json").stdout)
     assert [stage["worker"] for stage in document["stages"]] == ["pc"]
     assert document["workers"]["pi"]["memory_bytes"] == 20 * 1024
     assert document["workers"]["pi"]["advice"]["gain"] == 0.0
@@ -193,9 +204,9 @@ def failure(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None:
-    code, said = failure("plan", str(checkpoint), "--worker", "100KiB", "--worker", "200KiB")
-    assert code == 4
-    assert re.search(r"needs .*offer 300.0 KiB.*missing.*layers would fit.*Add a worker", said)
+    said = r"needs .*offer 300.0 KiB.*missing.*layers would fit.*Add a worker"
+    with pytest.raises(NotEnoughMemory, match=said):
+        plan(str(checkpoint), "--worker", "100KiB", "--worker", "200KiB")
 
 
 @pytest.mark.parametrize(
@@ -213,9 +224,8 @@ def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None
 )
 def test_workers_of_a_plan_that_cannot_be_read(workers: list[str], said: str) -> None:
     options = [text for worker in workers for text in ("--worker", worker)]
-    code, text = failure("plan", "", *options)
-    assert code == 2
-    assert said in text
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        plan("", *options)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from distributed_llm.common.messages import ClientHello, ClusterStatus, Generate
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from tests.reference import reference_ids
-from tests.unhurried_worker import unhurried_worker
+from tests.unhurried_worker import unhurried_workers
 from tests.waiting import eventually
 from tests.wire.test_transport import raw_sockets
 
@@ -72,9 +72,9 @@ def unhurried(checkpoint: Path) -> Iterator[LocalCluster]:
     settings = {"min_workers": 2, "strategy": "memory", "heartbeat_interval_s": BEAT_S}
     with ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(checkpoint, 0, coordinator=settings))
-        for name in ("worker-1", "worker-2"):
-            worker = unhurried_worker(cluster.address, name, min_task_s=0.02, max_memory="1GiB")
-            stack.enter_context(worker)
+        coordinators = dict.fromkeys(("worker-1", "worker-2"), cluster.address)
+        workers = unhurried_workers(coordinators, min_task_s=0.02, max_memory="1GiB")
+        stack.enter_context(workers)
         cluster.wait_until_serving(num_workers=2)
         yield cluster
 

@@ -177,13 +177,13 @@ class World:
 
     @property
     def state(self) -> str:
-        """The core's."""
-        return self.core.status(now=self.now).state
+        """The core's, without all else that a status says: it is asked after every event."""
+        return self.core._pipelines.state
 
     @property
     def epoch(self) -> int:
-        """The core's."""
-        return self.core.status(now=self.now).epoch
+        """The core's, likewise."""
+        return self.core._pipelines.epoch
 
     @property
     def rejected(self) -> dict[str, int]:

@@ -124,7 +124,7 @@ class Cluster:
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
-    max_examples = 150
+    max_examples = 75
     settings_of_core: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:
@@ -448,7 +448,7 @@ class AutoCluster(Cluster):
     model = with_workspace(AUTO_MODEL)
     longest = 60
     memories = (300, 450, 700)
-    max_examples = 20
+    max_examples = 12
     num_forms: ClassVar[list[int]] = []
 
     def finish(self) -> None:
@@ -472,7 +472,7 @@ class MovingCluster(Cluster):
     longest = 120
     memories = (1500, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed"}
-    max_examples = 45
+    max_examples = 24
     least_moves = 5
     num_moves: ClassVar[list[int]] = []
 
@@ -519,7 +519,7 @@ class BusyCluster(MovingCluster):
     ]
     memories = (3000, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed", "max_batch_sequences": 8}
-    max_examples = 15
+    max_examples = 8
     num_moves: ClassVar[list[int]] = []
 
     @rule()
@@ -544,14 +544,14 @@ class SlowTwins(SlowCluster):
     replicas = 2
     longest = 150
     memories = (400, 800, 5000)
-    max_examples = 30
+    max_examples = 16
 
 
 class SlowMoves(SlowCluster, MovingCluster):
     """Layers move, slowly, where memory holds hardly more than both stages."""
 
     memories = (800, 1000, 1300)
-    max_examples = 25
+    max_examples = 14
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
 
@@ -581,14 +581,14 @@ class ManyAtOnce(Cluster):
     longest = 60
     memories = (6000, 6000, 6000)
     settings_of_core: ClassVar = {"max_batch_sequences": 12, "max_batch_tokens": 2}
-    max_examples = 25
+    max_examples = 12
 
 
 class FailingLoads(Cluster):
     """Loads fail or hang, also of stages that are served, and machines lose power."""
 
     settings_of_core: ClassVar[Mapping[str, object]] = {"load_timeout_s": 10.0}
-    max_examples = 60
+    max_examples = 40
 
     @rule(when=Cluster.any_up, index=_INDEX, how=any_of(["well", "fail", "refuse", "stall"]))
     def change_loads(self, index: int, how: str) -> None:
@@ -624,7 +624,7 @@ class FailingMoves(FailingLoads, MovingCluster):
     """Likewise, and layers move."""
 
     settings_of_core: ClassVar = {"strategy": "speed", "load_timeout_s": 10.0}
-    max_examples = 40
+    max_examples = 20
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
 
