@@ -118,7 +118,7 @@ def test_status_shows_every_worker(cluster: LocalCluster) -> None:
 
 
 def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
-    done = dllm("plan", str(checkpoint), "--worker", "pc=3MiB", "--worker", "2MiB", "--json")
+    done = dllm("plan", str(checkpoint), "--worker", "pc=13MiB", "--worker", "12MiB", "--json")
     assert done.returncode == 0, done.stderr
     stages = json.loads(done.stdout)["stages"]
     assert [stage["worker"] for stage in stages] == ["pc", "worker-2"]
@@ -129,7 +129,7 @@ def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
 def test_a_plan_needs_no_more_than_a_config(checkpoint: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes((checkpoint / "config.json").read_bytes())
-    workers = ["--worker", "pc=3MiB", "--worker", "2MiB"]
+    workers = ["--worker", "pc=13MiB", "--worker", "12MiB"]
     *planned, assumed = plan(str(config), *workers).stdout.splitlines()
     assert assumed.startswith("assumed: weights as config.json describes them; ")
     *with_weights, _ = plan(str(checkpoint), *workers).stdout.splitlines()
@@ -145,10 +145,11 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
         asked += ["--worker", worker]
     done = plan(*asked)
     assert (done.exit_code, done.stderr) == (0, "")
-    header, pc, weights, idle, expected, worth, *others, assumed = done.stdout.splitlines()
+    header, pc, weights, memory, idle, expected, worth, *others, assumed = done.stdout.splitlines()
     assert header.split()[:3] == ["worker", "layers", "memory"]
     assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
     assert weights.endswith("; float32 in the files and in memory")
+    assert memory == "memory: 9.6 MiB of each machine are kept for what it computes with"
     assert idle == "without layers: mac and pi"
     assert re.fullmatch(
         r"expected: [\d.]+ tokens/s for one request, [\d.]+ tokens/s for 16 at once", expected
@@ -204,9 +205,11 @@ def failure(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None:
-    said = r"needs .*offer 300.0 KiB.*missing.*layers would fit.*Add a worker"
+    said = (
+        r"needs .*offer 300.0 KiB .*, beside 9.6 MiB each.*missing.*layers would fit.*Add a worker"
+    )
     with pytest.raises(NotEnoughMemory, match=said):
-        plan(str(checkpoint), "--worker", "100KiB", "--worker", "200KiB")
+        plan(str(checkpoint), "--worker", "9912KiB", "--worker", "10012KiB")
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_what_a_step_takes_is_not_planned_with() -> None:
     said = "memory: 150.0 MiB of each machine are kept for what it computes with"
     assert said in summary.plan_lines(run)
     more = replace(MODEL, cost=replace(cost, workspace_bytes=250 * MIB), smaller=())
-    with pytest.raises(NotEnoughMemory, match=r"without 250\.0 MiB that each of them"):
+    with pytest.raises(NotEnoughMemory, match=r"beside 250\.0 MiB each"):
         dry_run(more, workers, settings)
 
 

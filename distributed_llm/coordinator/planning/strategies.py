@@ -207,7 +207,7 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
         f"{size_text(offered)} ({each or 'none'})"
     )
     if cost.workspace_bytes:
-        what += f", without {size_text(cost.workspace_bytes)} that each of them computes with"
+        what += f", beside {size_text(cost.workspace_bytes)} each that they compute with"
     layers = [LayerRange(at, at + 1) for at in range(cost.num_layers)]
     most = max(layers, key=lambda one: cost.stage_bytes(one, kv_tokens))
     least = cost.stage_bytes(most, kv_tokens)  # that one worker at least must have
