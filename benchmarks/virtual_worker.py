@@ -321,7 +321,9 @@ class VirtualWorker:
         message: KVPieces | KVEnd | None = None
         if self._exported[epoch, layers] < _PIECES:
             self._exported[epoch, layers] += 1
-            message = KVPieces(epoch=epoch, layers=layers, number=number, parts=(), tensors=())
+            message = KVPieces(
+                epoch=epoch, layers=layers, number=number, dtype="uint8", parts=(), tensors=()
+            )
         elif order.rest:
             message = KVEnd(epoch=epoch, layers=layers, number=number, tensors=())
         return agents.KVExported(order, message)

@@ -53,6 +53,9 @@ VERIFIED: frozenset[str] = frozenset(
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
 
+EXCEEDS_FLOAT16: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text", "glm4"})
+"""Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
+
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
 _OWN_ATTENTION = "its attention cannot be replaced, and so not be run on packed sequences"
 _OWN_STATE = (

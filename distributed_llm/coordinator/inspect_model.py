@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from distributed_llm.common.architectures import EXCEEDS_FLOAT16
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
@@ -64,6 +65,7 @@ def served_model(
         cost=costs[0],
         smaller=tuple(costs[1:]),
         may_shrink=settings.quantize == "auto",
+        exceeds_float16=checkpoint.model_type in EXCEEDS_FLOAT16,
         formats={one.quantize: formats_of(checkpoint, dtype, one.quantize) for one in costs},
         hidden_size=checkpoint.hidden_size,
         defaults=defaults,

@@ -82,7 +82,9 @@ class Membership:
         """Welcome a worker that says hello; plan with it after `settle_s`."""
         earlier = self._registry.remove_instance(hello.instance, key)
         worker = self._registry.add_worker(peer, hello, key=key, reserved=reserved, now=now)
-        self._cluster.measurements.joined(worker.id, hello.capabilities)
+        self._cluster.measurements.joined(
+            worker.id, self._cluster.model.planned(hello.capabilities)
+        )
         self._replanning.joined(now=now)
         welcome = Welcome(
             worker_id=worker.id,
@@ -121,7 +123,9 @@ class Membership:
         actions: list[Action] = []
         for worker, earlier in self._registry.give_names_back():
             self._cluster.measurements.left(earlier)
-            self._cluster.measurements.joined(worker.id, worker.capabilities)
+            self._cluster.measurements.joined(
+                worker.id, self._cluster.model.planned(worker.capabilities)
+            )
             self._moves.prices.forget(earlier)
             note = self._log.note(EventKind.WORKER_RENAMED, worker=worker.id, earlier=earlier)
             actions += [Send(worker.peer, Renamed(worker_id=worker.id)), note]
@@ -207,7 +211,9 @@ class Membership:
     def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
         """Learn what the machine of a worker without layers can do now."""
         worker.remeasured(measured)
-        self._cluster.measurements.remeasured(worker.id, worker.capabilities)
+        self._cluster.measurements.remeasured(
+            worker.id, self._cluster.model.planned(worker.capabilities)
+        )
         return []
 
     def not_understood(self, worker: Worker, message: NotUnderstood, *, now: float) -> list[Action]:

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from distributed_llm.common.formats import WeightFormats
 from distributed_llm.common.kv_dtypes import KVDtype
-from distributed_llm.common.messages import ModelInfo, ModelSource
+from distributed_llm.common.messages import Capabilities, ModelInfo, ModelSource
 from distributed_llm.common.sampling_params import CheckpointParams, SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange, TokenId
@@ -59,12 +61,13 @@ class ServedModel:
     Attributes:
         name: shown to users.
         source: where workers find the checkpoint.
-        dtype: of weights, and of KV cache if `kv_dtype` is auto.
+        dtype: of weights, and of KV cache if `kv_dtype` is auto; some machines have another one.
         wire_dtype: of activations between stages.
         kv_dtype: how keys and values are kept.
         cost: memory of its parts.
         smaller: the same with fewer bits per weight, most bits first.
         may_shrink: `smaller` may be planned with, where the workers cannot hold `cost`.
+        exceeds_float16: whether numbers in it are known to be larger than any of float16.
         formats: how its weights stand in files and memory, by what they are quantized to.
         hidden_size: numbers per token between stages.
         defaults: of generation.
@@ -90,11 +93,44 @@ class ServedModel:
     smaller: tuple[ModelCost, ...] = ()
     may_shrink: bool = False
     kv_dtype: KVDtype = "auto"
+    exceeds_float16: bool = False
     formats: Mapping[Quantize, WeightFormats] = field(default_factory=dict)
 
     def cost_at(self, quantize: Quantize) -> ModelCost:
         """Return the memory that its parts take if floating-point weights become this."""
         return next((cost for cost in self.smaller if cost.quantize == quantize), self.cost)
+
+    def dtype_on(self, machine: Capabilities) -> DtypeName:
+        """Return the dtype that a machine computes in: the model's, unless it has no bfloat16."""
+        if self.dtype != "bfloat16" or machine.bfloat16:
+            return self.dtype
+        return "float32" if self.exceeds_float16 else "float16"
+
+    def workspace_on(self, machine: Capabilities) -> int:
+        """Return the bytes that a step takes on a machine beside weights and KV cache."""
+        return self.cost.workspace_bytes * self._widening(machine)
+
+    def planned(self, machine: Capabilities) -> Capabilities:
+        """Return a machine as plans count it: room for weights and KV cache in the model's dtype.
+
+        One that computes in a dtype of twice as many bytes is a machine with half the room, half as
+        quickly read. For integers that is too little: their bytes stay the same.
+        """
+        wider = self._widening(machine)
+        room_bytes = max(0, machine.memory_bytes - self.workspace_on(machine)) // wider
+        if wider == 1:
+            return msgspec.structs.replace(machine, memory_bytes=room_bytes)
+        disk_bytes_per_s = machine.disk_bytes_per_s
+        return msgspec.structs.replace(
+            machine,
+            memory_bytes=room_bytes,
+            memory_bandwidth_bytes_per_s=machine.memory_bandwidth_bytes_per_s / wider,
+            offload_bytes=machine.offload_bytes // wider,
+            disk_bytes_per_s=disk_bytes_per_s and disk_bytes_per_s / wider,
+        )
+
+    def _widening(self, machine: Capabilities) -> int:
+        return ITEM_BYTES[self.dtype_on(machine)] // ITEM_BYTES[self.dtype]
 
     def with_tokenizer(self, facts: TokenizerFacts) -> "ServedModel":
         """Return the model with what its tokenizer says.

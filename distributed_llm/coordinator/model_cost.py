@@ -21,7 +21,7 @@ class ModelCost:
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. No
-            plan is made for it: what workers offer is counted without (`room_in`).
+            plan is made for it: what workers offer is counted without (`ServedModel.planned`).
     """
 
     layer_bytes: tuple[int, ...]
@@ -47,10 +47,6 @@ class ModelCost:
     def all_weight_bytes(self) -> int:
         """Bytes of all weights, each once."""
         return self.weight_bytes(LayerRange(0, self.num_layers))
-
-    def room_in(self, memory_bytes: int) -> int:
-        """Return what a worker's memory has room for: weights and KV cache."""
-        return max(0, memory_bytes - self.workspace_bytes)
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""

@@ -22,6 +22,18 @@ def present() -> list[str]:
     return [*gpus, "cpu"]
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices of bfloat16.
+
+    NVIDIA's do from Ampere on (older ones emulate it, if at all), Apple's from macOS 14 on.
+    """
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    if device.type == "cuda" and torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
+
+
 def own_memory(device: torch.device) -> tuple[int, int] | None:
     """Return (free, total) bytes of a GPU with memory of its own, None if it uses the machine's.
 

@@ -12,7 +12,7 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
     "int32": torch.int32,
     "uint8": torch.uint8,
 }
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def tensor_of(spec: TensorSpec, frame: Frame) -> Tensor:
@@ -26,5 +26,5 @@ def tensor_of(spec: TensorSpec, frame: Frame) -> Tensor:
 def frame_of(tensor: Tensor) -> tuple[TensorSpec, Frame]:
     """Return spec and frame of a tensor that is not empty; one on the CPU may share its memory."""
     held = tensor.detach().contiguous().cpu()
-    spec = TensorSpec(_NAMES[held.dtype], tuple(held.shape))
+    spec = TensorSpec(DTYPE_NAMES[held.dtype], tuple(held.shape))
     return spec, held.view(-1).view(torch.uint8).numpy().data

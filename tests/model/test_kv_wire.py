@@ -97,6 +97,40 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+def one_piece(dtype: torch.dtype) -> tuple[KVPieces, tuple[Frame, ...], KVPiece]:
+    part = KVPart(segment=7, layer=1, offset=0, count=3, capacity=64)
+    keys, values = torch.randn(2, 3, 4).to(dtype), torch.randn(2, 3, 6).to(dtype)
+    keys[0, 0, 0] = 70000.0  # more than float16 has
+    piece = KVPiece(part, keys, values)
+    return *encode_pieces(Epoch(2), LayerRange(1, 2), 1, [piece]), piece
+
+
+@pytest.mark.parametrize("sent_in", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_become_those_of_the_worker_they_come_to(
+    sent_in: torch.dtype, kept_in: torch.dtype
+) -> None:
+    """A worker without bfloat16 computes in float16, or in float32, beside others that do not."""
+    message, frames, piece = one_piece(sent_in)
+    layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
+    (back,) = decode_pieces(message, frames, {1: layout})
+    assert torch.equal(back.keys, piece.keys.to(kept_in))
+    assert torch.equal(back.values, piece.values.to(kept_in))
+    assert bool(back.keys[0, 0, 0].isinf()) == (kept_in == torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("sent_in", "kept_in"), [(torch.float16, torch.uint8), (torch.uint8, torch.bfloat16)]
+)
+def test_rows_of_bytes_do_not_become_numbers(sent_in: torch.dtype, kept_in: torch.dtype) -> None:
+    part = KVPart(segment=7, layer=1, offset=0, count=3, capacity=64)
+    ones = KVPiece(part, *(torch.ones(2, 3, dim, dtype=sent_in) for dim in (4, 6)))
+    message, frames = encode_pieces(Epoch(2), LayerRange(1, 2), 1, [ones])
+    layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
+    with pytest.raises(KVTransferError, match="is kept as"):
+        list(decode_pieces(message, frames, {1: layout}))
+
+
 def test_a_message_does_not_change_with_the_cache() -> None:
     source = cache()
     pieces = KVExporter(source, ALL, ALL).next_chunk(MAX_PIECES_BYTES, MAX_PIECES_SENT) or []
@@ -120,7 +154,14 @@ def test_the_largest_message_is_in_bounds() -> None:
     parts = (part,) * MAX_PIECES_SENT
     specs = (TensorSpec("uint8", (1,)),)
     codec.encode(
-        KVPieces(epoch=Epoch(HIGHEST), layers=ALL, number=HIGHEST, parts=parts, tensors=specs),
+        KVPieces(
+            epoch=Epoch(HIGHEST),
+            layers=ALL,
+            number=HIGHEST,
+            dtype="bfloat16",
+            parts=parts,
+            tensors=specs,
+        ),
         (b"\0",),
     )
     into = importer()
@@ -191,7 +232,9 @@ def test_parts_that_make_no_sense_are_refused(made: list[KVPart], data: st.DataO
     if size > 1 << 20 or data.draw(st.booleans()):
         size = data.draw(st.integers(1, 1000))
     spec = TensorSpec("uint8", (size,))
-    message = KVPieces(epoch=Epoch(2), layers=ALL, number=1, parts=tuple(made), tensors=(spec,))
+    message = KVPieces(
+        epoch=Epoch(2), layers=ALL, number=1, dtype="float32", parts=tuple(made), tensors=(spec,)
+    )
     survives(codec.encode(message, (bytes(size),)))
 
 

@@ -475,6 +475,45 @@ def test_a_sequence_whose_numbers_are_not_finite_is_named(pipeline: Pipeline) ->
     assert caught.value.sequence_ids == (2,)
 
 
+def load_mixed(checkpoint: Checkpoint, dtypes: list[torch.dtype]) -> list[Stage]:
+    return [
+        Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=dtype)
+        for i, dtype in enumerate(dtypes)
+    ]
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.float32])
+def test_stages_of_one_pipeline_may_compute_in_other_dtypes(
+    checkpoint: Checkpoint, whole: Any, other: torch.dtype
+) -> None:
+    """Hidden states travel in bfloat16, whatever a stage computes in."""
+    stages = load_mixed(checkpoint, [torch.bfloat16, other, torch.bfloat16])
+    tokens, states = ids(*PROMPTS[0]), None
+    sequences = [piece(0, len(PROMPTS[0]))]
+    for stage in stages[:2]:
+        output = stage.run(sequences, tokens, states)
+        assert output.hidden_states is not None
+        states = output.hidden_states.to(torch.bfloat16)
+    expected = whole(tokens.long()[None], output_hidden_states=True).hidden_states[2][0]
+    assert states is not None
+    assert (states.float() - expected).norm() < 0.02 * expected.norm()
+    assert stages[2].run(sequences, tokens, states).token_ids is not None
+
+
+def test_states_that_float16_cannot_hold_fail_their_sequence_and_say_what_to_do(
+    checkpoint: Checkpoint,
+) -> None:
+    stage = load_mixed(checkpoint, [torch.float16] * 2)[1]
+    hidden = torch.ones(3, HIDDEN_SIZE, dtype=torch.bfloat16)
+    hidden[1, 3] = 70000.0
+    sequences = [piece(0, 1, sequence_id=number) for number in range(3)]
+    with pytest.raises(
+        SequencesFailed, match=r"torch\.float16 is too narrow.*--dtype float32"
+    ) as e:
+        stage.run(sequences, ids(1, 2, 3), hidden)
+    assert e.value.sequence_ids == (1,)
+
+
 def test_a_sequence_with_tokens_of_another_model_is_named(pipeline: Pipeline) -> None:
     sequences = [piece(0, 2, sequence_id=5), piece(0, 1, sequence_id=6)]
     tokens = torch.tensor([1, 2, VOCAB_SIZE], dtype=torch.int32)

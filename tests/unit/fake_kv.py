@@ -112,6 +112,7 @@ class FakeExporter:
             epoch=order.epoch,
             layers=order.layers,
             number=order.number,
+            dtype="uint8",
             parts=parts,
             tensors=(spec,),
         )

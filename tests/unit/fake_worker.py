@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Literal, assert_never
 
+import msgspec
+
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError, StageError
 from distributed_llm.common.keys import PublicKey, key_text
@@ -94,7 +96,9 @@ class SimWorker:
         after_task: called after each task, before the answer is sent.
     """
 
-    def __init__(self, world: "World", name: str, memory_bytes: int) -> None:
+    def __init__(
+        self, world: "World", name: str, memory_bytes: int, *, bfloat16: bool = True
+    ) -> None:
         self.world = world
         self.name = name
         self.state: Literal["up", "frozen", "dead"] = "up"
@@ -145,7 +149,7 @@ class SimWorker:
         self._hellos: dict[PeerId, SimWorker] = {}  # who dialled this worker
         self.agent = Agent(
             name,
-            capabilities(memory_bytes),
+            msgspec.structs.replace(capabilities(memory_bytes), bfloat16=bfloat16),
             instance=f"process-{next(_instances)}",
             address="simulated:1",
             connect_timeout_s=10.0,

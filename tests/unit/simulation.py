@@ -141,9 +141,9 @@ class World:
 
     # -------------------------------------------------------------- people
 
-    def worker(self, name: str, memory_bytes: int = BIG) -> SimWorker:
+    def worker(self, name: str, memory_bytes: int = BIG, *, bfloat16: bool = True) -> SimWorker:
         """Return a worker that is about to join."""
-        worker = SimWorker(self, name, memory_bytes)
+        worker = SimWorker(self, name, memory_bytes, bfloat16=bfloat16)
         self.workers.append(worker)
         return worker
 

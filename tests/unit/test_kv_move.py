@@ -180,7 +180,12 @@ def sending(now: float = 0.0) -> tuple[Agent, Action]:
 def pieces(number: int, layers: LayerRange = SECOND, epoch: int = 5) -> KVPieces:
     part = KVPart(segment=1, layer=layers.start, offset=0, count=1, capacity=64)
     return KVPieces(
-        epoch=Epoch(epoch), layers=layers, number=number, parts=(part,), tensors=(BYTES,)
+        epoch=Epoch(epoch),
+        layers=layers,
+        number=number,
+        dtype="bfloat16",
+        parts=(part,),
+        tensors=(BYTES,),
     )
 
 

@@ -213,6 +213,45 @@ def test_the_devices_of_this_machine_end_with_the_cpu() -> None:
     assert devices.present()[-1] == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [((7, 5), None, False), ((8, 0), None, True), ((8, 6), None, True), ((6, 1), "6.4", True)],
+)
+def test_only_newer_gpus_of_nvidia_compute_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert devices.computes_in_bfloat16(torch.device("cuda:1")) == expected
+
+
+@pytest.mark.parametrize("macos", [13, 14, 15])
+def test_apples_gpus_compute_in_bfloat16_from_macos_14_on(
+    monkeypatch: pytest.MonkeyPatch, macos: int
+) -> None:
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: (macos, 0) >= (major, minor)
+    )
+    assert devices.computes_in_bfloat16(torch.device("mps")) == (macos >= 14)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_device_without_bfloat16_is_not_measured_with_it(
+    monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    used = []
+
+    def seconds(device: torch.device, dtype: torch.dtype, size: int, budget_s: float) -> float:
+        used.append(dtype)
+        return 1.0
+
+    monkeypatch.setattr(devices, "computes_in_bfloat16", lambda device: able)
+    monkeypatch.setattr(probe, "_matmul_seconds", seconds)
+    probe._faster_dtype.__wrapped__(torch.device("mps"))
+    assert (torch.bfloat16 in used) == able
+    assert torch.float16 in used
+
+
 # ------------------------------------------------------------------ memory
 
 

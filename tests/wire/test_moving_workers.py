@@ -111,7 +111,7 @@ class FakeEngine:
         if order.number <= NUM_PIECES:
             spec = TensorSpec("uint8", (PIECE_BYTES,))
             part = KVPart(segment=1, layer=order.layers.start, offset=0, count=1, capacity=64)
-            pieces = KVPieces(**names, parts=(part,), tensors=(spec,))  # type: ignore[arg-type]
+            pieces = KVPieces(**names, dtype="uint8", parts=(part,), tensors=(spec,))  # type: ignore[arg-type]
             return KVExported(order, pieces, (bytes(PIECE_BYTES),))
         if not order.rest:
             return KVExported(order, None)

@@ -8,7 +8,7 @@ from msgspec import Meta
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 MAX_TENSORS = 8
 MAX_STAGES = 256
 
@@ -54,6 +54,7 @@ class Capabilities(Value, frozen=True, kw_only=True):
         flops_per_s: measured while multiplying matrices.
         offload_bytes: room on its disk for layers without room in memory.
         disk_bytes_per_s: measured while reading from that disk; nothing if it has no room.
+        bfloat16: whether the device computes in bfloat16; else it does in float16 or float32.
     """
 
     device: Label
@@ -67,6 +68,7 @@ class Capabilities(Value, frozen=True, kw_only=True):
     shares: Label = ""
     offload_bytes: Count = 0
     disk_bytes_per_s: Bandwidth | None = None
+    bfloat16: bool = True
 
 
 class FetchProgress(Value, frozen=True, kw_only=True):

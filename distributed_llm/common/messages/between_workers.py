@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from distributed_llm.common.messages.base import Label, Message
-from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, Epoch, LayerRange
 
 MAX_PIECES = 2048
@@ -54,16 +54,18 @@ class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
     """Worker -> worker: parts of a KV cache; answered by `KVTaken`.
 
     `tensors` is [bytes (uint8)]: for each part, keys [heads, count, key_dim] followed by values
-    [heads, count, value_dim], in the model's dtype.
+    [heads, count, value_dim], as the sender keeps them.
 
     Attributes:
         layers: layers of the transfer, which identify it.
         number: number of this message in the transfer, from 1.
+        dtype: of keys and values; uint8 if they are kept in 8 bits.
     """
 
     epoch: Epoch
     layers: LayerRange
     number: Count
+    dtype: DtypeName
     parts: Annotated[tuple[KVPart, ...], Meta(min_length=1, max_length=MAX_PIECES)]
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 

@@ -109,7 +109,8 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     `epoch`. A newer order replaces one that loads beside; `UndoMove` gives it up.
 
     Attributes:
-        dtype: dtype of weights and computation, and of KV cache if `kv_dtype` is auto.
+        dtype: dtype of weights and computation, and of KV cache if `kv_dtype` is auto. Stages of an
+            epoch may have different ones.
         wire_dtype: dtype of activations between stages.
         quantize: what floating-point matrices of the layers become while they are loaded.
         kv_dtype: how keys and values are kept.

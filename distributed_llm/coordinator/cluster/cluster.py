@@ -84,8 +84,8 @@ class Cluster:
 
     def memory_of(self, workers: Iterable[Worker]) -> dict[WorkerId, int]:
         """Return what each of these workers has room for: weights and KV cache, bytes."""
-        room_in = self.model.cost.room_in
-        return {worker.id: room_in(worker.capabilities.memory_bytes) for worker in workers}
+        planned = self.model.planned
+        return {worker.id: planned(worker.capabilities).memory_bytes for worker in workers}
 
     def needed_tokens(self, pipeline: Pipeline) -> int:
         """Return the positions of KV cache without which a new plan would fail requests."""

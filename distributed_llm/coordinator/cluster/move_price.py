@@ -73,6 +73,7 @@ class MovePrices:
         """Return what moving a pipeline that serves to a plan is expected to cost."""
         cost = self._cluster.model.cost_at(old.quantize)
         workers = {worker.id: worker for worker in self._cluster.registry.workers}
+        rooms = self._cluster.memory_of(workers[stage.worker] for stage in plan)
         stages = tuple(PipelineStage(workers[s.worker].peer, s.worker, s.layers) for s in plan)
         held = {stage.worker: stage.layers for stage in old.stages}
         tokens = old.scheduler.kv_tokens_used if old.scheduler else 0
@@ -85,7 +86,7 @@ class MovePrices:
             load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
             own_bytes = cost.weight_bytes(before) if before else 0
             layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
-            left_bytes = cost.room_in(worker.capabilities.memory_bytes) - own_bytes - added
+            left_bytes = rooms[stage.worker] - own_bytes - added
             room = min(room, left_bytes // max(1, layers * cost.kv_bytes_per_token))
         room -= room % KV_BLOCK
         transfers = transfers_between(old.stages, stages)

@@ -348,17 +348,18 @@ class Pipelines:
             givers.update(source.worker for source in sources)
             senders = [*([before] if before else []), *(one.sender for one in imports)]
             planned = next(s for s in pipeline.plan if s.worker == stage.worker)
+            machine = self.worker(stage).capabilities
             order = LoadStage(
                 epoch=pipeline.epoch,
                 source=self._model.source,
                 layers=stage.layers,
-                dtype=self._model.dtype,
+                dtype=self._model.dtype_on(machine),
                 wire_dtype=self._model.wire_dtype,
                 quantize=pipeline.quantize,
                 kv_dtype=self._model.kv_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=planned.kv_tokens,
-                workspace_bytes=self._model.cost.workspace_bytes,
+                workspace_bytes=self._model.workspace_on(machine),
                 from_disk=planned.from_disk,
                 link_key=key,
                 next_stage=None

@@ -100,10 +100,7 @@ def dry_run(
         measurements.joined(worker, machine)
     planner = Planner.from_settings(model, settings)
     machines = measurements.machines(
-        {
-            worker: model.cost.room_in(machine.memory_bytes)
-            for worker, machine in capabilities.items()
-        }
+        {worker: model.planned(machine).memory_bytes for worker, machine in capabilities.items()}
     )
     plans = planner.plans(machines)
     cost = model.cost_at(plans[0][0].quantize)

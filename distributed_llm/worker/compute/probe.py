@@ -91,6 +91,7 @@ def measure(
         shares=shares if torch_device.type == "cpu" else "",
         memory_bandwidth_bytes_per_s=bandwidth,
         flops_per_s=flops,
+        bfloat16=devices.computes_in_bfloat16(torch_device),
     )
 
 
@@ -236,7 +237,9 @@ def _flops(device: torch.device, budget_s: float) -> float:
 @functools.cache  # depends on the hardware alone, but measurements are noisy
 def _faster_dtype(device: torch.device) -> torch.dtype:
     """Return the fastest dtype for matrices: some CPUs and GPUs only emulate bfloat16."""
-    kinds = [torch.float32, torch.bfloat16]
+    kinds = [torch.float32]
+    if devices.computes_in_bfloat16(device):
+        kinds.append(torch.bfloat16)
     if device.type != "cpu":
         kinds.append(torch.float16)
     seconds = {kind: _matmul_seconds(device, kind, _DTYPE_MATMUL_SIZE, _BUDGET_S) for kind in kinds}

@@ -12,7 +12,12 @@ from distributed_llm.common.wording import size_text
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVLayout
 from distributed_llm.worker.kv.transfer import KVPiece
-from distributed_llm.worker.tensor_frames import frame_of, tensor_of
+from distributed_llm.worker.tensor_frames import (
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    frame_of,
+    tensor_of,
+)
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message with pieces, bytes: small, for a message or two between tasks delay them."""
@@ -49,7 +54,14 @@ def encode_pieces(
             start = stop
     parts = tuple(piece.part for piece in pieces)
     spec, frame = frame_of(packed)
-    message = KVPieces(epoch=epoch, layers=layers, number=number, parts=parts, tensors=(spec,))
+    message = KVPieces(
+        epoch=epoch,
+        layers=layers,
+        number=number,
+        dtype=DTYPE_NAMES[pieces[0].keys.dtype],
+        parts=parts,
+        tensors=(spec,),
+    )
     return message, (frame,)
 
 
@@ -58,19 +70,31 @@ def decode_pieces(
 ) -> Iterator[KVPiece]:
     """Yield the pieces of a message, on the CPU; all sizes are checked before the first.
 
+    A sender may compute in another dtype: floating-point numbers become those of the layout. What
+    float16 cannot hold becomes infinite there, and fails the sequences that see it.
+
     Args:
         message: as received.
         frames: as received.
         layouts: of the layers that may come, by their numbers in the model.
 
     Raises:
-        KVTransferError: a piece is of another layer, or the sizes do not fit the frame.
+        KVTransferError: a piece is of another layer, the sizes do not fit the frame, or the numbers
+            are of a type that does not become that of the layout.
     """
     frame = _only_frame(message, frames)
+    sent = TORCH_DTYPES[message.dtype]
     for part in message.parts:
         if part.layer not in layouts:
             raise KVTransferError(f"layer {part.layer} is not among {sorted(layouts)}")
-    size = sum(part.count * layouts[part.layer].token_bytes for part in message.parts)
+        kept = layouts[part.layer].dtype
+        if sent != kept and not (sent.is_floating_point and kept.is_floating_point):
+            raise KVTransferError(
+                f"the KV cache that arrived is kept as {sent}, but this one as {kept}"
+            )
+    size = sum(
+        part.count * layouts[part.layer]._replace(dtype=sent).token_bytes for part in message.parts
+    )
     if size != len(frame):
         raise KVTransferError(
             f"{len(message.parts)} pieces of KV cache have {size} bytes, but {len(frame)} came"
@@ -82,8 +106,8 @@ def decode_pieces(
         states = []
         for width in (layout.key_dim, layout.value_dim):
             shape = (layout.heads, part.count, width)
-            stop = start + layout.heads * part.count * width * layout.dtype.itemsize
-            states.append(packed[start:stop].view(layout.dtype).view(shape))
+            stop = start + layout.heads * part.count * width * sent.itemsize
+            states.append(packed[start:stop].view(sent).view(shape).to(layout.dtype))
             start = stop
         yield KVPiece(part, *states)
 

@@ -503,6 +503,7 @@ class Stage:
         named = [s.sequence_id for s, well in zip(slices, finite, strict=True) if not well]
         why = (
             f"the {what} after {layers_text(self.layers)} are not finite: the weights on this "
-            f"machine are damaged, the model's files are, or {self._dtype} is too narrow for it."
+            f"machine are damaged, the model's files are, or {self._dtype} is too narrow for it; "
+            "then serve it with --dtype float32, or without this machine."
         )
         raise SequencesFailed(named, StageError(why))
