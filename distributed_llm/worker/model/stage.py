@@ -47,7 +47,7 @@ class StageOutput:
     """The result of one step on a stage.
 
     Attributes:
-        hidden_states: [tokens, hidden_size] in the stage's dtype, on its device; None on the last
+        hidden_states: [tokens, hidden_size] in the stage's dtype, on the CPU; None on the last
             stage.
         token_ids: int32 [sequences that sample] on the CPU, in the order of the task; None on all
             other stages.
@@ -445,6 +445,7 @@ class Stage:
         if not self._last:
             output = self._forward.run(step, token_ids, hidden_states, [])
             assert output is not None
+            output = output.cpu()  # before it is looked at: one wait for the device is enough
             last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
             self._check_finite(output[last_rows], step.slices, "hidden states")
             return StageOutput(hidden_states=output)

@@ -1,0 +1,106 @@
+"""How often a step waits for its device; counted on torch's device without numbers, `meta`.
+
+There a value cannot be read: whatever would wait for a GPU raises, but for what is counted here.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.tensor_frames import frame_of
+from tests.checkpoints import make_checkpoint
+
+META = torch.device("meta")
+
+PREFILL = [(0, 5), (0, 9)]
+MIXED = [(5, 1), (9, 1), (0, 7)]
+DECODE = [(6, 1), (10, 1), (7, 1)]
+"""First position and number of tokens of each sequence in steps that follow one another."""
+
+
+class Waits(TorchFunctionMode):
+    """Counts copies from the device and conditions on its values; both give ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensor = args[0] if args else None
+        if not isinstance(tensor, Tensor) or tensor.device != META:
+            return func(*args, **kwargs)
+        if func is Tensor.__bool__:
+            self.names.append("bool")
+            return True
+        to_cpu = func is Tensor.cpu or (
+            func is Tensor.to and "cpu" in map(str, (*args[1:], *kwargs.values()))
+        )
+        if not to_cpu:
+            return func(*args, **kwargs)
+        self.names.append("copy")
+        return func(torch.ones(tensor.shape, dtype=tensor.dtype), *args[1:], **kwargs)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder: Path = tmp_path_factory.mktemp("llama")
+    return open_checkpoint(make_checkpoint(folder, num_layers=3))
+
+
+def waits_of(stage: Stage, parts: Sequence[tuple[int, int]], hidden_size: int) -> list[str]:
+    """Run a step and make frames of its result, as a worker does; return what waited."""
+    sequences = [
+        SequenceSlice(
+            sequence_id=SequenceId(number),
+            start=start,
+            num_tokens=count,
+            sample=True,
+            sampling=Sampling(),
+        )
+        for number, (start, count) in enumerate(parts)
+    ]
+    tokens = sum(count for _, count in parts)
+    first = stage.layers.start == 0
+    states = None if first else torch.ones(tokens, hidden_size, dtype=torch.bfloat16)
+    waits = Waits()
+    with waits:
+        output = stage.run(sequences, torch.ones(tokens, dtype=torch.int32), states)
+        for tensor in (output.hidden_states, output.token_ids):
+            if tensor is not None:
+                frame_of(tensor)
+    return waits.names
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        pytest.param(0, ["copy"], id="first"),
+        pytest.param(1, ["copy"], id="middle"),
+        pytest.param(2, ["bool", "copy"], id="last"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_waits_once_but_on_the_last_stage(
+    checkpoint: Checkpoint, layer: int, expected: list[str], dtype: torch.dtype
+) -> None:
+    """The last stage looks whether its logits are finite, then takes its tokens."""
+    stage = Stage.load(checkpoint, LayerRange(layer, layer + 1), device=META, dtype=dtype)
+    for parts in (PREFILL, MIXED, DECODE):
+        assert waits_of(stage, parts, checkpoint.hidden_size) == expected
