@@ -14,6 +14,9 @@ from distributed_llm.worker.model.kernels.native import library
 _LANES = 16
 """Output channels of a block."""
 
+_HIGHEST_BITS = 0x80808080
+"""Of each of four bytes."""
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -81,9 +84,9 @@ class Int8Blocks(Blocks):
     def __init__(self, codes: Tensor, scales: Tensor, instructions: str | None = None) -> None:
         function = library.function("int8_products", instructions or library.instructions())
         channels, inputs = codes.shape
-        padded = F.pad(codes, (0, -inputs % 4, 0, -channels % _LANES))
-        fours = (padded.view(torch.uint8) ^ 128).view(torch.int32)  # a byte is code + 128
-        ordered = fours.view(-1, _LANES, fours.shape[1]).transpose(1, 2).contiguous()
+        fours = F.pad(codes, (0, -inputs % 4)) if inputs % 4 else codes.contiguous()
+        ordered = torch.empty(_blocks(channels), fours.shape[1] // 4 * _LANES, dtype=torch.int32)
+        interleave(fours, ordered, _LANES, flipped=_HIGHEST_BITS)  # a byte is code + 128
         super().__init__(function, (channels, inputs), (), (ordered, scales.contiguous()))
 
 
@@ -111,18 +114,20 @@ class Int4Blocks(Blocks):
         groups = scales.shape[1]
         group = inputs // groups
         rows = (0, 0, 0, -channels % _LANES)
-        fours = F.pad(codes, rows).view(torch.int32)
-        fours = fours.view(-1, _LANES, groups, group // 8, 2).permute(0, 2, 3, 4, 1)
-        pairs = fours[..., 0, :] | fours[..., 1, :] << 4  # [blocks, groups, group / 8, 16]
         factor = torch.tensor([_power_of_two(scales, offsets)])
-        blocks = pairs.shape[0]
+        blocks = _blocks(channels)
         numbers = [
             (F.pad(each.float() / factor, rows).view(blocks, _LANES, groups).transpose(1, 2))
             for each in (scales, offsets)
         ]
         halves = torch.cat(numbers, -1).half()  # [blocks, groups, 32]
-        parts = halves.view(torch.int32), pairs.flatten(2)
-        ordered = torch.cat(parts, -1).contiguous()
+        ordered = torch.empty(blocks, groups, _LANES + group // 8 * _LANES, dtype=torch.int32)
+        ordered[..., :_LANES] = halves.view(torch.int32)
+        codes = codes.contiguous()
+        library.loaded().pack_int4(
+            *(codes.data_ptr(), ordered.data_ptr(), channels, groups, group),
+            torch.get_num_threads(),
+        )
         super().__init__(function, (channels, inputs), (group,), (ordered, factor))
 
 
@@ -152,6 +157,30 @@ class JointProduct:
         sizes = [states.shape[0] * channels for channels in self._channels]
         parts = torch.split_with_sizes(output.view(-1), sizes)
         return [part.view(states.shape[0], -1) for part in parts]
+
+
+def interleave(rows: Tensor, blocks: Tensor, lanes: int, flipped: int = 0) -> None:
+    """Fill in blocks of rows in which the first four bytes of all rows come first, and so on.
+
+    Args:
+        rows: contiguous, any dtype [rows, columns], of which columns are a multiple of four bytes.
+        blocks: contiguous, int32 [blocks, columns * lanes], of which columns of four bytes beyond
+            those of the rows are left as they are. Rows that a block lacks are zeros.
+        lanes: rows of a block.
+        flipped: bits that change in each four bytes.
+
+    Raises:
+        library.Missing: this machine cannot do so.
+    """
+    library.loaded().interleave_rows(
+        *(rows.data_ptr(), blocks.data_ptr(), rows.shape[0]),
+        *(rows.shape[1] * rows.itemsize // 4, lanes, blocks.shape[1], flipped),
+        torch.get_num_threads(),
+    )
+
+
+def _blocks(channels: int) -> int:
+    return (channels + _LANES - 1) // _LANES
 
 
 def _multiply(

@@ -1,0 +1,133 @@
+/* Weights brought into the orders that products read them in: products.h describes ours, and oneDNN's
+ * are like them but for the number of rows of a block. */
+#include "instructions.h"
+#include "threads.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16 /* rows of a block of codes of 4 bits */
+#define SIDE 8   /* rows and columns that are exchanged at once */
+
+#if defined(__x86_64__)
+INSTRUCTIONS("avx2,fma,f16c")
+#include <immintrin.h>
+
+/* What the threads of one call share. */
+typedef struct {
+    const void *rows;
+    uint32_t *blocks;
+    int64_t num_rows, columns, lanes; /* columns of units of four bytes; lanes: rows of a block */
+    int64_t stride;                   /* units of a block */
+    int64_t groups, group;            /* of codes of 4 bits */
+    uint32_t flipped;                 /* bits that change in each unit */
+    atomic_llong next;
+} Work;
+
+/* Writes 8 rows of 8 units as 8 columns. */
+INLINE void exchange(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride,
+                     __m256i flipped)
+{
+    __m256 rows[SIDE], pairs[SIDE], fours[SIDE];
+    for (int i = 0; i < SIDE; i++)
+        rows[i] = _mm256_loadu_ps((const float *)(from + i * from_stride));
+    for (int i = 0; i < SIDE; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4) {
+        fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+        fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+        fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+        fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int i = 0; i < SIDE; i++) {
+        __m256 column = i < 4 ? _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20)
+                              : _mm256_permute2f128_ps(fours[i - 4], fours[i], 0x31);
+        _mm256_storeu_si256((__m256i *)(to + i * to_stride),
+                            _mm256_xor_si256(_mm256_castps_si256(column), flipped));
+    }
+}
+
+static void interleave_block(const Work *w, int64_t block)
+{
+    const uint32_t *rows = (const uint32_t *)w->rows + block * w->lanes * w->columns;
+    uint32_t *to = w->blocks + block * w->stride;
+    int64_t here = w->num_rows - block * w->lanes;
+    int64_t whole = (here < w->lanes ? here : w->lanes) / SIDE * SIDE, pieces = w->columns / SIDE * SIDE;
+    __m256i flipped = _mm256_set1_epi32((int)w->flipped);
+    for (int64_t column = 0; column < pieces; column += 2 * SIDE)
+        for (int64_t lane = 0; lane < whole; lane += SIDE)
+            for (int64_t own = column; own < pieces && own < column + 2 * SIDE; own += SIDE)
+                exchange(rows + lane * w->columns + own, w->columns, to + own * w->lanes + lane,
+                         w->lanes, flipped);
+    for (int64_t lane = 0; lane < w->lanes; lane++)
+        for (int64_t column = lane < whole ? pieces : 0; column < w->columns; column++)
+            to[column * w->lanes + lane] =
+                w->flipped ^ (lane < here ? rows[lane * w->columns + column] : 0);
+}
+
+static void pack_block(const Work *w, int64_t block)
+{
+    int64_t units = w->group / 8, each = LANES + units * LANES;
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t row = block * LANES + lane;
+        const uint8_t *codes = (const uint8_t *)w->rows + row * w->groups * w->group;
+        for (int64_t group = 0; group < w->groups; group++, codes += w->group) {
+            uint32_t *to = w->blocks + (block * w->groups + group) * each + LANES + lane;
+            for (int64_t unit = 0; unit < units; unit++) {
+                uint32_t low = 0, high = 0;
+                if (row < w->num_rows) {
+                    memcpy(&low, codes + 8 * unit, sizeof low);
+                    memcpy(&high, codes + 8 * unit + 4, sizeof high);
+                }
+                to[unit * LANES] = low | high << 4;
+            }
+        }
+    }
+}
+
+static void interleave_some(void *data)
+{
+    Work *w = data;
+    for (;;) {
+        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (block * w->lanes >= w->num_rows)
+            return;
+        interleave_block(w, block);
+    }
+}
+
+static void pack_some(void *data)
+{
+    Work *w = data;
+    for (;;) {
+        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (block * LANES >= w->num_rows)
+            return;
+        pack_block(w, block);
+    }
+}
+
+/* Writes rows [num_rows, columns] of units of four bytes as [num_rows / lanes][stride / lanes][lanes], of
+ * which columns beyond those of the rows are left as they are. Rows that a block lacks are zeros. The bits
+ * in `flipped` change. */
+EXPORT void interleave_rows(const void *rows, void *blocks, int64_t num_rows, int64_t columns,
+                            int64_t lanes, int64_t stride, uint32_t flipped, int threads)
+{
+    Work w = {.rows = rows, .blocks = blocks, .num_rows = num_rows, .columns = columns,
+              .lanes = lanes, .stride = stride, .flipped = flipped};
+    in_threads(interleave_some, &w, threads);
+}
+
+/* Packs codes [num_rows, groups * group], a byte each, as products.h says of int4, and leaves the room of
+ * scales and offsets as it is. */
+EXPORT void pack_int4(const void *codes, void *blocks, int64_t num_rows, int64_t groups, int64_t group,
+                      int threads)
+{
+    Work w = {.rows = codes, .blocks = blocks, .num_rows = num_rows, .groups = groups, .group = group};
+    in_threads(pack_some, &w, threads);
+}
+INSTRUCTIONS_END
+#endif
