@@ -12,7 +12,7 @@
 
 #if defined(__x86_64__)
 INSTRUCTIONS("avx2,fma,f16c")
-#include <immintrin.h>
+#include "eights.h"
 
 /* What the threads of one call share. */
 typedef struct {
@@ -26,28 +26,16 @@ typedef struct {
 } Work;
 
 /* Writes 8 rows of 8 units as 8 columns. */
-INLINE void exchange(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride,
-                     __m256i flipped)
+INLINE void exchange_units(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride,
+                           __m256i flipped)
 {
-    __m256 rows[SIDE], pairs[SIDE], fours[SIDE];
+    __m256 rows[SIDE], columns[SIDE];
     for (int i = 0; i < SIDE; i++)
         rows[i] = _mm256_loadu_ps((const float *)(from + i * from_stride));
-    for (int i = 0; i < SIDE; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4) {
-        fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-        fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-        fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-        fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-    }
-    for (int i = 0; i < SIDE; i++) {
-        __m256 column = i < 4 ? _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20)
-                              : _mm256_permute2f128_ps(fours[i - 4], fours[i], 0x31);
+    exchange8(rows, columns);
+    for (int i = 0; i < SIDE; i++)
         _mm256_storeu_si256((__m256i *)(to + i * to_stride),
-                            _mm256_xor_si256(_mm256_castps_si256(column), flipped));
-    }
+                            _mm256_xor_si256(_mm256_castps_si256(columns[i]), flipped));
 }
 
 static void interleave_block(const Work *w, int64_t block)
@@ -60,8 +48,8 @@ static void interleave_block(const Work *w, int64_t block)
     for (int64_t column = 0; column < pieces; column += 2 * SIDE)
         for (int64_t lane = 0; lane < whole; lane += SIDE)
             for (int64_t own = column; own < pieces && own < column + 2 * SIDE; own += SIDE)
-                exchange(rows + lane * w->columns + own, w->columns, to + own * w->lanes + lane,
-                         w->lanes, flipped);
+                exchange_units(rows + lane * w->columns + own, w->columns, to + own * w->lanes + lane,
+                               w->lanes, flipped);
     for (int64_t lane = 0; lane < w->lanes; lane++)
         for (int64_t column = lane < whole ? pieces : 0; column < w->columns; column++)
             to[column * w->lanes + lane] =

@@ -1,7 +1,6 @@
 /* Integers made of floating-point weights: what quantized/quantize.py computes, to the last bit, in one
  * pass over weights that stay in the caches. Only sums of numbers that are not whole depend on their order;
  * it is that of torch's sums along rows. */
-#include "floats.h"
 #include "instructions.h"
 #include "threads.h"
 
@@ -20,16 +19,22 @@ INSTRUCTIONS("avx2,fma,f16c")
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* What the threads of one call share. Rows are channels, or groups. */
-typedef struct {
+typedef struct Work {
     const void *values;
     uint8_t *codes;
     float *scales, *offsets;
     int64_t rows, columns, step;
     int dtype;
-    void (*quantize)(const void *row, int dtype, int64_t columns, uint8_t *codes, float *scale,
-                     float *offset);
+    void (*quantize)(const struct Work *, int64_t first, int64_t last);
     atomic_llong next;
 } Work;
+
+INLINE int64_t bytes_of_row(const Work *w) { return w->columns * (w->dtype == FLOAT32 ? 4 : 2); }
+
+INLINE const void *row_of(const Work *w, int64_t row)
+{
+    return (const char *)w->values + row * bytes_of_row(w);
+}
 
 INLINE __m256 values8(const void *row, int dtype, int64_t at)
 {
@@ -101,22 +106,6 @@ INLINE void fit_channel(const void *row, const int dtype, int64_t columns, uint8
     }
 }
 
-/* The sum of the lanes, from the first to the last. */
-INLINE float lanes_in_order(__m256 sums)
-{
-    float each[SIDE], sum = 0.0f;
-    _mm256_storeu_ps(each, sums);
-    for (int i = 0; i < SIDE; i++)
-        sum += each[i];
-    return sum;
-}
-
-INLINE float joined(const __m256 sums[4])
-{
-    return lanes_in_order(
-        _mm256_add_ps(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), sums[2]), sums[3]));
-}
-
 INLINE __m256 codes_of_4_bits(__m256 weights, __m256 inverse, __m256 shift)
 {
     __m256 codes = whole8(_mm256_sub_ps(_mm256_mul_ps(weights, inverse), shift));
@@ -124,104 +113,169 @@ INLINE __m256 codes_of_4_bits(__m256 weights, __m256 inverse, __m256 shift)
     return _mm256_min_ps(codes, _mm256_set1_ps(15.0f));
 }
 
+/* The sum of each register's lanes, from the first to the last. */
+INLINE __m256 sums_in_order(const __m256 rows[SIDE])
+{
+    __m256 columns[SIDE], sum = _mm256_setzero_ps();
+    exchange8(rows, columns);
+    for (int i = 0; i < SIDE; i++)
+        sum = _mm256_add_ps(sum, columns[i]);
+    return sum;
+}
+
+INLINE __m256 joined(const __m256 sums[4])
+{
+    return _mm256_add_ps(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), sums[2]), sums[3]);
+}
+
+/* Eight groups: [8] or, of weights, [8][group] in memory. */
 typedef struct {
-    float scale, offset, gain;
+    __m256 scale, offset, gain;
 } Fit;
 
 /* Rounds, then fits scale and offset to the codes. */
-INLINE Fit least_squares(const float *weights, const int group, float total, float middle, float scale)
+INLINE Fit least_squares(const float *weights, const int group, __m256 total, __m256 middle, __m256 scale)
 {
-    float offset = middle - 7.5f * scale, inverse = 1.0f / scale;
-    __m256 inverses = _mm256_set1_ps(inverse), shift = _mm256_set1_ps(offset * inverse);
-    __m256 products[4], linears = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
-    for (int k = 0; k < 4; k++)
-        products[k] = _mm256_setzero_ps();
-    for (int i = 0; i < group; i += 4 * SIDE)
-        for (int k = 0; k < 4; k++) {
-            __m256 own = _mm256_loadu_ps(weights + i + k * SIDE);
-            __m256 codes = codes_of_4_bits(own, inverses, shift);
-            products[k] = _mm256_add_ps(products[k], _mm256_mul_ps(codes, own));
-            linears = _mm256_add_ps(linears, codes);
-            squares = _mm256_fmadd_ps(codes, codes, squares);
-        }
-    float product = joined(products), linear = sum8(linears), square = sum8(squares);
-    float count = (float)group, spread = count * square - linear * linear;
-    if (spread > 0) /* with one code for all, any scale fits */
-        scale = (count * product - linear * total) / spread;
-    offset = (total - scale * linear) / count;
-    return (Fit){scale, offset, scale * product + offset * total};
+    __m256 offset = _mm256_sub_ps(middle, _mm256_mul_ps(_mm256_set1_ps(7.5f), scale));
+    __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), scale);
+    __m256 products[SIDE], linears[SIDE], squares[SIDE];
+    float inverses[SIDE], shifts[SIDE];
+    _mm256_storeu_ps(inverses, inverse);
+    _mm256_storeu_ps(shifts, _mm256_mul_ps(offset, inverse));
+    for (int g = 0; g < SIDE; g++) {
+        __m256 own_inverse = _mm256_set1_ps(inverses[g]), shift = _mm256_set1_ps(shifts[g]), sums[4];
+        linears[g] = squares[g] = _mm256_setzero_ps();
+        for (int k = 0; k < 4; k++)
+            sums[k] = _mm256_setzero_ps();
+        for (int i = 0; i < group; i += 4 * SIDE)
+            for (int k = 0; k < 4; k++) {
+                __m256 own = _mm256_loadu_ps(weights + g * group + i + k * SIDE);
+                __m256 codes = codes_of_4_bits(own, own_inverse, shift);
+                sums[k] = _mm256_add_ps(sums[k], _mm256_mul_ps(codes, own));
+                linears[g] = _mm256_add_ps(linears[g], codes);
+                squares[g] = _mm256_fmadd_ps(codes, codes, squares[g]);
+            }
+        products[g] = joined(sums);
+    }
+    __m256 product = sums_in_order(products), linear = sums_in_order(linears);
+    __m256 square = sums_in_order(squares), count = _mm256_set1_ps((float)group);
+    __m256 spread = _mm256_sub_ps(_mm256_mul_ps(count, square), _mm256_mul_ps(linear, linear));
+    __m256 fitted = _mm256_div_ps(
+        _mm256_sub_ps(_mm256_mul_ps(count, product), _mm256_mul_ps(linear, total)), spread);
+    __m256 fits = _mm256_cmp_ps(spread, _mm256_setzero_ps(), _CMP_GT_OQ);
+    scale = _mm256_blendv_ps(scale, fitted, fits); /* with one code for all, any scale fits */
+    offset = _mm256_div_ps(_mm256_sub_ps(total, _mm256_mul_ps(scale, linear)), count);
+    __m256 gain = _mm256_add_ps(_mm256_mul_ps(scale, product), _mm256_mul_ps(offset, total));
+    return (Fit){scale, offset, gain};
 }
 
-INLINE float as_bfloat16(float value) { return widened(narrowed(value)); }
-
-/* Codes of a group. A number that is not finite makes its offset not finite. */
-INLINE void fit_group(const void *row, const int dtype, const int group, uint8_t *codes, float *scale,
-                      float *offset)
+/* Codes of eight groups. A number that is not finite makes its group's offset not finite. */
+INLINE void fit_groups(const void *row, const int dtype, const int group, uint8_t *codes, float *scales,
+                       float *offsets)
 {
-    float weights[MOST_GROUP];
-    __m256 sums[4], least = values8(row, dtype, 0), most = least;
-    for (int k = 0; k < 4; k++)
-        sums[k] = _mm256_setzero_ps();
-    for (int i = 0; i < group; i += 4 * SIDE)
-        for (int k = 0; k < 4; k++) {
-            __m256 own = values8(row, dtype, i + k * SIDE);
-            _mm256_storeu_ps(weights + i + k * SIDE, own);
-            least = _mm256_min_ps(least, own);
-            most = _mm256_max_ps(most, own);
-            sums[k] = _mm256_add_ps(sums[k], own);
-        }
-    float total = joined(sums), highest = max8(most);
-    float lowest = -max8(_mm256_sub_ps(_mm256_setzero_ps(), least));
-    float middle = (lowest + highest) / 2, width = (highest - lowest) / 15;
-    float narrow = width * 0.9f;
-    Fit best = least_squares(weights, group, total, middle, width < SMALLEST ? SMALLEST : width);
-    Fit other = least_squares(weights, group, total, middle, narrow < SMALLEST ? SMALLEST : narrow);
-    if (other.gain > best.gain)
-        best = other;
+    float weights[SIDE * MOST_GROUP], inverses[SIDE], shifts[SIDE];
+    __m256 least[SIDE], most[SIDE], totals[SIDE], columns[SIDE];
+    for (int g = 0; g < SIDE; g++) {
+        __m256 sums[4];
+        for (int k = 0; k < 4; k++)
+            sums[k] = _mm256_setzero_ps();
+        least[g] = most[g] = values8(row, dtype, g * group);
+        for (int i = 0; i < group; i += 4 * SIDE)
+            for (int k = 0; k < 4; k++) {
+                int at = g * group + i + k * SIDE;
+                __m256 own = values8(row, dtype, at);
+                _mm256_storeu_ps(weights + at, own);
+                least[g] = _mm256_min_ps(least[g], own);
+                most[g] = _mm256_max_ps(most[g], own);
+                sums[k] = _mm256_add_ps(sums[k], own);
+            }
+        totals[g] = joined(sums);
+    }
+    __m256 total = sums_in_order(totals);
+    exchange8(least, columns);
+    __m256 lowest = columns[0];
+    for (int i = 1; i < SIDE; i++)
+        lowest = _mm256_min_ps(lowest, columns[i]);
+    exchange8(most, columns);
+    __m256 highest = columns[0];
+    for (int i = 1; i < SIDE; i++)
+        highest = _mm256_max_ps(highest, columns[i]);
+    __m256 middle = _mm256_mul_ps(_mm256_add_ps(lowest, highest), _mm256_set1_ps(0.5f));
+    __m256 width = _mm256_div_ps(_mm256_sub_ps(highest, lowest), _mm256_set1_ps(15.0f));
+    __m256 narrow = _mm256_mul_ps(width, _mm256_set1_ps(0.9f)), smallest = _mm256_set1_ps(SMALLEST);
+    Fit best = least_squares(weights, group, total, middle, _mm256_max_ps(width, smallest));
+    Fit other = least_squares(weights, group, total, middle, _mm256_max_ps(narrow, smallest));
+    __m256 won = _mm256_cmp_ps(other.gain, best.gain, _CMP_GT_OQ);
     /* as kernels keep them */
-    *scale = as_bfloat16(best.scale);
-    *offset = as_bfloat16(best.offset + 8 * *scale) - 8 * *scale;
-    float inverse = 1.0f / *scale;
-    __m256 inverses = _mm256_set1_ps(inverse), shift = _mm256_set1_ps(*offset * inverse);
-    for (int i = 0; i < group; i += SIDE)
-        store_codes(codes + i, codes_of_4_bits(_mm256_loadu_ps(weights + i), inverses, shift));
+    __m256 scale = rounded8(_mm256_blendv_ps(best.scale, other.scale, won));
+    __m256 offset = _mm256_blendv_ps(best.offset, other.offset, won);
+    __m256 eight = _mm256_mul_ps(scale, _mm256_set1_ps(8.0f));
+    offset = _mm256_sub_ps(rounded8(_mm256_add_ps(offset, eight)), eight);
+    __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), scale);
+    _mm256_storeu_ps(scales, scale);
+    _mm256_storeu_ps(offsets, offset);
+    _mm256_storeu_ps(inverses, inverse);
+    _mm256_storeu_ps(shifts, _mm256_mul_ps(offset, inverse));
+    for (int g = 0; g < SIDE; g++) {
+        __m256 own_inverse = _mm256_set1_ps(inverses[g]), shift = _mm256_set1_ps(shifts[g]);
+        for (int at = g * group; at < (g + 1) * group; at += SIDE)
+            store_codes(codes + at,
+                        codes_of_4_bits(_mm256_loadu_ps(weights + at), own_inverse, shift));
+    }
 }
 
-static void quantize_channel(const void *row, int dtype, int64_t columns, uint8_t *codes, float *scale,
-                             float *offset)
+static void quantize_channels(const Work *w, int64_t first, int64_t last)
 {
-    (void)offset;
-    if (dtype == BFLOAT16)
-        fit_channel(row, BFLOAT16, columns, codes, scale);
-    else if (dtype == FLOAT16)
-        fit_channel(row, FLOAT16, columns, codes, scale);
-    else
-        fit_channel(row, FLOAT32, columns, codes, scale);
+    for (int64_t row = first; row < last; row++) {
+        const void *values = row_of(w, row);
+        uint8_t *codes = w->codes + row * w->columns;
+        if (w->dtype == BFLOAT16)
+            fit_channel(values, BFLOAT16, w->columns, codes, w->scales + row);
+        else if (w->dtype == FLOAT16)
+            fit_channel(values, FLOAT16, w->columns, codes, w->scales + row);
+        else
+            fit_channel(values, FLOAT32, w->columns, codes, w->scales + row);
+    }
 }
 
-static void quantize_group(const void *row, int dtype, int64_t columns, uint8_t *codes, float *scale,
-                           float *offset)
+static void quantize_eight(const void *values, int dtype, int group, uint8_t *codes, float *scales,
+                           float *offsets)
 {
-    int group = (int)columns;
     if (dtype == BFLOAT16)
-        fit_group(row, BFLOAT16, group, codes, scale, offset);
+        fit_groups(values, BFLOAT16, group, codes, scales, offsets);
     else if (dtype == FLOAT16)
-        fit_group(row, FLOAT16, group, codes, scale, offset);
+        fit_groups(values, FLOAT16, group, codes, scales, offsets);
     else
-        fit_group(row, FLOAT32, group, codes, scale, offset);
+        fit_groups(values, FLOAT32, group, codes, scales, offsets);
+}
+
+static void quantize_groups(const Work *w, int64_t first, int64_t last)
+{
+    int group = (int)w->columns;
+    int64_t whole = first + (last - first) / SIDE * SIDE, rest = last - whole;
+    for (int64_t row = first; row < whole; row += SIDE)
+        quantize_eight(row_of(w, row), w->dtype, group, w->codes + row * group, w->scales + row,
+                       w->offsets + row);
+    if (!rest)
+        return;
+    char values[SIDE * MOST_GROUP * sizeof(float)] = {0};
+    uint8_t codes[SIDE * MOST_GROUP];
+    float scales[SIDE], offsets[SIDE];
+    memcpy(values, row_of(w, whole), (size_t)(rest * bytes_of_row(w)));
+    quantize_eight(values, w->dtype, group, codes, scales, offsets);
+    memcpy(w->codes + whole * group, codes, (size_t)(rest * group));
+    memcpy(w->scales + whole, scales, (size_t)rest * sizeof *scales);
+    memcpy(w->offsets + whole, offsets, (size_t)rest * sizeof *offsets);
 }
 
 static void quantize_some(void *data)
 {
     Work *w = data;
-    int64_t size = w->columns * (w->dtype == FLOAT32 ? 4 : 2);
     for (;;) {
         int64_t first = atomic_fetch_add_explicit(&w->next, w->step, memory_order_relaxed);
-        for (int64_t row = first; row < first + w->step && row < w->rows; row++)
-            w->quantize((const char *)w->values + row * size, w->dtype, w->columns,
-                        w->codes + row * w->columns, w->scales + row, w->offsets + row);
-        if (first + w->step >= w->rows)
+        if (first >= w->rows)
             return;
+        w->quantize(w, first, first + w->step < w->rows ? first + w->step : w->rows);
     }
 }
 
@@ -229,7 +283,7 @@ static void quantize_some(void *data)
 
 static void quantize_all(Work w, int threads)
 {
-    w.step = WEIGHTS_AT_A_TIME / w.columns + 1;
+    w.step = (WEIGHTS_AT_A_TIME / w.columns / SIDE + 1) * SIDE;
     in_threads(quantize_some, &w, threads);
 }
 
@@ -238,7 +292,7 @@ EXPORT void quantize_int8(const void *values, int dtype, int64_t rows, int64_t c
                           float *scales, float *offsets, int threads)
 {
     quantize_all((Work){.values = values, .dtype = dtype, .rows = rows, .columns = columns, .codes = codes,
-                        .scales = scales, .offsets = offsets, .quantize = quantize_channel},
+                        .scales = scales, .offsets = offsets, .quantize = quantize_channels},
                  threads);
 }
 
@@ -247,7 +301,7 @@ EXPORT void quantize_int4(const void *values, int dtype, int64_t groups, int64_t
                           float *scales, float *offsets, int threads)
 {
     quantize_all((Work){.values = values, .dtype = dtype, .rows = groups, .columns = group, .codes = codes,
-                        .scales = scales, .offsets = offsets, .quantize = quantize_group},
+                        .scales = scales, .offsets = offsets, .quantize = quantize_groups},
                  threads);
 }
 INSTRUCTIONS_END
