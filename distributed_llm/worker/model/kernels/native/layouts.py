@@ -1,6 +1,7 @@
 """Weights of integers in the orders that the C library reads; products.h describes them."""
 
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
@@ -113,22 +114,18 @@ class Int4Blocks(Blocks):
         channels, inputs = codes.shape
         groups = scales.shape[1]
         group = inputs // groups
-        rows = (0, 0, 0, -channels % _LANES)
-        factor = torch.tensor([_power_of_two(scales, offsets)])
-        blocks = _blocks(channels)
-        numbers = [
-            (F.pad(each.float() / factor, rows).view(blocks, _LANES, groups).transpose(1, 2))
-            for each in (scales, offsets)
-        ]
-        halves = torch.cat(numbers, -1).half()  # [blocks, groups, 32]
-        ordered = torch.empty(blocks, groups, _LANES + group // 8 * _LANES, dtype=torch.int32)
-        ordered[..., :_LANES] = halves.view(torch.int32)
         codes = codes.contiguous()
-        library.loaded().pack_int4(
-            *(codes.data_ptr(), ordered.data_ptr(), channels, groups, group),
-            torch.get_num_threads(),
+        scales, offsets = scales.float().contiguous(), offsets.float().contiguous()
+        factor = _power_of_two(scales, offsets)
+        ordered = torch.empty(
+            _blocks(channels), groups, _LANES + group // 8 * _LANES, dtype=torch.int32
         )
-        super().__init__(function, (channels, inputs), (group,), (ordered, factor))
+        library.loaded().pack_int4(
+            *(codes.data_ptr(), scales.data_ptr(), offsets.data_ptr(), ordered.data_ptr()),
+            *(channels, groups, group, factor, torch.get_num_threads()),
+        )
+        kept = ordered, torch.tensor([factor])
+        super().__init__(function, (channels, inputs), (group,), kept)
 
 
 class JointProduct:
@@ -210,6 +207,7 @@ def _multiply(
 
 def _power_of_two(scales: Tensor, offsets: Tensor) -> float:
     """Return 2**n such that float16 has room for both, divided by it, with bits to spare."""
-    largest = max(float(scales.abs().max()), float(offsets.abs().max()), 1e-30)
-    _, exponent = torch.frexp(torch.tensor(largest))
-    return float(2.0 ** int(exponent)) / 2**12
+    most = library.loaded().largest_magnitude
+    largest = max(1e-30, *(most(each.data_ptr(), each.numel()) for each in (scales, offsets)))
+    _, exponent = math.frexp(largest)
+    return float(2.0**exponent) / 2**12

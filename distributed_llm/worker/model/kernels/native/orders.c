@@ -21,6 +21,8 @@ typedef struct {
     int64_t num_rows, columns, lanes; /* columns of units of four bytes; lanes: rows of a block */
     int64_t stride;                   /* units of a block */
     int64_t groups, group;            /* of codes of 4 bits */
+    const float *scales, *offsets;
+    float factor;
     uint32_t flipped;                 /* bits that change in each unit */
     atomic_llong next;
 } Work;
@@ -56,14 +58,33 @@ static void interleave_block(const Work *w, int64_t block)
                 w->flipped ^ (lane < here ? rows[lane * w->columns + column] : 0);
 }
 
+/* Scales or offsets of a block's rows, of one group, as float16. */
+INLINE void pack_numbers(const Work *w, const float *numbers, int64_t block, int64_t group, uint16_t *to)
+{
+    float own[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t row = block * LANES + lane;
+        own[lane] = row < w->num_rows ? numbers[row * w->groups + group] / w->factor : 0.0f;
+    }
+    for (int half = 0; half < LANES; half += 8)
+        _mm_storeu_si128((__m128i *)(to + half),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(own + half), _MM_FROUND_TO_NEAREST_INT));
+}
+
 static void pack_block(const Work *w, int64_t block)
 {
     int64_t units = w->group / 8, each = LANES + units * LANES;
+    uint32_t *blocks = w->blocks + block * w->groups * each;
+    for (int64_t group = 0; group < w->groups; group++) {
+        uint16_t *numbers = (uint16_t *)(blocks + group * each);
+        pack_numbers(w, w->scales, block, group, numbers);
+        pack_numbers(w, w->offsets, block, group, numbers + LANES);
+    }
     for (int64_t lane = 0; lane < LANES; lane++) {
         int64_t row = block * LANES + lane;
         const uint8_t *codes = (const uint8_t *)w->rows + row * w->groups * w->group;
         for (int64_t group = 0; group < w->groups; group++, codes += w->group) {
-            uint32_t *to = w->blocks + (block * w->groups + group) * each + LANES + lane;
+            uint32_t *to = blocks + group * each + LANES + lane;
             for (int64_t unit = 0; unit < units; unit++) {
                 uint32_t low = 0, high = 0;
                 if (row < w->num_rows) {
@@ -109,13 +130,29 @@ EXPORT void interleave_rows(const void *rows, void *blocks, int64_t num_rows, in
     in_threads(interleave_some, &w, threads);
 }
 
-/* Packs codes [num_rows, groups * group], a byte each, as products.h says of int4, and leaves the room of
- * scales and offsets as it is. */
-EXPORT void pack_int4(const void *codes, void *blocks, int64_t num_rows, int64_t groups, int64_t group,
-                      int threads)
+/* Packs codes [num_rows, groups * group], a byte each, and scales and offsets [num_rows, groups], divided
+ * by `factor`, as products.h says of int4. */
+EXPORT void pack_int4(const void *codes, const float *scales, const float *offsets, void *blocks,
+                      int64_t num_rows, int64_t groups, int64_t group, float factor, int threads)
 {
-    Work w = {.rows = codes, .blocks = blocks, .num_rows = num_rows, .groups = groups, .group = group};
+    Work w = {.rows = codes, .scales = scales, .offsets = offsets, .blocks = blocks, .num_rows = num_rows,
+              .groups = groups, .group = group, .factor = factor};
     in_threads(pack_some, &w, threads);
+}
+
+/* The largest magnitude of some numbers; a NaN if there is one. */
+EXPORT float largest_magnitude(const float *numbers, int64_t count)
+{
+    uint32_t largest = 0; /* magnitudes are in the order of their bits */
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, numbers + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float most;
+    memcpy(&most, &largest, sizeof most);
+    return most;
 }
 INSTRUCTIONS_END
 #endif
