@@ -52,6 +52,9 @@ _DTYPES: Mapping[str, torch.dtype] = {
 Locate = Callable[[TensorInfo], Place]
 """Returns where the bytes of a tensor are, perhaps once they have arrived."""
 
+OnRead = Callable[[int], None]
+"""Is told the bytes of each piece of a tensor when it was read, in any thread."""
+
 
 class TensorReader:
     """Reads tensors, one at a time; may be used by several threads.
@@ -61,7 +64,7 @@ class TensorReader:
         on_read: called with the bytes of each piece when it was read.
     """
 
-    def __init__(self, locate: Locate, on_read: Callable[[int], None]) -> None:
+    def __init__(self, locate: Locate, on_read: OnRead) -> None:
         self._locate = locate
         self._on_read = on_read
         self._lock = threading.Lock()  # disks read one file after the other faster
