@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.weight_forms import WeightForm
+from distributed_llm.worker.model.kernels.memory import new_bytes
 from distributed_llm.worker.model.kernels.native import quantizing
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 
@@ -48,7 +49,7 @@ def quantized(values: Tensor, form: WeightForm) -> AffineWeight:
         raise ValueError(f"{values.shape[-1]} inputs do not fall into groups of {form.group}")
     rows = values.reshape(-1, values.shape[-1])
     groups = rows.shape[1] // (form.group or rows.shape[1])
-    codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    codes = new_bytes(rows.shape, rows.device)
     scales = torch.empty(len(rows), groups, device=rows.device)
     offsets = torch.empty_like(scales)
     if rows.numel() and quantizing.can_quantize(rows, form.group):

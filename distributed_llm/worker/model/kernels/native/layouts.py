@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_llm.worker.model.kernels.layout import Kernel
+from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.kernels.native import library
 
 _LANES = 16
@@ -86,7 +87,7 @@ class Int8Blocks(Blocks):
         function = library.function("int8_products", instructions or library.instructions())
         channels, inputs = codes.shape
         fours = F.pad(codes, (0, -inputs % 4)) if inputs % 4 else codes.contiguous()
-        ordered = torch.empty(_blocks(channels), fours.shape[1] // 4 * _LANES, dtype=torch.int32)
+        ordered = _new_blocks(channels, fours.shape[1] // 4)
         interleave(fours, ordered, _LANES, flipped=_HIGHEST_BITS)  # a byte is code + 128
         super().__init__(function, (channels, inputs), (), (ordered, scales.contiguous()))
 
@@ -117,9 +118,7 @@ class Int4Blocks(Blocks):
         codes = codes.contiguous()
         scales, offsets = scales.float().contiguous(), offsets.float().contiguous()
         factor = _power_of_two(scales, offsets)
-        ordered = torch.empty(
-            _blocks(channels), groups, _LANES + group // 8 * _LANES, dtype=torch.int32
-        )
+        ordered = _new_blocks(channels, groups * (1 + group // 8))
         library.loaded().pack_int4(
             *(codes.data_ptr(), scales.data_ptr(), offsets.data_ptr(), ordered.data_ptr()),
             *(channels, groups, group, factor, torch.get_num_threads()),
@@ -176,8 +175,10 @@ def interleave(rows: Tensor, blocks: Tensor, lanes: int, flipped: int = 0) -> No
     )
 
 
-def _blocks(channels: int) -> int:
-    return (channels + _LANES - 1) // _LANES
+def _new_blocks(channels: int, units: int) -> Tensor:
+    """Return memory for blocks, int32 [blocks, 16 * units]; a channel has `units` of 4 bytes."""
+    blocks = (channels + _LANES - 1) // _LANES
+    return new_memory(blocks * _LANES * units * 4).view(torch.int32).view(blocks, -1)
 
 
 def _multiply(
