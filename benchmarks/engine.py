@@ -6,7 +6,7 @@
     python -m benchmarks.engine cluster                        three workers, one, transformers
     python -m benchmarks.engine avx2 --base CHECKOUT           against an older checkout of this
     python -m benchmarks.engine moe                            a mixture of experts
-    python -m benchmarks.engine load                           loading and quantising
+    python -m benchmarks.engine load [--base CHECKOUT]         loading and quantising
     python -m benchmarks.engine profile                        where the time of a step goes
 
 Several parts may be named; each measures the limits of the machine first. All engines compute with
@@ -201,7 +201,7 @@ def cluster(given: Given, limits: Limits) -> list[Row]:
 
 def load(given: Given, limits: Limits) -> list[Row]:
     """Print how fast weights are loaded and made integers, and the memory that it takes."""
-    print_loading(given.folder, given.rounds)
+    print_loading(given.folder, given.rounds, given.base)
     return []
 
 

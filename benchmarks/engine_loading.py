@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,27 +16,37 @@ _GB, _MB = 1e9, 1e6
 _ROWS, _COLUMNS = 5632, 2048
 
 
-def print_loading(folder: Path, rounds: int) -> None:
-    """Print both tables; the files are in the system's cache."""
+def print_loading(folder: Path, rounds: int, base: Path | None) -> None:
+    """Print both tables; the files are in the system's cache.
+
+    Args:
+        folder: of the checkpoint.
+        rounds: loads that medians are of; a checkout takes turns with the other one.
+        base: an older checkout to compare with, or None.
+    """
     source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    checkouts = {"now": {}, **({} if base is None else {"before": {"PYTHONPATH": str(base)}})}
     rows = []
     for quantize in ("none", "int8", "int4"):
-        found = [_load(folder, quantize) for _ in range(rounds)]
-        took = statistics.median(loaded["load_s"] for loaded in found)
-        weights, peak = (max(one[key] for one in found) for key in ("weight_bytes", "peak_bytes"))
-        above = (peak - weights) / _MB
-        rows.append((quantize, took, source / took / _GB, weights / _MB, peak / _MB, above))
-    head = ("load, quantize", "s", "GB/s of files", "weights, MB", "peak, MB", "above weights, MB")
-    print_table(head, rows)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+        for _ in range(rounds):
+            for name, env in checkouts.items():
+                with peers.ours(folder, quantize=quantize, **env) as peer:
+                    found[name].append(peer.loaded)
+        rows += [(quantize, name, *_cells(loads, source)) for name, loads in found.items()]
+    head = ("load, quantize", "", "s", "GB/s of files", "CPU s", "GB/s per core")
+    print_table((*head, "weights, MB", "peak, MB", "above weights, MB"), rows)
     print_table(
         ("made of bfloat16, one core", "GB/s"),
         [(str(form), _rate(form)) for form in (INT8, *(WeightForm(4, g) for g in INT4_GROUPS))],
     )
 
 
-def _load(folder: Path, quantize: str) -> dict[str, float]:
-    with peers.ours(folder, quantize=quantize) as peer:
-        return peer.loaded
+def _cells(loads: Sequence[Mapping[str, float]], source: int) -> tuple[float, ...]:
+    took, cpu = (statistics.median(one[key] for one in loads) for key in ("load_s", "cpu_s"))
+    weights, peak = (max(one[key] for one in loads) for key in ("weight_bytes", "peak_bytes"))
+    speeds = took, source / took / _GB, cpu, source / cpu / _GB
+    return *speeds, weights / _MB, peak / _MB, (peak - weights) / _MB
 
 
 def _rate(form: WeightForm) -> float:

@@ -41,11 +41,12 @@ def load_stage(folder: Path, dtype: torch.dtype, quantize: str) -> tuple[Any, An
     Stage.ensure_supported(checkpoint)  # takes its time once for each architecture
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     stage = Stage.load(checkpoint, layers, device=torch.device("cpu"), dtype=dtype, **how)
-    took = time.perf_counter() - began
+    took, cpu = time.perf_counter() - began, time.process_time() - cpu_began
     return stage, {
         "load_s": took,
+        "cpu_s": cpu,
         "weight_bytes": stage.weight_bytes,
         "peak_bytes": _memory("VmHWM") - before,
     }

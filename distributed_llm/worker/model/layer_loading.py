@@ -86,20 +86,27 @@ class ModelLoader:
         self._kept_in_float32 = tuple(model._get_dtype_plan(dtype))
         self._unknown: set[str] = set()
 
-    def load_layer(self, layer: nn.Module, number: int, entries: Sequence[Entry]) -> nn.Module:
+    def load_layer(
+        self,
+        layer: nn.Module,
+        number: int,
+        entries: Sequence[Entry],
+        when_read: Callable[[], None] = lambda: None,
+    ) -> nn.Module:
         """Load a layer, and return it with the modules that compute.
 
         Args:
             layer: of the model.
             number: of the layer in the whole model, for messages.
             entries: for it, by names in which the layer's number is 0.
+            when_read: called when nothing is left of them but to make integers, and to pack.
 
         Raises:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
         _replace(self._shell, self._path, nn.ModuleList([layer]))
         with _without_progress_bars():
-            self._load_into_shell(entries, number)
+            self._load_into_shell(entries, number, when_read)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
@@ -138,7 +145,9 @@ class ModelLoader:
             self._load(self._model, incoming, None)
         self._warn()
 
-    def _load_into_shell(self, entries: Sequence[Entry], number: int) -> None:
+    def _load_into_shell(
+        self, entries: Sequence[Entry], number: int, when_read: Callable[[], None]
+    ) -> None:
         shell = self._shell
         orders: dict[str, Tensor] = {}
         incoming: dict[str, Any] = {}
@@ -164,6 +173,7 @@ class ModelLoader:
                 self._make_room_for_floats(slot)
             self._check_shapes(entries, number)  # says in numbers what it is about, not in bytes
             raise
+        when_read()
         found: dict[Slot, AffineWeight] = {}
         for group, slots, form in rows:
             try:

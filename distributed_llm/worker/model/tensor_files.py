@@ -5,11 +5,8 @@ there is no file any more: because it was cut short, or its disk or share fails.
 error instead. It also gives tensors that are aligned as vector instructions like it.
 """
 
-import mmap
-import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -18,15 +15,10 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_BLOCKS
 from distributed_llm.common.model_files import TensorInfo, ends_early, unreadable
 from distributed_llm.weights.giving.shelf import Place
+from distributed_llm.worker.model.kernels.memory import new_memory
 
 _PIECE_BYTES = 16 << 20
 """Bytes that are read at once; progress is told after each piece."""
-
-_SMALLEST_MAPPING_BYTES = 1 << 20
-"""Size of a tensor from which on it gets a mapping of its own, bytes."""
-
-_PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-"""Arguments for memory that is no file and not shared; Windows has no other."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -52,6 +44,9 @@ _DTYPES: Mapping[str, torch.dtype] = {
 Locate = Callable[[TensorInfo], Place]
 """Returns where the bytes of a tensor are, perhaps once they have arrived."""
 
+OnRead = Callable[[int], None]
+"""Is told the bytes of each piece of a tensor when it was read, in any thread."""
+
 
 class TensorReader:
     """Reads tensors, one at a time; may be used by several threads.
@@ -61,7 +56,7 @@ class TensorReader:
         on_read: called with the bytes of each piece when it was read.
     """
 
-    def __init__(self, locate: Locate, on_read: Callable[[int], None]) -> None:
+    def __init__(self, locate: Locate, on_read: OnRead) -> None:
         self._locate = locate
         self._on_read = on_read
         self._lock = threading.Lock()  # disks read one file after the other faster
@@ -81,7 +76,7 @@ class TensorReader:
                 f"{place.file}: the numbers of {info.name} are of type {info.dtype}, which cannot "
                 "be computed with. Use the original model."
             )
-        content = _new_memory(place.nbytes)
+        content = new_memory(place.nbytes)
         with self._lock:
             self._read_into(content.numpy().data, place, info.name)
         if in_blocks:
@@ -101,18 +96,3 @@ class TensorReader:
                     done += read
         except OSError as exc:
             raise unreadable(place.file, exc) from exc
-
-
-def _new_memory(nbytes: int) -> Tensor:
-    """Return memory for a tensor, uint8 [nbytes], which the system gets back once it is freed.
-
-    Weights are freed when they are packed or converted. What threads get of malloc, it would keep:
-    almost twice the memory of the stage.
-    """
-    if nbytes < _SMALLEST_MAPPING_BYTES:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, **_PRIVATE)
-    if sys.platform == "linux":  # reading is three times as fast with large pages
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

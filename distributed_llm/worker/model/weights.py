@@ -8,6 +8,7 @@ stage of the same model holds in this process are shared instead (`shared_weight
 """
 
 import copy
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from distributed_llm.common.cache_folder import offload_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
+from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
@@ -38,6 +40,7 @@ from distributed_llm.worker.model.offload import (
 )
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
 from distributed_llm.worker.model.quantized.mlx_names import mlx_target
+from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -114,20 +117,27 @@ def load_stage_model(
     _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, checkpoint, layers, shared)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names)
-    loader = ModelLoader(
-        *(model, path, checkpoint),
-        WeightReader(TensorReader(locate or checkpoint_place(checkpoint), on_read)),
-        lambda weight: checkpoint.form_of(weight, quantize),
-        device=device,
-        dtype=dtype,
-    )
     own = []
-    for number, layer in zip(numbers, empty_layers, strict=True):
-        with only_plain(number in on_disk):
-            own.append(loader.load_layer(layer, number, entries.get(number, [])))
-        if number in on_disk:
-            move_to_disk(own[-1], offload_folder())
-    loader.load_outer(entries.get(None, []), matrices)
+    with ReadingAhead(locate or checkpoint_place(checkpoint), on_read) as tensors:
+        loader = ModelLoader(
+            *(model, path, checkpoint),
+            WeightReader(tensors),
+            lambda weight: checkpoint.form_of(weight, quantize),
+            device=device,
+            dtype=dtype,
+        )
+        for number, layer, after in zip(numbers, empty_layers, [*numbers, None][1:], strict=True):
+            parts = _parts(entries.get(after, []))
+            with only_plain(number in on_disk):
+                own.append(
+                    loader.load_layer(
+                        *(layer, number, entries.get(number, [])),
+                        when_read=functools.partial(tensors.read_ahead, parts),
+                    )
+                )
+            if number in on_disk:
+                move_to_disk(own[-1], offload_folder())
+        loader.load_outer(entries.get(None, []), matrices)
     _drop_tied_embedding(model, layers)
     pack_linear_layers(model)
     replace_norms(model)
@@ -173,6 +183,12 @@ def check_weights(checkpoint: Checkpoint) -> None:
     for number, layer in enumerate(empty_layers):
         loader.check_layer(layer, number, entries.get(number, []))
     loader.load_outer(entries.get(None, []), {})
+
+
+def _parts(entries: Iterable[Entry]) -> list[TensorInfo]:
+    """Return the tensors that weights are made of."""
+    weights = (piece.weight for entry in entries for piece in entry.pieces)
+    return [part for weight in weights for part in weight.parts.values()]
 
 
 def _take_layers(model: PreTrainedModel, path: str, numbers: Iterable[int]) -> list[nn.Module]:

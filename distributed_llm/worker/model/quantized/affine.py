@@ -43,8 +43,9 @@ class AffineWeight:
         """Return whether `form` holds this weight without other codes."""
         if form.group:
             return self.bits <= form.bits and self.group == form.group
-        symmetric = bool((self.offsets == -128 * self.scales).all())
-        return self.bits == form.bits and self.scales.shape[-1] == 1 and symmetric
+        if self.bits != form.bits or self.scales.shape[-1] != 1:
+            return False
+        return bool((self.offsets == -128 * self.scales).all())
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values, [..., out_features, in_features], as the input is ordered.

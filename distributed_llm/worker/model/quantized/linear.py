@@ -10,6 +10,7 @@ from distributed_llm.worker.model.kernels import orders
 from distributed_llm.worker.model.kernels.choice import Choice, Form, Kind, class_of, size_of
 from distributed_llm.worker.model.kernels.chosen import choice_for, is_worth_it
 from distributed_llm.worker.model.kernels.layout import Kernel, Layout
+from distributed_llm.worker.model.kernels.memory import new_bytes
 from distributed_llm.worker.model.kernels.native import Blocks
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
 from distributed_llm.worker.model.quantized.affine import AffineWeight
@@ -132,8 +133,9 @@ def _choice(weight: AffineWeight) -> Choice:
 
 def _layout(weight: AffineWeight, order: str, dtype: torch.dtype) -> Layout:
     if weight.fits(INT8):
-        codes = (weight.codes ^ 128).view(torch.int8)  # code - 128
-        return orders.INT8[order](codes, weight.scales[:, 0].contiguous())
+        codes = new_bytes(weight.codes.shape, weight.codes.device)
+        torch.bitwise_xor(weight.codes, 128, out=codes)  # as int8, code - 128
+        return orders.INT8[order](codes.view(torch.int8), weight.scales[:, 0].contiguous())
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     return orders.INT4[order](weight.codes, weight.scales, weight.offsets, kept)
 

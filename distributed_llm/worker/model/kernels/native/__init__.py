@@ -1,11 +1,12 @@
-"""Products of integers, attention of single tokens and norms, in C; missing where not built."""
+"""Products, orders and making of integers, attention of single tokens, norms: in C, where built."""
 
 from distributed_llm.worker.model.kernels.native.layouts import (
     Blocks,
     Int4Blocks,
     Int8Blocks,
     JointProduct,
+    interleave,
 )
 from distributed_llm.worker.model.kernels.native.library import instructions
 
-__all__ = ["Blocks", "Int4Blocks", "Int8Blocks", "JointProduct", "instructions"]
+__all__ = ["Blocks", "Int4Blocks", "Int8Blocks", "JointProduct", "instructions", "interleave"]

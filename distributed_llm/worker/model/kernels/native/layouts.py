@@ -1,6 +1,7 @@
 """Weights of integers in the orders that the C library reads; products.h describes them."""
 
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_llm.worker.model.kernels.layout import Kernel
+from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.kernels.native import library
 
 _LANES = 16
 """Output channels of a block."""
+
+_HIGHEST_BITS = 0x80808080
+"""Of each of four bytes."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -81,9 +86,9 @@ class Int8Blocks(Blocks):
     def __init__(self, codes: Tensor, scales: Tensor, instructions: str | None = None) -> None:
         function = library.function("int8_products", instructions or library.instructions())
         channels, inputs = codes.shape
-        padded = F.pad(codes, (0, -inputs % 4, 0, -channels % _LANES))
-        fours = (padded.view(torch.uint8) ^ 128).view(torch.int32)  # a byte is code + 128
-        ordered = fours.view(-1, _LANES, fours.shape[1]).transpose(1, 2).contiguous()
+        fours = F.pad(codes, (0, -inputs % 4)) if inputs % 4 else codes.contiguous()
+        ordered = _new_blocks(channels, fours.shape[1] // 4)
+        interleave(fours, ordered, _LANES, flipped=_HIGHEST_BITS)  # a byte is code + 128
         super().__init__(function, (channels, inputs), (), (ordered, scales.contiguous()))
 
 
@@ -110,20 +115,16 @@ class Int4Blocks(Blocks):
         channels, inputs = codes.shape
         groups = scales.shape[1]
         group = inputs // groups
-        rows = (0, 0, 0, -channels % _LANES)
-        fours = F.pad(codes, rows).view(torch.int32)
-        fours = fours.view(-1, _LANES, groups, group // 8, 2).permute(0, 2, 3, 4, 1)
-        pairs = fours[..., 0, :] | fours[..., 1, :] << 4  # [blocks, groups, group / 8, 16]
-        factor = torch.tensor([_power_of_two(scales, offsets)])
-        blocks = pairs.shape[0]
-        numbers = [
-            (F.pad(each.float() / factor, rows).view(blocks, _LANES, groups).transpose(1, 2))
-            for each in (scales, offsets)
-        ]
-        halves = torch.cat(numbers, -1).half()  # [blocks, groups, 32]
-        parts = halves.view(torch.int32), pairs.flatten(2)
-        ordered = torch.cat(parts, -1).contiguous()
-        super().__init__(function, (channels, inputs), (group,), (ordered, factor))
+        codes = codes.contiguous()
+        scales, offsets = scales.float().contiguous(), offsets.float().contiguous()
+        factor = _power_of_two(scales, offsets)
+        ordered = _new_blocks(channels, groups * (1 + group // 8))
+        library.loaded().pack_int4(
+            *(codes.data_ptr(), scales.data_ptr(), offsets.data_ptr(), ordered.data_ptr()),
+            *(channels, groups, group, factor, torch.get_num_threads()),
+        )
+        kept = ordered, torch.tensor([factor])
+        super().__init__(function, (channels, inputs), (group,), kept)
 
 
 class JointProduct:
@@ -154,6 +155,32 @@ class JointProduct:
         return [part.view(states.shape[0], -1) for part in parts]
 
 
+def interleave(rows: Tensor, blocks: Tensor, lanes: int, flipped: int = 0) -> None:
+    """Fill in blocks of rows in which the first four bytes of all rows come first, and so on.
+
+    Args:
+        rows: contiguous, any dtype [rows, columns], of which columns are a multiple of four bytes.
+        blocks: contiguous, int32 [blocks, columns * lanes], of which columns of four bytes beyond
+            those of the rows are left as they are. Rows that a block lacks are zeros.
+        lanes: rows of a block.
+        flipped: bits that change in each four bytes.
+
+    Raises:
+        library.Missing: this machine cannot do so.
+    """
+    library.loaded().interleave_rows(
+        *(rows.data_ptr(), blocks.data_ptr(), rows.shape[0]),
+        *(rows.shape[1] * rows.itemsize // 4, lanes, blocks.shape[1], flipped),
+        torch.get_num_threads(),
+    )
+
+
+def _new_blocks(channels: int, units: int) -> Tensor:
+    """Return memory for blocks, int32 [blocks, 16 * units]; a channel has `units` of 4 bytes."""
+    blocks = (channels + _LANES - 1) // _LANES
+    return new_memory(blocks * _LANES * units * 4).view(torch.int32).view(blocks, -1)
+
+
 def _multiply(
     states: Tensor,
     alike: tuple[Callable[..., None], int, tuple[int, ...]],
@@ -181,6 +208,7 @@ def _multiply(
 
 def _power_of_two(scales: Tensor, offsets: Tensor) -> float:
     """Return 2**n such that float16 has room for both, divided by it, with bits to spare."""
-    largest = max(float(scales.abs().max()), float(offsets.abs().max()), 1e-30)
-    _, exponent = torch.frexp(torch.tensor(largest))
-    return float(2.0 ** int(exponent)) / 2**12
+    most = library.loaded().largest_magnitude
+    largest = max(1e-30, *(most(each.data_ptr(), each.numel()) for each in (scales, offsets)))
+    _, exponent = math.frexp(largest)
+    return float(2.0**exponent) / 2**12

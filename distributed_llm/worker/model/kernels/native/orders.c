@@ -1,0 +1,158 @@
+/* Weights brought into the orders that products read them in: products.h describes ours, and oneDNN's
+ * are like them but for the number of rows of a block. */
+#include "instructions.h"
+#include "threads.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16 /* rows of a block of codes of 4 bits */
+#define SIDE 8   /* rows and columns that are exchanged at once */
+
+#if defined(__x86_64__)
+INSTRUCTIONS("avx2,fma,f16c")
+#include "eights.h"
+
+/* What the threads of one call share. */
+typedef struct {
+    const void *rows;
+    uint32_t *blocks;
+    int64_t num_rows, columns, lanes; /* columns of units of four bytes; lanes: rows of a block */
+    int64_t stride;                   /* units of a block */
+    int64_t groups, group;            /* of codes of 4 bits */
+    const float *scales, *offsets;
+    float factor;
+    uint32_t flipped;                 /* bits that change in each unit */
+    atomic_llong next;
+} Work;
+
+/* Writes 8 rows of 8 units as 8 columns. */
+INLINE void exchange_units(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride,
+                           __m256i flipped)
+{
+    __m256 rows[SIDE], columns[SIDE];
+    for (int i = 0; i < SIDE; i++)
+        rows[i] = _mm256_loadu_ps((const float *)(from + i * from_stride));
+    exchange8(rows, columns);
+    for (int i = 0; i < SIDE; i++)
+        _mm256_storeu_si256((__m256i *)(to + i * to_stride),
+                            _mm256_xor_si256(_mm256_castps_si256(columns[i]), flipped));
+}
+
+static void interleave_block(const Work *w, int64_t block)
+{
+    const uint32_t *rows = (const uint32_t *)w->rows + block * w->lanes * w->columns;
+    uint32_t *to = w->blocks + block * w->stride;
+    int64_t here = w->num_rows - block * w->lanes;
+    int64_t whole = (here < w->lanes ? here : w->lanes) / SIDE * SIDE, pieces = w->columns / SIDE * SIDE;
+    __m256i flipped = _mm256_set1_epi32((int)w->flipped);
+    for (int64_t column = 0; column < pieces; column += 2 * SIDE)
+        for (int64_t lane = 0; lane < whole; lane += SIDE)
+            for (int64_t own = column; own < pieces && own < column + 2 * SIDE; own += SIDE)
+                exchange_units(rows + lane * w->columns + own, w->columns, to + own * w->lanes + lane,
+                               w->lanes, flipped);
+    for (int64_t lane = 0; lane < w->lanes; lane++)
+        for (int64_t column = lane < whole ? pieces : 0; column < w->columns; column++)
+            to[column * w->lanes + lane] =
+                w->flipped ^ (lane < here ? rows[lane * w->columns + column] : 0);
+}
+
+/* Scales or offsets of a block's rows, of one group, as float16. */
+INLINE void pack_numbers(const Work *w, const float *numbers, int64_t block, int64_t group, uint16_t *to)
+{
+    float own[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t row = block * LANES + lane;
+        own[lane] = row < w->num_rows ? numbers[row * w->groups + group] / w->factor : 0.0f;
+    }
+    for (int half = 0; half < LANES; half += 8)
+        _mm_storeu_si128((__m128i *)(to + half),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(own + half), _MM_FROUND_TO_NEAREST_INT));
+}
+
+static void pack_block(const Work *w, int64_t block)
+{
+    int64_t units = w->group / 8, each = LANES + units * LANES;
+    uint32_t *blocks = w->blocks + block * w->groups * each;
+    for (int64_t group = 0; group < w->groups; group++) {
+        uint16_t *numbers = (uint16_t *)(blocks + group * each);
+        pack_numbers(w, w->scales, block, group, numbers);
+        pack_numbers(w, w->offsets, block, group, numbers + LANES);
+    }
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t row = block * LANES + lane;
+        const uint8_t *codes = (const uint8_t *)w->rows + row * w->groups * w->group;
+        for (int64_t group = 0; group < w->groups; group++, codes += w->group) {
+            uint32_t *to = blocks + group * each + LANES + lane;
+            for (int64_t unit = 0; unit < units; unit++) {
+                uint32_t low = 0, high = 0;
+                if (row < w->num_rows) {
+                    memcpy(&low, codes + 8 * unit, sizeof low);
+                    memcpy(&high, codes + 8 * unit + 4, sizeof high);
+                }
+                to[unit * LANES] = low | high << 4;
+            }
+        }
+    }
+}
+
+static void interleave_some(void *data)
+{
+    Work *w = data;
+    for (;;) {
+        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (block * w->lanes >= w->num_rows)
+            return;
+        interleave_block(w, block);
+    }
+}
+
+static void pack_some(void *data)
+{
+    Work *w = data;
+    for (;;) {
+        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (block * LANES >= w->num_rows)
+            return;
+        pack_block(w, block);
+    }
+}
+
+/* Writes rows [num_rows, columns] of units of four bytes as [num_rows / lanes][stride / lanes][lanes], of
+ * which columns beyond those of the rows are left as they are. Rows that a block lacks are zeros. The bits
+ * in `flipped` change. */
+EXPORT void interleave_rows(const void *rows, void *blocks, int64_t num_rows, int64_t columns,
+                            int64_t lanes, int64_t stride, uint32_t flipped, int threads)
+{
+    Work w = {.rows = rows, .blocks = blocks, .num_rows = num_rows, .columns = columns,
+              .lanes = lanes, .stride = stride, .flipped = flipped};
+    in_threads(interleave_some, &w, threads);
+}
+
+/* Packs codes [num_rows, groups * group], a byte each, and scales and offsets [num_rows, groups], divided
+ * by `factor`, as products.h says of int4. */
+EXPORT void pack_int4(const void *codes, const float *scales, const float *offsets, void *blocks,
+                      int64_t num_rows, int64_t groups, int64_t group, float factor, int threads)
+{
+    Work w = {.rows = codes, .scales = scales, .offsets = offsets, .blocks = blocks, .num_rows = num_rows,
+              .groups = groups, .group = group, .factor = factor};
+    in_threads(pack_some, &w, threads);
+}
+
+/* The largest magnitude of some numbers; a NaN if there is one. */
+EXPORT float largest_magnitude(const float *numbers, int64_t count)
+{
+    uint32_t largest = 0; /* magnitudes are in the order of their bits */
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, numbers + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float most;
+    memcpy(&most, &largest, sizeof most);
+    return most;
+}
+INSTRUCTIONS_END
+#endif
