@@ -317,7 +317,7 @@ def test_twice_the_context_fits(folder: Path, kv_dtype: KVDtype) -> None:
     for kept in ("auto", kv_dtype):
         settings = CoordinatorSettings(kv_dtype=kept, dtype="bfloat16")
         run = serve.plan(
-            *(str(folder), ("pc=1MiB",), settings),
+            *(str(folder), ("pc=9800KiB",), settings),
             parameters_of=parameters_of,
             check_loading=Stage.check_loading,
         )

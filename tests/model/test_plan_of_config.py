@@ -16,7 +16,7 @@ from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, make_checkpoint
 
-WORKERS = ("pc=200KiB", "mac=200KiB")
+WORKERS = ("pc=9160KiB", "mac=9160KiB")
 
 
 def plan(model: Path) -> Any:
