@@ -116,8 +116,8 @@ class Network:
         for proxy in (*self.lifelines.values(), *self.doors.values()):
             proxy.heal()
 
-    def answers(self) -> Answers:
-        return Answers(self.client, self.checkpoint, **ASKED)
+    def answers(self, **asked: Any) -> Answers:
+        return Answers(self.client, self.checkpoint, **{**ASKED, **asked})
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_any_worker_may_be_killed_in_any_phase_of_a_move(
 
 
 def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: Network) -> None:
-    with network.answers() as answers:
+    with network.answers(max_new_tokens=200) as answers:  # it may take 5 s to give a dial up
         network.make_narrow()
         departure = Departure(network)
         line = departure.wait_for("sending the KV cache")
