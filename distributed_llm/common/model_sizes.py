@@ -1,7 +1,7 @@
 """Reads sizes of a model off its config.json: layers, widths, context, KV cache."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
@@ -77,20 +77,38 @@ def kv_bytes_per_token(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "au
     Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
     values for every head of the queries, and of different widths.
     """
+    heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    dims = (heads.key_dim, heads.value_dim)
+    return heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+
+
+class HeadSizes(NamedTuple):
+    """What the attention of a layer consists of.
+
+    Attributes:
+        heads: of queries.
+        kv_heads: of keys and values, as they are kept.
+        key_dim: numbers of a query or key of one head.
+        value_dim: numbers of a value of one head.
+    """
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+def head_sizes(config: Config) -> HeadSizes:
+    """Return the heads of attention; see `kv_bytes_per_token` for latent attention."""
     heads = positive(config, "num_attention_heads", "n_head")
     if config.get("kv_lora_rank") is not None:
-        kv_heads = heads
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
-        value_dim = positive(config, "v_head_dim")
-    else:
-        kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
-        if config.get("multi_query") is True:
-            kv_heads = 1  # GPT BigCode
-        key_dim = int(config.get("head_dim") or hidden_size(config) // heads)
-        value_dim = key_dim
-    item_bytes = ITEM_BYTES[dtype]
-    row_bytes = sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in (key_dim, value_dim))
-    return kv_heads * row_bytes
+        return HeadSizes(heads, heads, key_dim, positive(config, "v_head_dim"))
+    kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
+    if config.get("multi_query") is True:
+        kv_heads = 1  # GPT BigCode
+    dim = int(config.get("head_dim") or hidden_size(config) // heads)
+    return HeadSizes(heads, kv_heads, dim, dim)
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
-from distributed_llm.common.model_sizes import Config, context_length, hidden_size, positive
+from distributed_llm.common.model_sizes import Config, context_length, head_sizes, hidden_size
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 LOGITS_AT_ONCE = 2**22
@@ -58,7 +58,7 @@ def workspace_bytes(
     """
     item_bytes = ITEM_BYTES[dtype]
     hidden = hidden_size(config)
-    width = _STATES * hidden + max(_attention_width(config, hidden), _mlp_width(config, hidden))
+    width = _STATES * hidden + max(_attention_width(config), _mlp_width(config, hidden))
     scores = _scores(config, tokens) if _scores_by_hand(config) else 0
     layer_bytes = tokens * width * item_bytes + scores * _COPIES_OF_SCORES * 4
     logits = min(rows, tokens) * vocab_size
@@ -69,15 +69,10 @@ def workspace_bytes(
     return _LEAST_BYTES + max(layer_bytes, logits_bytes)
 
 
-def _attention_width(config: Config, hidden: int) -> int:
+def _attention_width(config: Config) -> int:
     """Return the numbers that attention holds of each token."""
-    heads = positive(config, "num_attention_heads", "n_head")
-    if config.get("kv_lora_rank") is not None:
-        key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
-        return heads * _PROJECTED * (2 * key_dim + positive(config, "v_head_dim"))
-    dim = _size(config, "head_dim") or hidden // heads
-    kv_heads = _size(config, "num_key_value_heads") or _size(config, "num_kv_heads") or heads
-    return dim * _PROJECTED * (heads + 2 * kv_heads)
+    heads, kv_heads, key_dim, value_dim = head_sizes(config)
+    return _PROJECTED * (heads * key_dim + kv_heads * (key_dim + value_dim))
 
 
 def _mlp_width(config: Config, hidden: int) -> int:
@@ -101,8 +96,7 @@ def _mlp_width(config: Config, hidden: int) -> int:
 
 def _scores(config: Config, tokens: int) -> int:
     """Return how many scores of a prompt are computed at once."""
-    heads = positive(config, "num_attention_heads", "n_head")
-    return min(SCORES_AT_ONCE, heads * tokens * context_length(config))
+    return min(SCORES_AT_ONCE, head_sizes(config).heads * tokens * context_length(config))
 
 
 def _scores_by_hand(config: Config) -> bool:

@@ -20,8 +20,8 @@ class ModelCost:
         quantize: what floating-point weights become while they are loaded.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
-        workspace_bytes: what a stage takes beside its weights and KV cache while it computes. No
-            plan is made for it: what workers offer is counted without (`ServedModel.planned`).
+        workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
+            taken off the memory of each worker before plans are made (`ServedModel.planned`).
     """
 
     layer_bytes: tuple[int, ...]

@@ -312,8 +312,8 @@ def test_prefixes_go_along_as_far_as_that_is_quick() -> None:
     assert old.scheduler.kv_tokens_cached == 128
 
 
-def test_prefixes_do_not_speak_against_a_copy() -> None:
-    """What the answer needs is copied within what is borne; prefixes that go along are a gift."""
+def test_prefixes_do_not_count_against_copying() -> None:
+    """The answer's own KV cache may be copied; prefixes that go along take the rest of the time."""
     parts = moving()
     parts.keep(parts.pipelines.all[0], 100)
     parts.measurements.rate = 21.4

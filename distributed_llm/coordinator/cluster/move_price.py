@@ -97,7 +97,7 @@ class MovePrices:
         cached = min(cached, int(_PREFIX_COPY_S / token_s)) if token_s else cached
         copy_s = (tokens + cached) * token_s
         again_s = self._compute_again_s(stages, tokens)
-        slower_s = _SLOWED_SHARE * tokens * token_s  # prefixes do not speak against a copy
+        slower_s = _SLOWED_SHARE * tokens * token_s  # prefixes are optional
         copies = reachable and slower_s <= again_s + _COPY_ALLOWANCE_S
         if room < tokens or room < KV_BLOCK:
             return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)

@@ -5,7 +5,7 @@ call for each takes as long as a small product, most of it Python's and the star
 
 Which layers these are is not told by their names, which are of many kinds, but seen: a model calls
 one after another with one and the same tensor. From then on the first one that gets new states
-computes for all, and the others take what is theirs. So a model's own code runs unchanged.
+computes for all, and the others take their products. So a model's own code runs unchanged.
 """
 
 import weakref
@@ -22,8 +22,8 @@ _MOST_ROWS = 64
 class SharedStates:
     """Products of a few layers that may be called with the same states.
 
-    Stages in several threads may use the same layers: what is kept is bound to the tensor that it
-    was made from, and whoever has another one computes for himself.
+    Stages in several threads may use the same layers: products are kept together with the tensor
+    that they were made from, and a layer that is called with another tensor is computed alone.
 
     Args:
         weights: of the layers, whose states may be shared: `Blocks.alike` is the same.
@@ -77,5 +77,5 @@ class SharedStates:
             self._together[latest[1]] = numbers, joint
 
     def _forget(self, first: int) -> None:
-        """Compute for none any more when this layer is called: somebody took not what was his."""
+        """Compute this layer alone from now on: another one did not take its product."""
         self._together.pop(first, None)
