@@ -15,13 +15,11 @@ from distributed_llm.worker.model.kernels import (
     PackedLinear,
     chosen,
     kernels_for,
-    onednn_order,
     orders,
     pack_linear_layers,
     packed_nbytes,
 )
 from distributed_llm.worker.model.kernels.choice import ROWS
-from distributed_llm.worker.model.kernels.native import instructions
 from distributed_llm.worker.model.kernels.packed import RowLinear
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
@@ -282,36 +280,3 @@ def test_a_kernel_that_nobody_knows_is_the_usual_one() -> None:
     expected = layer(states)
     layer.use(["bogus"] * len(ROWS))
     assert torch.equal(layer(states), expected)
-
-
-def content(opaque: Tensor) -> Tensor:
-    return onednn_order._blocks(opaque, lanes=1, channels=1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(256, 512), (300, 250), (65, 1000)], ids=str)
-def test_later_weights_of_a_shape_are_in_the_order_that_onednn_makes(
-    dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = torch.randn(2, *shape).to(dtype)
-    expected = [onednn_order._by_onednn(weight) for weight in (first, second)]
-    made = [onednn_order.reordered(first)]
-    if instructions() != "none":
-        assert onednn_order._lanes(dtype, *shape)
-        monkeypatch.setattr(onednn_order, "_by_onednn", None)  # it is not asked again
-    made.append(onednn_order.reordered(second))
-    for mine, other in zip(made, expected, strict=True):
-        assert content(mine).equal(content(other))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_order_that_is_not_known_is_left_to_onednn(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onednn_order, "_LANES", (48,))
-    onednn_order._lanes.cache_clear()
-    weights = torch.randn(2, 192, 512).to(dtype)  # as many bytes in either order
-    made = [onednn_order.reordered(weight) for weight in weights]
-    assert onednn_order._lanes(dtype, 192, 512) == 0
-    onednn_order._lanes.cache_clear()
-    assert content(made[1]).equal(content(onednn_order._by_onednn(weights[1])))

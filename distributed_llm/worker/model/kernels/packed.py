@@ -19,8 +19,13 @@ from torch import Tensor, nn
 
 from distributed_llm.worker.model.kernels.choice import ROWS, class_of
 from distributed_llm.worker.model.kernels.layout import Kernel, product_in_blocks
-from distributed_llm.worker.model.kernels.onednn_order import reordered
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
+
+_TYPICAL_ROWS = 16
+"""Number of input rows (tokens) that the packed order is made for.
+
+It is fast for other numbers too. The order that oneDNN makes for 1 row is slow for more.
+"""
 
 _FEWEST_ROWS = 4
 """From so many rows on oneDNN uses its fast kernels, which need no more time than for one row."""
@@ -106,7 +111,8 @@ class PackedLinear(FloatLinear):
         return int(torch.ops.mkldnn._nbytes(self.weight))
 
     def _ordered(self, weight: Tensor) -> Tensor:
-        return reordered(weight)
+        ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        return ordered
 
     def _product(self, states: Tensor) -> Tensor:
         output: Tensor = _onednn_product()(states, self.weight, self.bias, "none", [], "")

@@ -5,8 +5,7 @@ from distributed_llm.worker.model.kernels.native.layouts import (
     Int4Blocks,
     Int8Blocks,
     JointProduct,
-    interleave,
 )
 from distributed_llm.worker.model.kernels.native.library import instructions
 
-__all__ = ["Blocks", "Int4Blocks", "Int8Blocks", "JointProduct", "instructions", "interleave"]
+__all__ = ["Blocks", "Int4Blocks", "Int8Blocks", "JointProduct", "instructions"]

@@ -16,9 +16,6 @@ from distributed_llm.worker.model.kernels.native import library
 _LANES = 16
 """Output channels of a block."""
 
-_HIGHEST_BITS = 0x80808080
-"""Of each of four bytes."""
-
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -88,7 +85,10 @@ class Int8Blocks(Blocks):
         channels, inputs = codes.shape
         fours = F.pad(codes, (0, -inputs % 4)) if inputs % 4 else codes.contiguous()
         ordered = _new_blocks(channels, fours.shape[1] // 4)
-        interleave(fours, ordered, _LANES, flipped=_HIGHEST_BITS)  # a byte is code + 128
+        library.loaded().pack_int8(
+            *(fours.data_ptr(), ordered.data_ptr(), channels, fours.shape[1] // 4),
+            torch.get_num_threads(),
+        )
         super().__init__(function, (channels, inputs), (), (ordered, scales.contiguous()))
 
 
@@ -153,26 +153,6 @@ class JointProduct:
         sizes = [states.shape[0] * channels for channels in self._channels]
         parts = torch.split_with_sizes(output.view(-1), sizes)
         return [part.view(states.shape[0], -1) for part in parts]
-
-
-def interleave(rows: Tensor, blocks: Tensor, lanes: int, flipped: int = 0) -> None:
-    """Fill in blocks of rows in which the first four bytes of all rows come first, and so on.
-
-    Args:
-        rows: contiguous, any dtype [rows, columns], of which columns are a multiple of four bytes.
-        blocks: contiguous, int32 [blocks, columns * lanes], of which columns of four bytes beyond
-            those of the rows are left as they are. Rows that a block lacks are zeros.
-        lanes: rows of a block.
-        flipped: bits that change in each four bytes.
-
-    Raises:
-        library.Missing: this machine cannot do so.
-    """
-    library.loaded().interleave_rows(
-        *(rows.data_ptr(), blocks.data_ptr(), rows.shape[0]),
-        *(rows.shape[1] * rows.itemsize // 4, lanes, blocks.shape[1], flipped),
-        torch.get_num_threads(),
-    )
 
 
 def _new_blocks(channels: int, units: int) -> Tensor:

@@ -1,5 +1,4 @@
-/* Weights brought into the orders that products read them in: products.h describes ours, and oneDNN's
- * are like them but for the number of rows of a block. */
+/* Weights brought into the orders that products read them in; products.h describes them. */
 #include "instructions.h"
 #include "threads.h"
 
@@ -7,8 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16 /* rows of a block of codes of 4 bits */
+#define LANES 16 /* rows of a block */
 #define SIDE 8   /* rows and columns that are exchanged at once */
+#define HIGHEST_BITS 0x80808080u /* of four bytes: a code of 8 bits is kept as code + 128 */
 
 #if defined(__x86_64__)
 INSTRUCTIONS("avx2,fma,f16c")
@@ -18,44 +18,40 @@ INSTRUCTIONS("avx2,fma,f16c")
 typedef struct {
     const void *rows;
     uint32_t *blocks;
-    int64_t num_rows, columns, lanes; /* columns of units of four bytes; lanes: rows of a block */
-    int64_t stride;                   /* units of a block */
-    int64_t groups, group;            /* of codes of 4 bits */
+    int64_t num_rows, columns; /* of units of four bytes */
+    int64_t groups, group;     /* of codes of 4 bits */
     const float *scales, *offsets;
     float factor;
-    uint32_t flipped;                 /* bits that change in each unit */
     atomic_llong next;
 } Work;
 
-/* Writes 8 rows of 8 units as 8 columns. */
-INLINE void exchange_units(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride,
-                           __m256i flipped)
+/* Writes 8 rows of 8 units as 8 columns of a block. */
+INLINE void exchange_units(const uint32_t *from, int64_t stride, uint32_t *to)
 {
     __m256 rows[SIDE], columns[SIDE];
+    __m256i flipped = _mm256_set1_epi32((int)HIGHEST_BITS);
     for (int i = 0; i < SIDE; i++)
-        rows[i] = _mm256_loadu_ps((const float *)(from + i * from_stride));
+        rows[i] = _mm256_loadu_ps((const float *)(from + i * stride));
     exchange8(rows, columns);
     for (int i = 0; i < SIDE; i++)
-        _mm256_storeu_si256((__m256i *)(to + i * to_stride),
+        _mm256_storeu_si256((__m256i *)(to + i * LANES),
                             _mm256_xor_si256(_mm256_castps_si256(columns[i]), flipped));
 }
 
-static void interleave_block(const Work *w, int64_t block)
+static void pack_block8(const Work *w, int64_t block)
 {
-    const uint32_t *rows = (const uint32_t *)w->rows + block * w->lanes * w->columns;
-    uint32_t *to = w->blocks + block * w->stride;
-    int64_t here = w->num_rows - block * w->lanes;
-    int64_t whole = (here < w->lanes ? here : w->lanes) / SIDE * SIDE, pieces = w->columns / SIDE * SIDE;
-    __m256i flipped = _mm256_set1_epi32((int)w->flipped);
+    const uint32_t *rows = (const uint32_t *)w->rows + block * LANES * w->columns;
+    uint32_t *to = w->blocks + block * LANES * w->columns;
+    int64_t here = w->num_rows - block * LANES;
+    int64_t whole = (here < LANES ? here : LANES) / SIDE * SIDE, pieces = w->columns / SIDE * SIDE;
     for (int64_t column = 0; column < pieces; column += 2 * SIDE)
         for (int64_t lane = 0; lane < whole; lane += SIDE)
             for (int64_t own = column; own < pieces && own < column + 2 * SIDE; own += SIDE)
-                exchange_units(rows + lane * w->columns + own, w->columns, to + own * w->lanes + lane,
-                               w->lanes, flipped);
-    for (int64_t lane = 0; lane < w->lanes; lane++)
+                exchange_units(rows + lane * w->columns + own, w->columns, to + own * LANES + lane);
+    for (int64_t lane = 0; lane < LANES; lane++)
         for (int64_t column = lane < whole ? pieces : 0; column < w->columns; column++)
-            to[column * w->lanes + lane] =
-                w->flipped ^ (lane < here ? rows[lane * w->columns + column] : 0);
+            to[column * LANES + lane] =
+                HIGHEST_BITS ^ (lane < here ? rows[lane * w->columns + column] : 0);
 }
 
 /* Scales or offsets of a block's rows, of one group, as float16. */
@@ -71,7 +67,7 @@ INLINE void pack_numbers(const Work *w, const float *numbers, int64_t block, int
                          _mm256_cvtps_ph(_mm256_loadu_ps(own + half), _MM_FROUND_TO_NEAREST_INT));
 }
 
-static void pack_block(const Work *w, int64_t block)
+static void pack_block4(const Work *w, int64_t block)
 {
     int64_t units = w->group / 8, each = LANES + units * LANES;
     uint32_t *blocks = w->blocks + block * w->groups * each;
@@ -97,37 +93,33 @@ static void pack_block(const Work *w, int64_t block)
     }
 }
 
-static void interleave_some(void *data)
-{
-    Work *w = data;
-    for (;;) {
-        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
-        if (block * w->lanes >= w->num_rows)
-            return;
-        interleave_block(w, block);
-    }
-}
-
-static void pack_some(void *data)
+static void pack_some8(void *data)
 {
     Work *w = data;
     for (;;) {
         int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
         if (block * LANES >= w->num_rows)
             return;
-        pack_block(w, block);
+        pack_block8(w, block);
     }
 }
 
-/* Writes rows [num_rows, columns] of units of four bytes as [num_rows / lanes][stride / lanes][lanes], of
- * which columns beyond those of the rows are left as they are. Rows that a block lacks are zeros. The bits
- * in `flipped` change. */
-EXPORT void interleave_rows(const void *rows, void *blocks, int64_t num_rows, int64_t columns,
-                            int64_t lanes, int64_t stride, uint32_t flipped, int threads)
+static void pack_some4(void *data)
 {
-    Work w = {.rows = rows, .blocks = blocks, .num_rows = num_rows, .columns = columns,
-              .lanes = lanes, .stride = stride, .flipped = flipped};
-    in_threads(interleave_some, &w, threads);
+    Work *w = data;
+    for (;;) {
+        int64_t block = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (block * LANES >= w->num_rows)
+            return;
+        pack_block4(w, block);
+    }
+}
+
+/* Packs codes of 8 bits, [num_rows, columns] of units of four, as products.h says of int8. */
+EXPORT void pack_int8(const void *codes, void *blocks, int64_t num_rows, int64_t columns, int threads)
+{
+    Work w = {.rows = codes, .blocks = blocks, .num_rows = num_rows, .columns = columns};
+    in_threads(pack_some8, &w, threads);
 }
 
 /* Packs codes [num_rows, groups * group], a byte each, and scales and offsets [num_rows, groups], divided
@@ -137,7 +129,7 @@ EXPORT void pack_int4(const void *codes, const float *scales, const float *offse
 {
     Work w = {.rows = codes, .scales = scales, .offsets = offsets, .blocks = blocks, .num_rows = num_rows,
               .groups = groups, .group = group, .factor = factor};
-    in_threads(pack_some, &w, threads);
+    in_threads(pack_some4, &w, threads);
 }
 
 /* The largest magnitude of some numbers; a NaN if there is one. */
