@@ -114,7 +114,10 @@ def test_two_threads_may_use_the_same_layers(layers: Layers) -> None:
     turns: list[Callable[[], None]] = []
     for _ in range(3):
         mine, theirs = states_of(1), states_of(1)
-        for states, names in ((mine, "qk"), (theirs, "qkv"), (mine, "v"), (theirs, "q")):
+        for states, names in (
+            *((mine, "qk"), (theirs, "qkv"), (mine, "v"), (theirs, "q")),
+            *((mine, "k"), (theirs, "kv"), (mine, "q"), (theirs, "qk"), (mine, "kv")),
+        ):
             turns += [partial(layers.check, name, states) for name in names]
     for turn in turns:
         turn()
