@@ -94,13 +94,14 @@ class Names:
     """Names of announcements, each once, and no more of them than are read.
 
     Attributes:
-        incomplete: those of which not all records have come; they come last.
+        again: those to be read once more, for not all records had come, or others may come; they
+            come last.
     """
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
         self._new: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.incomplete: deque[str] = deque()
+        self.again: deque[str] = deque()
 
     def add(self, name: str) -> None:
         """Add a name that somebody announced; may be called by another thread."""
@@ -109,11 +110,11 @@ class Names:
             self._new.put(name)
 
     def next(self, timeout_s: float) -> str | None:
-        """Return a new name, else one that is incomplete; None if there is none in time."""
+        """Return a new name, else one to be read again; None if there is none in time."""
         try:
             return self._new.get(timeout=timeout_s)
         except queue.Empty:
-            return self.incomplete.popleft() if self.incomplete else None
+            return self.again.popleft() if self.again else None
 
 
 def search(
@@ -174,10 +175,13 @@ def _collect(
             continue
         info = ServiceInfo(SERVICE, name)
         if not (info.load_from_cache(zeroconf) or info.request(zeroconf, _ASK_MS)):
-            names.incomplete.append(name)
+            names.again.append(name)
             continue
         announced = _announced(info)
-        if announced is not None and announced not in found:
+        if announced is None:
+            continue
+        names.again.append(name)  # its addresses may change meanwhile
+        if announced not in found and len(found) < MAX_FOUND:
             found.append(announced)
             if is_wanted(announced):
                 break
