@@ -65,7 +65,7 @@ async def work(settings: WorkerSettings) -> int:
         flops_per_s=measured.flops_per_s / settings.slowdown,
     )
     logger.info(
-        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %s (%s)",
+        "%s on %s: %s of memory to use, reads %.1f GB/s, %s (%s)",
         capabilities.device_name,
         capabilities.device,
         size_text(capabilities.memory_bytes),

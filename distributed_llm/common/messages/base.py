@@ -45,7 +45,7 @@ class Capabilities(Value, frozen=True, kw_only=True):
     Attributes:
         device: torch's name of the device ("cpu", "cuda:0").
         device_name: name of the device for people.
-        memory_bytes: memory that the worker may use for weights and KV cache.
+        memory_bytes: that the worker may use: for weights, KV cache and what steps take.
         cores: CPU cores of the machine.
         threads: CPU threads that the worker computes with.
         shares: stands for the cores of these threads: workers with the same text share them. Empty

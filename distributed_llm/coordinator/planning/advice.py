@@ -318,6 +318,8 @@ def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
     needed = min(base.cost.stage_bytes(LayerRange(i, i + 1), base.kv_tokens) for i in layers)
     if needed > offered:
         sizes = f"{size_text(needed)} needed, {size_text(offered)} offered"
+        if base.cost.workspace_bytes:
+            sizes += f", beside {size_text(base.cost.workspace_bytes)} that it computes with"
         return f"too little memory for one layer ({sizes})"
     return f"its {size_text(offered)} do not hold the layers that it would get"
 

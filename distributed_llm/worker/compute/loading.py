@@ -144,7 +144,7 @@ def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int 
         raise NotEnoughMemory(
             f"No room for a KV cache beside {layers_text(order.layers)}. They take "
             f"{size_text(stage.weight_bytes)} of {size_text(memory.budget_bytes)} that this worker "
-            f"may use; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
+            f"has for both; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
             f"{size_text(memory.reserve_bytes)} are left to others; {KV_BLOCK} tokens of context "
             f"take {size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
             "or end other programs there."
