@@ -99,6 +99,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 6,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+    },
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 
@@ -121,8 +131,12 @@ def build_model(
     if tie is not None:
         values["tie_word_embeddings"] = tie
     config = CONFIG_MAPPING[family](**copy.deepcopy(values))
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
+def random_model(kind: Any, config: Any, seed: int = 0) -> PreTrainedModel:
+    """Return a float32 model of this class with random weights, whose outputs vary."""
     torch.manual_seed(seed)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

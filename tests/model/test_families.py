@@ -23,6 +23,7 @@ from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline
+from tests.wholes import WHOLES
 
 LENGTHS = (23, 3, 12)
 """Lengths of the prompts: longer than, shorter than and twice the sliding windows in FAMILIES."""
@@ -151,7 +152,8 @@ def test_chunks_of_prompts_mixed_with_each_other_give_the_whole_forward(
 
 
 def test_every_family_here_is_called_verified_and_no_other() -> None:
-    assert {family for family, _ in VARIANTS.values()} == VERIFIED
+    parts = {text for text, _, _ in WHOLES.values()}
+    assert {family for family, _ in VARIANTS.values()} | parts == VERIFIED
 
 
 @pytest.mark.parametrize(
@@ -169,14 +171,15 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("jamba", {}),
         ("minimax", {}),
         ("t5", {}),
-        ("gemma3", {"text_config": {}}),
+        ("mllama", {}),
+        ("gemma", {"part_of": "paligemma"}),
         ("gpt2", {"reorder_and_upcast_attn": True}),
         ("phi3", {"rope_scaling": {"type": "longrope"}}),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, object]) -> None:
-    with pytest.raises(UnsupportedModel, match=f"'{family}' is not supported: .+Use "):
+    with pytest.raises(UnsupportedModel, match=f"'{family}',? is not supported: .+Use "):
         check_architecture({"model_type": family, **settings})
 
 

@@ -30,10 +30,12 @@ class PackedStep:
         first_layer: number of the stage's first layer in the whole model.
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has appended keys and values.
+        sections: of the layers, as in `Scoring`; empty: no layer has any.
         coarse: layers of which products would round the scores too much; kept from step to step.
         single: the slices of one token.
         chunks: the other slices.
-        windows: of the layers that have run, as in `Scoring`.
+        windows: of the layers that have run: positions that a token sees at most, itself included;
+            0 is all.
         made: what one layer has made for others to use again, by what it was made from.
     """
 
@@ -41,6 +43,7 @@ class PackedStep:
     first_layer: int
     slices: tuple[PackedSlice, ...]
     appended: list[int]
+    sections: tuple[int, ...] = ()
     coarse: set[int] = field(default_factory=set)
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
@@ -61,12 +64,26 @@ class Scoring:
         window: positions that a token attends to, itself included; 0 is all.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
+        section: positions of the sections that the text is cut into, from its start on; a token
+            attends to none before its own. 0: the text is not cut.
     """
 
     scale: float
     window: int
     softcap: float | None
     sinks: Tensor | None
+    section: int = 0
+
+    @property
+    def most_seen(self) -> int:
+        """Positions that a token attends to at most, itself included; 0 is all."""
+        return self.window or self.section
+
+    def first_seen(self, position: int) -> int:
+        """Return the first position that the token at `position` attends to."""
+        if self.section:
+            return position - position % self.section
+        return max(0, position + 1 - self.window) if self.window else 0
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.

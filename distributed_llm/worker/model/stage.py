@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
@@ -93,6 +94,8 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
+        sections = layer_sections(checkpoint.config, checkpoint.num_layers)
+        self._sections = sections[layers.start : layers.stop]
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
@@ -431,7 +434,9 @@ class Stage:
             row = stop
         appended = [0] * len(self.layers)
         return PackedStep(
-            self._cache, self.layers.start, tuple(slices), appended, self._coarse_layers
+            *(self._cache, self.layers.start, tuple(slices), appended),
+            sections=self._sections,
+            coarse=self._coarse_layers,
         )
 
     def _compute(
