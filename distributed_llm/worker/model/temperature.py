@@ -20,11 +20,18 @@ def tell_positions(model: nn.Module) -> None:
 
 
 class _Positions:
-    """What transformers' attention asks its cache for; it keeps nothing."""
+    """What transformers' attention asks its cache for; it keeps nothing.
+
+    Args:
+        device: of the layer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def get_seq_length(self, layer: int) -> Tensor:
         """Return how far each token of the packed row is behind its place in it, int64 [tokens]."""
-        return _ahead_of_rows(running_step())
+        return _ahead_of_rows(running_step(), self._device)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Return these keys and values."""
@@ -34,13 +41,14 @@ class _Positions:
 def _give_positions(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "past_key_values": _Positions()}
+    states = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "past_key_values": _Positions(states.device)}
 
 
-def _ahead_of_rows(step: PackedStep) -> Tensor:
+def _ahead_of_rows(step: PackedStep, device: torch.device) -> Tensor:
     made = step.made.get("ahead of rows")
     if not isinstance(made, Tensor):
         starts = torch.tensor([part.start - part.row for part in step.slices])
         counts = torch.tensor([part.num_tokens for part in step.slices])
-        made = step.made["ahead of rows"] = starts.repeat_interleave(counts)
+        made = step.made["ahead of rows"] = starts.repeat_interleave(counts).to(device)
     return made
