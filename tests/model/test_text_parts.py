@@ -173,8 +173,23 @@ def as_qwen2_on_the_hub(folder: Path) -> None:
     )
 
 
+def with_experts_as_on_the_hub(folder: Path) -> None:
+    """Have the matrices of experts lie the other way round."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    experts = {name for name in tensors if ".mlp.experts." in name}
+    assert len(experts) == 2 * NUM_LAYERS
+    turned = {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
+    save_file(tensors | turned, path, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
-    ("model_type", "change"), [("gemma3", as_saved_today), ("qwen2_5_vl", as_qwen2_on_the_hub)]
+    ("model_type", "change"),
+    [
+        ("gemma3", as_saved_today),
+        ("qwen2_5_vl", as_qwen2_on_the_hub),
+        ("qwen3_vl_moe", with_experts_as_on_the_hub),
+    ],
 )
 def test_other_forms_of_the_same_checkpoint(model_type: str, change: Any, tmp_path: Path) -> None:
     whole = build_whole(model_type)

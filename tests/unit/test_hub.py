@@ -382,9 +382,11 @@ def test_of_a_model_for_pictures_only_files_of_the_text_model_are_fetched(
     everything = model_names.fingerprints(source, ours, layers)
     prints = model_names.fingerprints(source, theirs, layers)
     assert theirs.digest(layers, prints) == ours.digest(layers, everything)
-    fake.requests.clear()
-    assert model_names.checkpoint_here(source, layers) == theirs
-    assert not fake.requests
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "third machine"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    as_others_cache_it(fake)
+    _, third = model_names.resolve_for_coordinator(NAME)
+    assert third.tensors == theirs.tensors
 
 
 def as_others_cache_it(fake: FakeHub, *, without: tuple[str, ...] = ()) -> Path:
