@@ -19,6 +19,7 @@ from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.common.text_config import PART_OF
 from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
 
@@ -136,4 +137,5 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as exc:
         raise _no_model(checkpoint.model_type) from exc
     tell_positions(model)
+    tell_of_sorted_experts(model)
     return model
