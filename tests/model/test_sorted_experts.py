@@ -1,4 +1,4 @@
-"""Experts that get sorted rows compute those that are not zeros, and give what transformers gives."""
+"""Experts that get sorted rows compute those that are not zeros, and give what all would give."""
 
 import copy
 from typing import Any
