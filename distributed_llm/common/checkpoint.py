@@ -19,6 +19,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
@@ -151,7 +152,8 @@ class Checkpoint:
 
     def layer_kv_bytes(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
         """Return the bytes of KV cache that one position takes in each layer."""
-        return sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        every = sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        return tuple(n * kept for n, kept in zip(every, keeps_kv(self.config), strict=True))
 
     @cached_property
     def layer_prefix(self) -> str:
