@@ -118,6 +118,8 @@ def test_only_where_a_state_stands_computing_goes_on(pipeline: Pipeline) -> None
     assert missing(pipeline, 0, 8, 12) == 4
     pipeline.run([(0, 0, 3)])
     assert missing(pipeline, 0, 4, 6) == 3
+    pipeline.run([(0, 3, 8)])
+    assert missing(pipeline, 0, 4, 6) == 3
 
 
 def test_children_begin_with_a_snapshot_of_their_parent(pipeline: Pipeline, whole: Any) -> None:

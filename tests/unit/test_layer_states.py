@@ -1,5 +1,7 @@
 """What layers keep, as config.json tells it in the forms that files in the wild have."""
 
+from typing import Any
+
 import pytest
 from transformers import CONFIG_MAPPING
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -10,7 +12,7 @@ _STATE_ALONE = {"linear_attention", "conv"}
 _NO_KV = {*_STATE_ALONE, "dummy"}
 _HYBRID = {"hybrid", "hybrid_sliding"}
 
-FILES: dict[str, dict[str, object]] = {
+FILES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"num_hidden_layers": 12, "full_attention_interval": 3},
     "qwen3_5_text": {"num_hidden_layers": 9},
     "olmo_hybrid": {"num_hidden_layers": 8},
@@ -65,6 +67,6 @@ def test_windows_are_kept_in_the_dtype_of_the_model_and_recurrences_in_float32()
         "linear_conv_kernel_dim": 4,
     }
     window, recurrence = (2 * 16 + 32) * 128 * 4, 32 * 128 * 128
-    for dtype, item_bytes in (("bfloat16", 2), ("float32", 4)):
-        own = window * item_bytes + recurrence * 4
-        assert state_bytes(config, dtype) == (own, own, own, 0)
+    narrow, wide = window * 2 + recurrence * 4, window * 4 + recurrence * 4
+    assert state_bytes(config, "bfloat16") == (narrow, narrow, narrow, 0)
+    assert state_bytes(config, "float32") == (wide, wide, wide, 0)
