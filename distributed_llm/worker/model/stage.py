@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
-from distributed_llm.common.layer_states import keeps_kv, state_bytes
+from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
@@ -97,7 +97,7 @@ class Stage:
         self._dtype = dtype
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
-        of_states = state_bytes(checkpoint.config, DTYPE_NAMES[dtype])[own]
+        of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
         self._held_sequences = HeldSequences(self._cache, of_states)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
