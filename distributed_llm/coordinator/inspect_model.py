@@ -7,7 +7,6 @@ from distributed_llm.common.architectures import EXCEEDS_FLOAT16
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
-from distributed_llm.common.layer_states import state_bytes
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
@@ -112,5 +111,5 @@ def model_cost(
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, checkpoint.num_layers),
-        layer_state_bytes=state_bytes(checkpoint.config, dtype),
+        layer_state_bytes=checkpoint.layer_state_bytes(dtype),
     )

@@ -440,6 +440,7 @@ class FakeStage:
                 held.tokens = parent.tokens[: part.prefix.length]
                 held.seen_from = parent.seen_from
                 held.latest = held.before = part.prefix.length
+                held.snapshots = {part.prefix.length} if self._state_tokens else set()
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held

@@ -164,8 +164,8 @@ class KVLedger:
         sequence = self._sequences[sequence_id] = CachedSequence(tokens, shares_with)
         if match is not None:
             sequence.prefix = self._share(sequence_id, match)
-        self._free_for(HELD_STATES * self._charges.windows.state)
-        self._add_states(sequence, HELD_STATES)
+        self._free_for(self._states_of(match) * self._charges.windows.state)
+        self._add_states(sequence, self._states_of(match))
         extended = self.extend(sequence_id, length)
         assert extended
         return True
@@ -181,9 +181,14 @@ class KVLedger:
             own.start = match.length
             if self._covers(match) and segments[-1].owner == match.sequence_id:
                 own = segments[-1]
-        states = HELD_STATES * self._charges.windows.state
+        states = self._states_of(match) * self._charges.windows.state
         more = self._charges.more_for_length(own, length) + states
         return self._charges.has_room(more, kept=kept)
+
+    @staticmethod
+    def _states_of(match: Match | None) -> int:
+        """Return how many states a sequence has that begins with `match`, the shared one too."""
+        return HELD_STATES + (match is not None)
 
     def _add_states(self, sequence: CachedSequence, count: int) -> None:
         sequence.states += count
@@ -231,6 +236,7 @@ class KVLedger:
                 self._hold(segment, sequence_id)
                 child.segments.append(segment)
         child.length = match.length
+        child.snapshots = [match.length]
         child.seen_from = parent.seen_from
         if covers:
             self._take(match.sequence_id, sequence_id)
