@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
-from distributed_llm.common.model_sizes import layer_kv_bytes
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.inspect_model import model_cost
@@ -98,7 +97,7 @@ def test_tokens_equal_those_of_the_whole_model(
             map(list, zip(*expected, strict=True))
         )
     assert len({token for tokens in expected for token in tokens}) > 2
-    planned = layer_kv_bytes(checkpoint.config, "float32")
+    planned = checkpoint.layer_kv_bytes("float32")
     assert tuple(stage.kv_bytes_per_token for stage in pipeline.stages) == planned
 
 
