@@ -3,6 +3,7 @@
 The reference is transformers' model as a whole, `generate` and forward with text alone.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
+from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.weights.giving.library import Library
+from distributed_llm.weights.giving.shelf import Shelf
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE
 from tests.model.driver import CPU, Pipeline, load_stages
+from tests.quantized_checkpoints import make_quantized
 from tests.wholes import WHOLES, build_whole, edit_config, rename_tensors
 
 LENGTHS = (23, 3, 12)
@@ -135,11 +141,18 @@ def test_pictures_are_neither_read_nor_compared(folder: Path, tmp_path: Path) ->
     Stage.check_loading(after)
     prints = [one.fingerprints(layers, sampled=True) for one in (before, after)]
     assert before.digest(layers, prints[0]) == after.digest(layers, prints[1])
+    source = ModelSource(kind="folder", name=str(folder))
+    library = Library(source, before, lambda name, _: folder / name, Shelf(), tmp_path / "digests")
+    told = library.description
+    assert {one.name for one in told.tensors} == before.tensors.keys()
+    again = checkpoint_of(tmp_path, json.loads(told.config), before.tensors)
+    assert again.digest(layers, prints[0]) == before.digest(layers, prints[0])
 
 
 def tokens_of(folder: Path, prompt: list[int]) -> list[int]:
-    layers = LayerRange(0, NUM_LAYERS)
-    stage = Stage.load(open_checkpoint(folder), layers, device=CPU, dtype=torch.float32)
+    checkpoint = open_checkpoint(folder)
+    layers = LayerRange(0, checkpoint.num_layers)
+    stage = Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
     pipeline = Pipeline([stage])
     pipeline.prefill([prompt], [0])
     return [pipeline.decode()[0] for _ in range(NEW_TOKENS)]
@@ -199,3 +212,22 @@ def test_other_forms_of_the_same_checkpoint(model_type: str, change: Any, tmp_pa
     assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
     if change is as_saved_today:
         assert before.isdisjoint(open_checkpoint(tmp_path).tensors)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "fp8", "mlx"])
+def test_a_quantized_text_model(kind: str, tmp_path: Path) -> None:
+    """As it is: what is said about the whole counts for it, whatever pictures are kept as."""
+    quantized, plain = make_quantized(tmp_path, kind)
+    path = quantized / "model.safetensors"
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(path).items()}
+    tensors["vision_tower.layers.0.weight"] = torch.zeros(2, 2, dtype=torch.int32)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+    def as_whole(config: dict[str, Any]) -> dict[str, Any]:
+        of_whole = {name: config.pop(name) for name in QUANTIZATION_NAMES if name in config}
+        assert of_whole
+        return {"model_type": "llava", "text_config": config, "vision_config": {}, **of_whole}
+
+    edit_config(quantized, as_whole)
+    prompt = list(range(3, 20))
+    assert tokens_of(quantized, prompt) == tokens_of(plain, prompt)
