@@ -38,17 +38,29 @@ _GLM_EXPERTS = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
 }
+_MISTRAL4 = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"kv_lora_rank": 8, "q_lora_rank": 8, "num_key_value_heads": 4},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0},
+        **{"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.5},
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0},
+    },
+}
 
 WHOLES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "aya_vision": ("cohere2", FAMILIES["cohere2"], True),
     "gemma3": ("gemma3_text", FAMILIES["gemma3_text"], True),
     "glm4v": ("glm4v_text", _GLM, False),
     "glm4v_moe": ("glm4v_moe_text", {**_GLM, **_GLM_EXPERTS}, False),
+    "glm_ocr": ("glm_ocr_text", _GLM, False),
     "idefics3": ("llama", {}, False),
     "internvl": ("qwen2", {}, True),
     "llama4": ("llama4_text", FAMILIES["llama4_text"], False),
     "llava": ("llama", {}, False),
     "mistral3": ("mistral", {"head_dim": 16}, False),
+    "mistral3 of mistral4": ("mistral4", _MISTRAL4, False),
     "qwen2_5_vl": ("qwen2_5_vl_text", _QWEN2, False),
     "qwen2_vl": ("qwen2_vl_text", _QWEN2, True),
     "qwen3_5": ("qwen3_5_text", FAMILIES["qwen3_5_text"], True),
@@ -56,14 +68,14 @@ WHOLES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "qwen3_vl": ("qwen3_vl_text", _QWEN3, True),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", {**_QWEN3, **_EXPERTS}, False),
 }
-"""By model type: that of the text model, what its configuration has beyond `_TEXT`, and whether the
-head is the embedding."""
+"""By model type, perhaps with " of " another: the text model's, what its configuration has beyond
+`_TEXT`, and whether the head is the embedding."""
 
 
-def build_whole(model_type: str) -> PreTrainedModel:
-    """Return a small random float32 model for text and pictures."""
-    text_type, settings, tie = WHOLES[model_type]
-    kind = CONFIG_MAPPING[model_type]
+def build_whole(name: str) -> PreTrainedModel:
+    """Return a small random float32 model for text and pictures, one of `WHOLES`."""
+    text_type, settings, tie = WHOLES[name]
+    kind = CONFIG_MAPPING[name.partition(" ")[0]]
     pictures = kind().vision_config.to_dict()
     values = {
         "text_config": {**_repeated({**_TEXT, **settings}), "model_type": text_type},
