@@ -12,43 +12,94 @@ from distributed_llm.common.model_sizes import rope_parameters, rope_type
 
 VERIFIED: frozenset[str] = frozenset(
     {
+        "afmoe",
         "apertus",
         "arcee",
+        "aria_text",
+        "axk1",
+        "beam",
+        "bert",
+        "bert-generation",
+        "biogpt",
+        "bitnet",
         "cohere",
         "cohere2",
+        "cohere2_moe",
+        "cohere_compass_text",
+        "ctrl",
+        "cwm",
+        "dbrx",
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "electra",
+        "ernie",
         "ernie4_5",
+        "ernie4_5_moe",
         "exaone4",
+        "exaone_moe",
+        "flex_olmo",
+        "flint",
         "gemma",
         "gemma2",
         "gemma3_text",
         "glm",
         "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt-sw3",
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
         "granite",
+        "granite_swa",
         "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
         "helium",
         "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "jetmoe",
+        "kolibri1",
+        "laguna",
         "llama",
+        "mellum",
+        "mimo_v2_flash",
+        "minicpm3",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
+        "modernbert-decoder",
+        "nanochat",
         "nemotron",
         "olmo",
         "olmo2",
+        "olmo3",
         "olmoe",
         "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
         "seed_oss",
         "smollm3",
+        "solar_open",
         "stablelm",
         "starcoder2",
+        "vaultgemma",
+        "youtu",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -65,6 +116,17 @@ _OWN_STATE = (
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _MULTIMODAL = "it wraps a language model together with one for pictures or sound"
 _CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
+_POSITION_BIAS = "its attention adds a bias of its own to the scores"
+_OWN_MASK = "its attention makes a mask of its own from what it sees"
+_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
+_LOOPS = "its layers run several times for each token"
+_BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
+_POSITIONS = (
+    "it numbers positions from its padding token on, and transformers does that in a forward pass "
+    "but not when it generates"
+)
+_UNMASKED = "its tokens see those after them, which are not there yet when generating"
+_WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -75,11 +137,18 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "gpt_neo",
         "codegen",
         "openai-gpt",
-        "ctrl",
         "xlnet",
-        "transfo-xl",
+        "big_bird",
+        "gpt_neox_japanese",
+        "megatron-bert",
+        "reformer",
+        "rembert",
+        "roformer",
+        "xglm",
+        "xlm",
     ),
     _OWN_STATE: (
+        "bailing_hybrid",
         "bamba",
         "falcon_h1",
         "falcon_mamba",
@@ -88,6 +157,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "kimi_linear",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "mamba",
         "mamba2",
         "minimax",
@@ -96,20 +166,50 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rwkv",
         "xlstm",
         "zamba",
         "zamba2",
+        "zaya",
     ),
-    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
-    _MULTIMODAL: ("gemma3", "gemma4", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl"),
+    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
+    _MULTIMODAL: (
+        "gemma3",
+        "gemma4",
+        "llava",
+        "mistral3",
+        "mllama",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "moshi",
+        "git",
+        "phi4_multimodal",
+    ),
     _CHUNKED: ("llama4", "llama4_text"),
-    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text", "cpmant"),
+    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text"),
+    _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
+    _OWN_MASK: ("doge",),
+    _TWICE: ("diffllama", "longcat_flash"),
+    _LOOPS: ("hrm_text",),
+    _BYTES: ("blt",),
+    _POSITIONS: (
+        "camembert",
+        "data2vec-text",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
 }
 _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
+
+_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+"""Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
 
@@ -160,7 +260,11 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("add_cross_attention"):
         yield _ENCODER
     if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
-        yield "its tokens see those after them, which are not there yet when generating"
+        yield _UNMASKED
+    if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
+        yield _UNMASKED
+    if _has_window_in_mask(config):
+        yield _WINDOW_IN_MASK
     if config.get("attention_chunk_size"):
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
@@ -171,3 +275,14 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
                 f"its rotary position encoding ({kind}) changes with the longest sequence of "
                 "a batch, so that an answer would depend on who else is asking"
             )
+
+
+def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
+    """Return whether attention is told only by the mask that it has a window."""
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    match config.get("model_type"):
+        case "qwen2_moe":
+            return bool(config.get("use_sliding_window"))
+        case "phimoe":  # published with one that is as long as the texts may be
+            return isinstance(window, int) and isinstance(length, int) and 0 < window < length
+    return False

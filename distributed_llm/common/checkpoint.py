@@ -40,10 +40,16 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd"
+    r"|transformer\.w)(\.|$)"
 )
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
-_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
+_NEVER_TIED_NAME = re.compile(
+    r"(^|\.)(wpe|embed_positions|project_in|embeddings_project|position_embd"
+    r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
+)
+_HEAD_NAME = re.compile(
+    r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+)
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 
@@ -195,7 +201,8 @@ class Checkpoint:
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        has_head = any(_HEAD_NAME.search(name) for name in self.tensors)
+        outside = (name for name in self.tensors if not _LAYER_NAME.match(name))
+        has_head = any(map(_HEAD_NAME.search, outside))
         return not has_head or self.lone_head is not None
 
     @cached_property

@@ -272,6 +272,9 @@ class ModelLoader:
             info = self._of_layers(info)
         self._refuse_problems(model, info, number)
         info.unexpected_keys.clear()
+        for module in model.modules():
+            if not module._parameters and not module._buffers:
+                cast(Any, module)._is_hf_initialized = True  # or some types look for absent ones
         # Ties the head to the embedding, and computes buffers that no file holds (rotary
         # frequencies). It would also initialise missing weights, but none are missing.
         PreTrainedModel._finalize_model_loading(model, load_config, info)
