@@ -30,7 +30,7 @@ from distributed_llm.common.other_formats import (
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
-from distributed_llm.common.tensor_index import tensors_by_index
+from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize, WeightForm
@@ -185,9 +185,12 @@ class Checkpoint:
         return min(whole, key=lambda prefix: len(layers[prefix]), default=None)
 
     def is_spare(self, name: str) -> bool:
-        """Return whether tensor `name` belongs to a layer beyond those that config.json names."""
+        """Return whether tensor `name` belongs to a layer beyond those that config.json names.
+
+        Or to a module of its own that does what such layers do.
+        """
         match = _LAYER_NAME.match(name)
-        return (
+        return is_draft(name) or (
             match is not None
             and int(match["layer"]) >= self.num_layers
             and match["prefix"] == self._layer_prefix
