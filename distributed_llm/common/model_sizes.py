@@ -35,6 +35,12 @@ Of longrope ("su"), `max_position_embeddings` is the scaled length by definition
 _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 """Model types whose `max_position_embeddings` is the scaled length though the scaling is linear."""
 
+_TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
+"""Model types that have twice as many heads of keys in layers with a window.
+
+If config.json tells of no windows, all layers count as having one.
+"""
+
 
 def check_sizes(config: Config) -> None:
     """Raise if a model of this config cannot be.
@@ -52,6 +58,10 @@ def check_sizes(config: Config) -> None:
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers."""
+    if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
+        listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
+        if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
+            return len(listed)
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
 
 
@@ -74,15 +84,19 @@ def context_length(config: Config) -> int:
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 
 
-def kv_bytes_per_token(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
-    """Return the bytes of KV cache that one position takes in one layer.
+def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
+    """Return the bytes of KV cache that one position takes in each layer.
 
     Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
     values for every head of the queries, and of different widths.
     """
     heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     dims = (heads.key_dim, heads.value_dim)
-    return heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    if config.get("model_type") in _TWICE_IN_WINDOWS:
+        kinds = config.get("layer_types") or ["sliding_attention"] * num_layers(config)
+        return tuple(one * (1 + (kind == "sliding_attention")) for kind in kinds)
+    return (one,) * num_layers(config)
 
 
 class HeadSizes(NamedTuple):
@@ -102,10 +116,7 @@ class HeadSizes(NamedTuple):
 
 
 def head_sizes(config: Config) -> HeadSizes:
-    """Return the heads of attention; see `kv_bytes_per_token` for latent attention.
-
-    Where layers differ, those of the layer that keeps most.
-    """
+    """Return the heads of attention; see `layer_kv_bytes` for latent attention."""
     if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
         heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
         return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
@@ -116,8 +127,6 @@ def head_sizes(config: Config) -> HeadSizes:
     kv_heads = int(_kv_heads(config) or heads)
     if config.get("multi_query") is True:
         kv_heads = 1  # GPT BigCode
-    if config.get("model_type") == "mimo_v2_flash":
-        kv_heads *= 2  # in layers with a window
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
 

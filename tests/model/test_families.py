@@ -12,7 +12,8 @@ import torch
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.model_sizes import kv_bytes_per_token
+from distributed_llm.common.layer_windows import layer_windows
+from distributed_llm.common.model_sizes import layer_kv_bytes
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
@@ -31,8 +32,6 @@ NUM_LAYERS = 3
 NO_TOKENS = as_token_ids(())
 HOT = tuple(Sampling(temperature=2.0, seed=seed) for seed in (1, 2))
 """They tell nearly equal logits apart."""
-UNEQUAL_LAYERS = frozenset({"mimo_v2_flash"})
-"""Families whose layers keep keys and values of different sizes; the largest is planned for all."""
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     **{family: (family, {}) for family in FAMILIES},
@@ -121,11 +120,10 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
 
 
 def check_kv_bytes(stage: Stage, checkpoint: Checkpoint) -> None:
-    planned = kv_bytes_per_token(checkpoint.config, "float32") * NUM_LAYERS
-    if checkpoint.model_type in UNEQUAL_LAYERS:
-        assert planned / 2 < stage.kv_bytes_per_token < planned
-    else:
-        assert stage.kv_bytes_per_token == planned, "planned bytes of KV cache"
+    planned = sum(layer_kv_bytes(checkpoint.config, "float32"))
+    assert stage.kv_bytes_per_token == planned, "planned bytes of KV cache"
+    windows = layer_windows(checkpoint.config, NUM_LAYERS)
+    assert stage._cache.windows == windows, "planned windows of layers"
 
 
 def check_tokens(
