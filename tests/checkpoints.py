@@ -15,7 +15,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-HIDDEN_SIZE = 32
+from tests.mixtures import (
+    EXPERTS,
+    HIDDEN_SIZE,
+    LATENT,
+    MIXED,
+    MIXTURES,
+    ROPE_BY_KIND,
+    SCALED_LIKE_GRANITE,
+    WINDOWS,
+)
+
 VOCAB_SIZE = 128
 WEIGHT_STD = 0.15
 
@@ -31,37 +41,7 @@ _COMMON: Mapping[str, Any] = {
     "eos_token_id": None,
 }
 _NO_GQA = {"num_key_value_heads": 4}
-_MIXED = ["sliding_attention", "full_attention"]
-_WINDOWS = {"sliding_window": 5, "layer_types": _MIXED, "head_dim": 8}
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_ROUTED = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "n_shared_experts": 1,
-    "n_group": 4,
-    "topk_group": 2,
-}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 12,
-}
 _DECODER = {**_NO_GQA, "is_decoder": True}
-_DENSE_FIRST = ["dense", "sparse", "sparse", "sparse"]
-_ROPE_BY_KIND = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
-}
-_SCALED_LIKE_GRANITE = {
-    "embedding_multiplier": 2.0,
-    "logits_scaling": 1.5,
-    "residual_multiplier": 0.7,
-    "attention_multiplier": 0.3,
-}
 _PER_LAYER = (
     "layer_types",
     "no_rope_layers",
@@ -84,7 +64,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "decoder_sparse_step": 2,
         "mlp_only_layers": [3],
     },
-    "mixtral": {**_EXPERTS, "sliding_window": 6},
+    "mixtral": {**EXPERTS, "sliding_window": 6},
     "gemma": {"head_dim": 16},
     "gemma2": {
         "head_dim": 16,
@@ -96,18 +76,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {
         "head_dim": 16,
         "sliding_window": 5,
-        "layer_types": _MIXED,
+        "layer_types": MIXED,
         "query_pre_attn_scalar": 16,
     },
     "phi3": {"sliding_window": 7},
     "gpt_neox": _NO_GQA,
     "opt": {**_NO_GQA, "ffn_dim": 48, "word_embed_proj_dim": 24},
     "olmo2": {},
-    "granite": _SCALED_LIKE_GRANITE,
-    "granitemoe": {**_EXPERTS, "attention_multiplier": 0.3},
+    "granite": SCALED_LIKE_GRANITE,
+    "granitemoe": {**EXPERTS, "attention_multiplier": 0.3},
     "cohere": {"logit_scale": 0.5},
-    "cohere2": {"logit_scale": 0.5, "sliding_window": 5, "layer_types": _MIXED, "head_dim": 8},
-    "gpt_oss": {**_EXPERTS, "head_dim": 16, "sliding_window": 5, "layer_types": _MIXED},
+    "cohere2": {"logit_scale": 0.5, "sliding_window": 5, "layer_types": MIXED, "head_dim": 8},
+    "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5, "layer_types": MIXED},
     "starcoder2": {"sliding_window": 6},
     "phi": {"partial_rotary_factor": 0.5},
     "olmo": {"clip_qkv": 2.0},
@@ -115,7 +95,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},
     "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
     "ernie4_5": {"head_dim": 8},
-    "exaone4": {"sliding_window": 5, "layer_types": _MIXED},
+    "exaone4": {"sliding_window": 5, "layer_types": MIXED},
     "gpt_bigcode": {"multi_query": True},
     "hunyuan_v1_dense": {"head_dim": 8},
     "stablelm": {"partial_rotary_factor": 0.5},
@@ -131,8 +111,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
-    "olmo3": {**_WINDOWS, "rope_parameters": _ROPE_BY_KIND},
-    "ministral": {"sliding_window": 5, "layer_types": _MIXED, "head_dim": 16},
+    "olmo3": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
+    "ministral": {"sliding_window": 5, "layer_types": MIXED, "head_dim": 16},
     "ministral3": {
         "head_dim": 16,
         "rope_parameters": {
@@ -147,166 +127,36 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         },
     },
-    "glm4_moe": {**_ROUTED, "head_dim": 16, "first_k_dense_replace": 1, "use_qk_norm": True},
-    "glm4_moe_lite": {**_ROUTED, **_LATENT, "mlp_layer_types": _DENSE_FIRST},
-    "deepseek_v2": {
-        **_ROUTED,
-        **_LATENT,
-        "first_k_dense_replace": 1,
-        "n_shared_experts": 2,
-        "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 16.0,
-    },
-    "deepseek_v3": {**_ROUTED, **_LATENT, "first_k_dense_replace": 1},
-    "minimax_m2": {**_EXPERTS, "head_dim": 16, "rotary_dim": 8, "use_qk_norm": True},
-    "ernie4_5_moe": {
-        "moe_num_experts": 4,
-        "moe_k": 2,
-        "moe_intermediate_size": 24,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": 3,
-    },
-    "phimoe": {**_EXPERTS, "attention_bias": True, "lm_head_bias": True},
-    "solar_open": {**_ROUTED, "head_dim": 16},
-    "exaone_moe": {
-        **_WINDOWS,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "mlp_layer_types": _DENSE_FIRST,
-        "n_group": 4,
-        "topk_group": 2,
-    },
-    "cohere2_moe": {
-        **_WINDOWS,
-        "logit_scale": 0.5,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_shared_experts": 1,
-        "mlp_layer_types": _DENSE_FIRST,
-        "prefix_dense_intermediate_size": 40,
-        "expert_selection_fn": "sigmoid",
-    },
     "nanochat": {},
-    "mimo_v2_flash": {
-        **{name: _ROUTED[name] for name in _ROUTED if name != "n_shared_experts"},
-        **_WINDOWS,
-        "head_dim": 12,
-        "v_head_dim": 8,
-        "mlp_layer_types": _DENSE_FIRST,
-        "rope_parameters": {
-            kind: {**parameters, "partial_rotary_factor": 0.334}
-            for kind, parameters in _ROPE_BY_KIND.items()
-        },
-    },
-    "hy_v3": {
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "mlp_layer_types": _DENSE_FIRST,
-    },
     "granite_swa": {
-        **_SCALED_LIKE_GRANITE,
+        **SCALED_LIKE_GRANITE,
         "sliding_window": 5,
-        "layer_types": _MIXED,
+        "layer_types": MIXED,
         "layer_rope_theta": [10000.0, 100.0, 10000.0],
     },
-    "granitemoeshared": {**_EXPERTS, **_SCALED_LIKE_GRANITE, "shared_intermediate_size": 24},
-    "granitemoe_swa": {
-        **_EXPERTS,
-        **_SCALED_LIKE_GRANITE,
-        "shared_intermediate_size": 24,
-        "sliding_window": 5,
-        "layer_types": _MIXED,
-        "layer_rope_theta": [10000.0, 100.0, 10000.0],
-    },
-    "afmoe": {
-        **_WINDOWS,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_shared_experts": 1,
-        "moe_intermediate_size": 24,
-        "num_dense_layers": 1,
-        "mup_enabled": True,
-    },
-    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "bitnet": {},
     "vaultgemma": {
-        **_WINDOWS,
+        **WINDOWS,
         "head_dim": 16,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 10.0,
         "query_pre_attn_scalar": 16,
     },
-    "minicpm3": {**_LATENT, "dim_model_base": 16, "scale_emb": 4},
-    "jetmoe": {**_EXPERTS, "kv_channels": 16},
-    "youtu": _LATENT,
-    "laguna": {
-        **_WINDOWS,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "mlp_layer_types": _DENSE_FIRST,
-        "num_attention_heads_per_layer": [4, 8],
-        "rope_parameters": _ROPE_BY_KIND,
-    },
-    "mellum": {
-        **_EXPERTS,
-        **_WINDOWS,
-        "moe_intermediate_size": 24,
-        "mlp_layer_types": _DENSE_FIRST,
-        "rope_parameters": _ROPE_BY_KIND,
-    },
+    "minicpm3": {**LATENT, "dim_model_base": 16, "scale_emb": 4},
+    "youtu": LATENT,
     "internlm3": {"head_dim": 16, "bias": True, "qkv_bias": True},
     "iquestcoder": {"head_dim": 16},
-    "kolibri1": {
-        **_EXPERTS,
-        **_WINDOWS,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-    },
-    "axk1": {**_ROUTED, **_LATENT, "mlp_layer_types": _DENSE_FIRST},
     "persimmon": _NO_GQA,
-    "hyperclovax": {**_SCALED_LIKE_GRANITE, "head_dim": 16},
-    "dots1": {**_ROUTED, **_WINDOWS, "first_k_dense_replace": 1},
-    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
-    "aria_text": {"head_dim": 16, "moe_num_experts": 4},
-    "beam": {
-        **_WINDOWS,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 24,
-        "mlp_layer_types": _DENSE_FIRST,
-        "n_group": 4,
-        "topk_group": 2,
-        "rope_parameters": {**_ROPE_BY_KIND, "full_attention": None},
-    },
+    "hyperclovax": {**SCALED_LIKE_GRANITE, "head_dim": 16},
     "biogpt": _NO_GQA,
-    "cwm": {**_WINDOWS, "bos_token_id": 1, "rope_parameters": _ROPE_BY_KIND["sliding_attention"]},
-    "flint": {
-        **_WINDOWS,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "mlp_only_layers": [0],
-    },
+    "cwm": {**WINDOWS, "bos_token_id": 1, "rope_parameters": ROPE_BY_KIND["sliding_attention"]},
     "jais2": {"head_dim": 8},
     "modernbert-decoder": {
         **_NO_GQA,
         "local_attention": 10,
-        "layer_types": _MIXED,
-        "rope_parameters": _ROPE_BY_KIND,
+        "layer_types": MIXED,
+        "rope_parameters": ROPE_BY_KIND,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1),
-    },
-    "dbrx": {
-        "d_model": HIDDEN_SIZE,
-        "n_heads": 4,
-        "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gpt-sw3": _NO_GQA,
     "bert": _DECODER,
@@ -314,7 +164,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "electra": _DECODER,
     "ernie": _DECODER,
     "ctrl": {**_NO_GQA, "dff": 48, "n_positions": 256},
-    "cohere_compass_text": {**_WINDOWS, "rope_parameters": _ROPE_BY_KIND},
+    "cohere_compass_text": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
+    **MIXTURES,
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 

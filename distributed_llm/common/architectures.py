@@ -174,7 +174,10 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "zamba2",
         "zaya",
     ),
-    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
+    _ENCODER: (
+        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
+        *("musicgen", "musicgen_melody"),
+    ),
     _MULTIMODAL: (
         "gemma3",
         "gemma4",
@@ -225,17 +228,24 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModel: with what, why and what to do.
     """
-    model_type = str(config.get("model_type"))
-    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
-    if reason is None and "auto_map" in config and not _transformers_has(model_type):
-        reason = (
-            "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
-            "is never run"
-        )
+    reason = why_refused(config)
     if reason is not None:
+        model_type = str(config.get("model_type"))
         raise UnsupportedModel(
             f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
         )
+
+
+def why_refused(config: Mapping[str, Any]) -> str | None:
+    """Return why a model of this config is known to be computed wrongly when split, if it is."""
+    model_type = str(config.get("model_type"))
+    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+        return (
+            "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
+            "is never run"
+        )
+    return reason
 
 
 def _transformers_has(model_type: str) -> bool:
