@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-HIDDEN_SIZE = 32
-
 MIXED = ["sliding_attention", "full_attention"]
 WINDOWS = {"sliding_window": 5, "layer_types": MIXED, "head_dim": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -161,7 +159,7 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
         "mlp_only_layers": [0],
     },
     "dbrx": {
-        "d_model": HIDDEN_SIZE,
+        "d_model": 32,
         "n_heads": 4,
         "max_seq_len": 256,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
