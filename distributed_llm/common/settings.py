@@ -338,7 +338,9 @@ class WorkerSettings(_Section):
         default="", description="What this worker is called; empty: after this machine."
     )
     device: Device = Field(
-        default="auto", description="auto (the fastest there is), cpu, cuda, cuda:1, mps, xpu."
+        default="auto",
+        description="auto (the fastest there is; of several GPUs all, each by a worker of its "
+        "own), cpu, cuda, cuda:1, mps, xpu.",
     )
     threads: Whole = Field(
         default=0,
@@ -349,7 +351,7 @@ class WorkerSettings(_Section):
     max_memory: Size = Field(
         default=None,
         description="Memory to use at most: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s, a "
-        "plain number is bytes; empty: what is free.",
+        "plain number is bytes; empty: what is free. Of each GPU, where there are several.",
     )
     offload: Size = Field(
         default=None,
