@@ -113,7 +113,8 @@ Objective = Literal["auto", "throughput", "latency"]
 Device = Annotated[
     str,
     _shape(
-        r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", "should be auto, cpu, cuda, cuda:1, mps or xpu"
+        r"auto|fastest|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?",
+        "should be auto, fastest, cpu, cuda, cuda:1, mps or xpu",
     ),
 ]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
@@ -340,7 +341,7 @@ class WorkerSettings(_Section):
     device: Device = Field(
         default="auto",
         description="auto (the fastest there is; of several GPUs all, each by a worker of its "
-        "own), cpu, cuda, cuda:1, mps, xpu.",
+        "own), fastest (just one), cpu, cuda, cuda:1, mps, xpu.",
     )
     threads: Whole = Field(
         default=0,

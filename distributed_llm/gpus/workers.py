@@ -27,7 +27,7 @@ class GpuWorker:
 def gpus_of(device: str, present: Sequence[str]) -> tuple[str, ...]:
     """Return the GPUs that are to have a worker each; none if there is just one device to drive.
 
-    That is what "auto" means on a machine with several of the fastest kind. GPUs of another kind
+    "auto" means them on a machine that has several of the fastest kind. GPUs of another kind
     are left alone: they are most often part of the processor, and would take its memory.
 
     Args:

@@ -51,6 +51,7 @@ INTERRUPTED = 130
         ("auto", ["cpu"], ()),
         ("cuda:1", ["cuda:0", "cuda:1", "cpu"], ()),
         ("cuda", ["cuda:0", "cuda:1", "cpu"], ()),
+        ("fastest", ["cuda:0", "cuda:1", "cpu"], ()),
         ("cpu", ["cuda:0", "cuda:1", "cpu"], ()),
     ],
 )
