@@ -32,7 +32,7 @@ from distributed_llm.common.other_formats import (
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
-from distributed_llm.common.tensor_index import tensors_by_index
+from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.text_config import PART_OF, TIED
 from distributed_llm.common.text_names import LAYER_NAME, TextNames, layers_by_prefix, text_names
@@ -44,10 +44,15 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
-    r"|(token|position)_embd)(\.|$)"
+    r"|(token|position)_embd|transformer\.w)(\.|$)"
 )
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
-_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
+_NEVER_TIED_NAME = re.compile(
+    r"(^|\.)(wpe|embed_positions|project_in|embeddings_project|position_embd"
+    r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
+)
+_HEAD_NAME = re.compile(
+    r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+)
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 
@@ -202,11 +207,13 @@ class Checkpoint:
     def is_spare(self, name: str) -> bool:
         """Return whether tensor `name` belongs to a layer beyond those that config.json names.
 
+        Or to a module of its own that does what such layers do.
+
         Args:
             name: in the files, or in the text model.
         """
         match = LAYER_NAME.match(self._text.of(name))
-        return (
+        return is_draft(name) or (
             match is not None
             and int(match["layer"]) >= self.num_layers
             and match["prefix"] == self._layer_prefix
@@ -224,7 +231,8 @@ class Checkpoint:
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        has_head = any(_HEAD_NAME.search(name) for name in self.tensors)
+        outside = (n for n in map(self._text.of, self.tensors) if not LAYER_NAME.match(n))
+        has_head = any(map(_HEAD_NAME.search, outside))
         return not has_head or self.lone_head is not None
 
     @cached_property
@@ -387,6 +395,8 @@ def _lacks_head(names: Iterable[str]) -> bool:
     """
     has_head = has_embedding = False
     for name in names:
+        if LAYER_NAME.match(name):
+            continue
         has_head |= _HEAD_NAME.search(name) is not None
         has_embedding |= _EMBEDDING_NAME.search(name) is not None
     return not (has_head and has_embedding)

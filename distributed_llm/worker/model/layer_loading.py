@@ -278,10 +278,22 @@ class ModelLoader:
             info = self._of_layers(info)
         self._refuse_problems(model, info, number)
         info.unexpected_keys.clear()
+        self._mark_outer(model)
         # Ties the head to the embedding, and computes buffers that no file holds (rotary
         # frequencies). It would also initialise missing weights, but none are missing.
         PreTrainedModel._finalize_model_loading(model, load_config, info)
         model.train(False).requires_grad_(False)
+
+    def _mark_outer(self, model: PreTrainedModel) -> None:
+        """Keep transformers from initialising weights of modules that are absent, by their parent.
+
+        What is in the layers, or holds them, may have buffers to compute.
+        """
+        for name, module in model.named_modules():
+            inside = f"{name}.".startswith(f"{self._path}.")
+            beside = not inside and not self._path.startswith(f"{name}.")
+            if not name or (beside and not module._parameters and not module._buffers):
+                cast(Any, module)._is_hf_initialized = True
 
     def _refuse_problems(self, model: PreTrainedModel, info: Any, number: int | None) -> None:
         where = self._where if number is None else f"{self._where}, layer {number}"

@@ -44,14 +44,20 @@ from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
+_EMBED_IN_PLACE = frozenset({"ctrl"})
+"""Model types that scale embeddings in place."""
+
 
 class AbsentEmbedding(nn.Module):
     """Stands for an embedding of another stage; its output is replaced or discarded."""
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, *, writable: bool
+    ) -> None:
         super().__init__()
         self._zero = torch.zeros((1, 1, 1), dtype=dtype, device=device)
         self._size = size
+        self._writable = writable
 
     @property
     def weight(self) -> Tensor:
@@ -59,8 +65,9 @@ class AbsentEmbedding(nn.Module):
         return self._zero
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros [1, tokens, size]; all are the same element in memory."""
-        return self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        """Return zeros [1, tokens, size]; unless writable, all are one element in memory."""
+        zeros = self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        return zeros.clone(memory_format=torch.contiguous_format) if self._writable else zeros
 
 
 class AbsentModule(nn.Module):
@@ -262,18 +269,21 @@ def _drop_unneeded(
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
+    dropped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        if not own:
+        if not own or name.startswith(dropped):
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
-            _replace(model, name, _absent(module, device))
+            _replace(model, name, _absent(module, model.config.model_type, device))
+            dropped = (*dropped, f"{name}.")
 
 
-def _absent(module: nn.Module, device: torch.device) -> nn.Module:
+def _absent(module: nn.Module, model_type: str, device: torch.device) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device)
+        writable = model_type in _EMBED_IN_PLACE
+        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device, writable=writable)
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
@@ -361,7 +371,7 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, device: tor
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            _replace(model, name, _absent(module, device))
+            _replace(model, name, _absent(module, model.config.model_type, device))
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
