@@ -70,17 +70,20 @@ def state_of(model_type: str) -> str:
         return "yes" if reason is None else f"if config.json says `is_decoder`; else no: {reason}"
     if reason is None:
         kind = CONFIG_MAPPING[model_type]
-        if "text_config" in kind.sub_configs:
-            return _state_of_text(model_type)
+        if parts := {"text_config", "vision_config"}.intersection(kind.sub_configs):
+            text_type = text_config({"model_type": model_type, min(parts): {}})["model_type"]
+            if text_type != model_type:
+                return f"its text model, `{text_type}`: {_state_of_text(text_type)}"
         told: dict[str, Any] = {name: getattr(kind, name, None) for name in _TOLD_BY_CLASSES}
         reason = why_refused({**told, "model_type": model_type})
     return TRIED if reason is None else f"no: {reason}"
 
 
-def _state_of_text(model_type: str) -> str:
-    """Return the state of a type with a text model and other parts."""
-    text_type = text_config({"model_type": model_type, "text_config": {}})["model_type"]
-    return f"its text model, `{text_type}`: {state_of(text_type)}"
+def _state_of_text(text_type: str) -> str:
+    """Return the state of a type that may be a text model only as a part of another."""
+    if text_type in VERIFIED or text_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return state_of(text_type)
+    return "no: transformers has it without a head, and here it gets none"
 
 
 def models() -> str:
