@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
 
 from tests.checkpoints import _COMMON, FAMILIES, random_model
 
@@ -19,6 +24,10 @@ _PICTURES = {
     **{"vision_output_dim": 32, "projector_input_dim": 16, "projector_output_dim": 16},
 }
 """As many layers as the text model has, so that their number does not tell them apart."""
+_SOUND = {
+    **{"hidden_size": 16, "intermediate_size": 16, "num_blocks": 4, "num_attention_heads": 2},
+    **{"ext_pw_out_channel": 16, "nemo_conv_channels": 16, "depthwise_separable_out_channel": 16},
+}
 
 _TOKENS = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id")
 _UNUSED_TOKEN = 127
@@ -85,6 +94,20 @@ def build_whole(name: str) -> PreTrainedModel:
     }
     config = kind(**values)
     return random_model(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind], config)
+
+
+def build_phi4() -> PreTrainedModel:
+    """Return a small Phi-4-multimodal, whose configuration has the values of its text model."""
+    kind = CONFIG_MAPPING["phi4_multimodal"]
+    parts: dict[str, Any] = {}
+    for part, small in (
+        ("vision_config", {**_PICTURES, "crop_size": 28}),
+        ("audio_config", _SOUND),
+    ):
+        values = getattr(kind(), part).to_dict()
+        parts[part] = values | {name: value for name, value in small.items() if name in values}
+    config = kind(**_TEXT | {"pad_token_id": 0, "eos_token_id": 2}, **parts)
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[kind], config)
 
 
 def _repeated(values: Mapping[str, Any]) -> dict[str, Any]:
