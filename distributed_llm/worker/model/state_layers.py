@@ -11,7 +11,7 @@ they are given the tokens of such a chunk one after the other.
 
 import inspect
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.worker.kv.states import StateTensors
+from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
 
 _UPDATES = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
@@ -29,6 +30,12 @@ _CACHES = ("cache_params", "past_key_values")
 
 _INITIAL = {"initial_state", "initial_states"}
 """Parameters by which functions that compute chunks get a state."""
+
+_CONVOLUTIONS = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "causal_conv1d_update": causal_conv1d_update,
+}
+"""What mixers on CPUs call instead of transformers' functions of these names."""
 
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose weights mixers multiply by themselves, so that they stay as they are."""
@@ -48,10 +55,11 @@ class StateLayer(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
-        code = _code_of(mixer)
-        parameters = inspect.signature(inspect.unwrap(type(mixer).forward)).parameters
+        forward = _forward_of(mixer)
+        parameters = inspect.signature(forward).parameters
         self._cache = next(name for name in _CACHES if name in parameters)
-        self._takes_chunks = _goes_on_with_chunks(code)
+        self._takes_chunks = _goes_on_with_chunks(forward.__code__)
+        self._on_cpu = _with_our_convolutions(forward)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Return what the mixer makes of the packed hidden states [1, tokens, hidden_size].
@@ -80,13 +88,15 @@ class StateLayer(nn.Module):
     def _run(self, group: StateGroup, layer: int, states: Tensor, kwargs: dict[str, Any]) -> Any:
         """Compute [sequences, tokens, hidden_size], and keep the new states."""
         given = group.given(layer)
+        compute = self._on_cpu if states.device.type == "cpu" else type(self.mixer).forward
         pieces = [states]
         if given is not None and not self._takes_chunks:
             pieces = list(torch.split(states, 1, dim=1))
         outputs = []
         for piece in pieces:
             cache = MixerCache(given)
-            outputs.append(self.mixer(hidden_states=piece, **{**kwargs, self._cache: cache}))
+            told = {**kwargs, self._cache: cache}
+            outputs.append(compute(self.mixer, hidden_states=piece, **told))
             given = cache.made
         group.made[layer] = given or {}
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -187,13 +197,23 @@ def wrap_mixers(model: nn.Module) -> None:
 
 def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if not isinstance(module, StateLayer) and _UPDATES.intersection(_code_of(module).co_names):
+        forward = inspect.unwrap(type(module).forward)
+        if isinstance(forward, FunctionType) and _UPDATES.intersection(forward.__code__.co_names):
             yield module
 
 
-def _code_of(module: nn.Module) -> CodeType:
-    forward: Callable[..., Any] = inspect.unwrap(type(module).forward)
-    return forward.__code__
+def _forward_of(mixer: nn.Module) -> FunctionType:
+    forward = inspect.unwrap(type(mixer).forward)
+    assert isinstance(forward, FunctionType)
+    return forward
+
+
+def _with_our_convolutions(forward: FunctionType) -> Callable[..., Any]:
+    """Return a copy of a function that finds our convolutions where it looks for transformers'."""
+    found = {**forward.__globals__, **_CONVOLUTIONS}
+    copy = FunctionType(forward.__code__, found, closure=forward.__closure__)
+    copy.__defaults__, copy.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    return copy
 
 
 def _goes_on_with_chunks(code: CodeType) -> bool:
