@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+    r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
+    r"|(token|position)_embd)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")

@@ -80,7 +80,6 @@ class FakeStage:
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
     kv_windowed_bytes_per_token = PER_TOKEN // 2
-    state_bytes = 700
     window = 9
     layers_s = 0.0
     inputs = TaskInputs(LayerRange(0, 2), hidden_size=3, vocab_size=9)
@@ -762,29 +761,15 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
         assert engine.stages[0].story == [("limit", limit)]
 
 
-def test_states_have_room_beside_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 100 * GIB)
-    with running(WEIGHTS + blocks(3) + 5 * 700) as (engine, posted):
-        for states, positions in ((5, 192), (6, 128)):
-            engine.put(Load(0, order(kv_tokens=1000, states=states)))
-            assert posted.loaded().kv_tokens == positions
-            limit = blocks(positions // KV_BLOCK) + states * 700
-            assert engine.stages[-1].story[-1] == ("limit", limit)
-
-
-def test_a_stage_without_keys_and_values_needs_room_for_states_alone(
+def test_a_stage_that_keeps_no_positions_is_told_its_room_in_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 100 * GIB)
     monkeypatch.setattr(FakeStage, "kv_bytes_per_token", 0)
-    with running(WEIGHTS + 5 * 700) as (engine, posted):
-        engine.put(Load(0, order(kv_tokens=1000, states=5)))
-        assert posted.loaded().kv_tokens == 1000
-        assert engine.stages[-1].story == [("limit", 5 * 700)]
-        engine.put(Load(0, order(states=6)))
-        failed = posted.next()
-        assert isinstance(failed, LoadFailed)
-        assert "states of layers" in str(failed.error)
+    with running(WEIGHTS + 7 * KV_BLOCK + 3) as (engine, posted):
+        engine.put(Load(0, order(kv_tokens=1000)))
+        assert posted.loaded().kv_tokens == 7 * KV_BLOCK
+        assert engine.stages[-1].story == [("limit", 7 * KV_BLOCK)]
 
 
 def test_what_a_step_takes_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

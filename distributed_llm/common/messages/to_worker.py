@@ -117,9 +117,6 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         from_disk: layers that stay on the disk; which ones, `layers_on_disk` says.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
-        states: of sequences, all together, that there must be room for beside these positions, if
-            some of the layers have a state of their own; two for each sequence that is computed,
-            and one for each snapshot.
         workspace_bytes: that a step may take beside weights and KV cache.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
         next_stage: the next stage, to be reached directly if possible; None on the last stage.
@@ -141,7 +138,6 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     from_disk: Count = 0
     digest: Label
     kv_tokens: Count
-    states: Count = 0
     workspace_bytes: Count = 0
     link_key: Label
     next_stage: NextStage | None = None

@@ -129,7 +129,7 @@ def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int 
 
     Args:
         stage: loaded.
-        order: wants `kv_tokens` positions and `states` states.
+        order: wants `kv_tokens` positions.
         memory: while `stage` is loaded.
         leaving_bytes: memory that another stage will free before this one is served.
 
@@ -138,28 +138,19 @@ def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int 
     """
     own_bytes = memory.budget_bytes - stage.weight_bytes
     kv_bytes = min(own_bytes, memory.free_bytes + leaving_bytes - memory.reserve_bytes)
-    block_bytes = KV_BLOCK * stage.kv_bytes_per_token
-    of_states = order.states * stage.state_bytes
-    blocks = -(-order.kv_tokens // KV_BLOCK)
-    if block_bytes:
-        blocks = min(blocks, (kv_bytes - of_states) // block_bytes)
-    elif of_states > kv_bytes:
-        blocks = 0
+    block_bytes = KV_BLOCK * max(1, stage.kv_bytes_per_token)  # or positions are told in bytes
+    blocks = min(-(-order.kv_tokens // KV_BLOCK), kv_bytes // block_bytes)
     if blocks < 1:
         raise NotEnoughMemory(
             f"No room for a KV cache beside {layers_text(order.layers)}. They take "
             f"{size_text(stage.weight_bytes)} of {size_text(memory.budget_bytes)} that this worker "
             f"has for both; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
             f"{size_text(memory.reserve_bytes)} are left to others; {KV_BLOCK} tokens of context "
-            f"take {size_text(block_bytes)}{_of_states_text(of_states)}. Give this worker fewer "
-            "layers, raise its max_memory, or end other programs there."
+            f"take {size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
+            "or end other programs there."
         )
-    stage.limit_kv(blocks * block_bytes + of_states)
+    stage.limit_kv(blocks * block_bytes)
     return min(order.kv_tokens, blocks * KV_BLOCK)
-
-
-def _of_states_text(nbytes: int) -> str:
-    return f", states of layers {size_text(nbytes)}" if nbytes else ""
 
 
 def _bytes_left_beside(

@@ -66,6 +66,7 @@ class HeldSequences:
         states = self._states.number_after(step) if self.state_bytes else 0
         begins = [part for part in step if part.prefix and part.sequence_id not in self._cache]
         self._cache.admit(step, states * self.state_bytes)
+        self._states.begin(step)
         for part in begins:
             assert part.prefix is not None
             self._states.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)

@@ -165,6 +165,17 @@ class StateStore:
             self._sequences[child] = held = _Held()
             held.committed = held.snapshots[position] = state
 
+    def begin(self, step: Sequence[SequenceSlice]) -> None:
+        """Drop what stood before the committed state, for sequences that go on from that.
+
+        All stages have computed what led there, or the step would not begin with it.
+        """
+        for part in step:
+            held = self._sequences.get(part.sequence_id)
+            if held and held.committed and held.committed.position == part.start:
+                held.former = None
+        self._free_batches()
+
     def commit(self, parts: Sequence[SequenceSlice], layers: Sequence[StateTensors]) -> None:
         """Have the states that a step has made for some sequences stand where it ends.
 
