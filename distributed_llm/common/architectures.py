@@ -38,6 +38,7 @@ VERIFIED: frozenset[str] = frozenset(
         "kimi_linear",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "llama",
         "minimax",
         "mistral",
