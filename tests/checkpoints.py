@@ -211,6 +211,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **EXPERTS,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {
+        "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+        "head_dim": 8,
+        "sliding_window": 5,
+    },
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention"],
         "num_dense_layers": 1,

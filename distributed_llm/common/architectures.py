@@ -79,6 +79,7 @@ VERIFIED: frozenset[str] = frozenset(
         "laguna",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "llama",
         "mellum",
         "mimo_v2_flash",
