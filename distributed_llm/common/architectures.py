@@ -49,12 +49,12 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma3_text",
         "glm",
         "glm4",
-        "glm4v_moe_text",
-        "glm4v_text",
-        "glm_ocr_text",
         "glm4_moe",
         "glm4_moe_lite",
         "gpt-sw3",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_ocr_text",
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
@@ -80,11 +80,12 @@ VERIFIED: frozenset[str] = frozenset(
         "laguna",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "llama",
-        "llama4_text",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
+        "llama4_text",
         "minimax",
         "minimax_m2",
         "ministral",
@@ -138,9 +139,6 @@ _OWN_STATE = (
 )
 _EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
-_READS_PICTURES = "its layers read pictures or sound, and only text is served"
-_SEES_PROMPT = "the tokens of its prompts see those after them"
-_CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
@@ -152,6 +150,9 @@ _POSITIONS = (
 )
 _UNMASKED = "its tokens see those after them, which are not there yet when generating"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
+_READS_PICTURES = "its layers read pictures or sound, and only text is served"
+_SEES_PROMPT = "the tokens of its prompts see those after them"
+_CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 _SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {

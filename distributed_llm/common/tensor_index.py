@@ -63,6 +63,11 @@ def tensors_by_index(
     return tensors
 
 
+def is_draft(name: str) -> bool:
+    """Return whether a tensor is of modules beside the layers that predict several tokens."""
+    return _DRAFT_NAME.match(name) is not None
+
+
 def of_text(weight_map: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of an index that is about the text model: files by names of tensors.
 
@@ -75,11 +80,6 @@ def of_text(weight_map: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
     """
     names = text_names(weight_map, sizes.num_layers(config), is_part=PART_OF in config)
     return {name: file for name, file in weight_map.items() if names.holds(name)}
-
-
-def is_draft(name: str) -> bool:
-    """Return whether a tensor is of modules beside the layers that predict several tokens."""
-    return _DRAFT_NAME.match(name) is not None
 
 
 def _is_beyond(name: str, num_layers: int) -> bool:

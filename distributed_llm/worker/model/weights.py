@@ -276,11 +276,11 @@ def _drop_unneeded(
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
-            _replace(model, name, _absent(module, model.config.model_type, device))
+            _replace(model, name, _absent(module, device, model.config.model_type))
             dropped = (*dropped, f"{name}.")
 
 
-def _absent(module: nn.Module, model_type: str, device: torch.device) -> nn.Module:
+def _absent(module: nn.Module, device: torch.device, model_type: str) -> nn.Module:
     if isinstance(module, nn.Embedding):
         writable = model_type in _EMBED_IN_PLACE
         return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device, writable=writable)
@@ -371,7 +371,7 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, device: tor
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            _replace(model, name, _absent(module, model.config.model_type, device))
+            _replace(model, name, _absent(module, device, model.config.model_type))
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
