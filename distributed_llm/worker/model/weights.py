@@ -26,6 +26,7 @@ from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
@@ -55,7 +56,7 @@ class AbsentEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros [1, tokens, size]; all are the same element in memory."""
-        return self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        return sent(self._zero, ids.device).expand(1, ids.shape[-1], self._size)
 
 
 class AbsentModule(nn.Module):
