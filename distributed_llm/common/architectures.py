@@ -174,7 +174,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_STATE: (
         "bailing_hybrid",
         "falcon_mamba",
-        "lfm3",
         "mamba",
         "mamba2",
         "qwen4_exp_text",
