@@ -10,6 +10,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_states import keeps_kv
+from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
@@ -97,6 +98,7 @@ class Stage:
         self._dtype = dtype
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
+        self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
         self._held_sequences = HeldSequences(self._cache, of_states)
         self._coarse_layers: set[int] = set()
@@ -475,6 +477,7 @@ class Stage:
             self._coarse_layers,
             grouped(slices, begun, num_layers),
             [0] * num_layers,
+            self._sections,
         )
 
     def _compute(

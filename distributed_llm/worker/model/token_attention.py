@@ -54,7 +54,7 @@ def attend_tokens(
         [tokens, heads, value_dim].
     """
     own = [(part.sequence_id, part.start) for part in step.single]
-    readings = readings_of(step, scoring.window)
+    readings = readings_of(step, scoring)
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     coding = step.cache.coding
@@ -81,7 +81,7 @@ def attend_tokens(
         kernels = _Kernels(scoring, step.coarse, layer, scoring.sinks is not None, rows)
         part = kernels.attend_one(readings[0], held[0], queries)
     else:
-        schedule = schedule_of(step, readings, held, scoring.window)
+        schedule = schedule_of(step, readings, held, scoring)
         merges = schedule.places is not None and len(schedule.places) > 1
         with_lse = merges or scoring.sinks is not None
         kernels = _Kernels(scoring, step.coarse, layer, with_lse, rows)
