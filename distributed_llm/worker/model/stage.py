@@ -376,10 +376,15 @@ class Stage:
         assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
 
     def _warm_up(self) -> None:
-        """Compute one token and drop it, to learn what the KV cache is like and prepare kernels."""
+        """Compute one token and drop it, to learn what the KV cache is like and prepare kernels.
+
+        That happens twice: modules learn from the first time, and layers are recorded the second.
+        """
         token_ids, hidden_states = self.inputs.made_up(1)
-        step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
-        self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
+        for _ in range(2):
+            one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
+            step = self._begin([one], token_ids)
+            self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows[layer] for layer in range(len(self.layers))]
 
