@@ -14,10 +14,12 @@ VERIFIED: frozenset[str] = frozenset(
     {
         "apertus",
         "arcee",
+        "bamba",
         "cohere",
         "cohere2",
         "ernie4_5",
         "exaone4",
+        "falcon_h1",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -29,14 +31,22 @@ VERIFIED: frozenset[str] = frozenset(
         "gpt_oss",
         "granite",
         "granitemoe",
+        "granitemoehybrid",
         "helium",
         "hunyuan_v1_dense",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
         "llama",
+        "minimax",
         "mistral",
         "mixtral",
         "nemotron",
+        "nemotron_h",
         "olmo",
         "olmo2",
+        "olmo_hybrid",
         "olmoe",
         "opt",
         "phi",
@@ -44,7 +54,10 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen2",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "seed_oss",
         "smollm3",
         "stablelm",
@@ -59,9 +72,9 @@ EXCEEDS_FLOAT16: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text", "
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
 _OWN_ATTENTION = "its attention cannot be replaced, and so not be run on packed sequences"
 _OWN_STATE = (
-    "some of its layers keep a state (convolution, linear attention or state space) outside the KV "
-    "cache"
+    "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
+_EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _MULTIMODAL = "it wraps a language model together with one for pictures or sound"
 _CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
@@ -80,28 +93,14 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "transfo-xl",
     ),
     _OWN_STATE: (
-        "bamba",
-        "falcon_h1",
         "falcon_mamba",
-        "granitemoehybrid",
-        "jamba",
-        "kimi_linear",
-        "lfm2",
-        "lfm2_moe",
         "mamba",
         "mamba2",
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
         "recurrent_gemma",
         "rwkv",
         "xlstm",
-        "zamba",
-        "zamba2",
     ),
+    _EMBEDDING_AGAIN: ("zamba", "zamba2"),
     _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
     _MULTIMODAL: ("gemma3", "gemma4", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl"),
     _CHUNKED: ("llama4", "llama4_text"),

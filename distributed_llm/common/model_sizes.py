@@ -49,6 +49,10 @@ def check_sizes(config: Config) -> None:
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers."""
+    if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
+        listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
+        if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
+            return len(listed)
     return positive(config, "num_hidden_layers", "n_layer", "num_layers", most=_MAX_LAYERS)
 
 

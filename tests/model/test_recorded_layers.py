@@ -141,7 +141,7 @@ def test_what_looks_at_numbers_or_changes_them_is_not_recorded(
 ) -> None:
     stage = unrecorded(stage_of(make_checkpoint(tmp_path, num_layers=1)))
     layers = nn.ModuleList([Changed(layers_of(stage)[0], change)])
-    recorded_layers.record_layers(layers, CPU, torch.bfloat16)
+    recorded_layers.record_layers(layers, [True], CPU, torch.bfloat16)
     stage._forward._model.model.layers = layers
     for _ in states_of(stage, steps=4):
         pass

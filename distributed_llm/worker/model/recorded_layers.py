@@ -36,13 +36,23 @@ Where = tuple[int | str, int | None]
 """An argument, by position or name, and a place in it if it is a tuple."""
 
 
-def record_layers(layers: nn.ModuleList, device: torch.device, dtype: torch.dtype) -> None:
-    """Have the decode steps of a stage's layers recorded, if that is of use on this machine."""
+def record_layers(
+    layers: nn.ModuleList, of_attention: Sequence[bool], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Have the decode steps of a stage's layers recorded, if that is of use on this machine.
+
+    Args:
+        layers: of the stage.
+        of_attention: whether keys and values are all that a layer keeps of a sequence.
+        device: they compute on.
+        dtype: they compute in.
+    """
     if device.type != "cpu" or dtype != torch.bfloat16 or native.instructions() == "none":
         return
     workspace = Workspace(_MOST_ROWS)
-    for number, layer in enumerate(layers):
-        layer.forward = RecordedLayer(layer, number, workspace)
+    for number, (layer, fits) in enumerate(zip(layers, of_attention, strict=True)):
+        if fits:
+            layer.forward = RecordedLayer(layer, number, workspace)
 
 
 class RecordedLayer:
