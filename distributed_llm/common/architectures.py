@@ -55,6 +55,7 @@ VERIFIED: frozenset[str] = frozenset(
         "gpt-sw3",
         "glm4v_moe_text",
         "glm4v_text",
+        "glm_ocr_text",
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
@@ -93,6 +94,7 @@ VERIFIED: frozenset[str] = frozenset(
         "ministral",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "modernbert-decoder",
         "nanochat",
@@ -228,34 +230,25 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """
     reason = why_refused(config)
     if reason is not None:
-        model_type = str(config.get("model_type"))
-        part_of = str(config.get(PART_OF, model_type))
+        model_type = repr(str(config.get("model_type")))
+        if PART_OF in config:  # which people know
+            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
         raise UnsupportedModel(
-            f"The model type {_shown(model_type, part_of)} is not supported: {reason}. "
-            f"{_WHAT_TO_DO}"
+            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
         )
 
 
 def why_refused(config: Mapping[str, Any]) -> str | None:
     """Return why a model of this config is known to be computed wrongly when split, if it is."""
     model_type = str(config.get("model_type"))
-    part_of = str(config.get(PART_OF, model_type))
-    reason = (
-        _REASON_OF.get(model_type) or _REASON_OF.get(part_of) or next(_reasons_in(config), None)
-    )
+    reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
+    reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
     if reason is None and "auto_map" in config and not _transformers_has(model_type):
         return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
             "is never run"
         )
     return reason
-
-
-def _shown(model_type: str, part_of: str) -> str:
-    """Return a model type for people, who know the whole of which the text model is a part."""
-    if part_of == model_type:
-        return repr(model_type)
-    return f"{part_of!r}, whose text model is {model_type!r},"
 
 
 def _transformers_has(model_type: str) -> bool:

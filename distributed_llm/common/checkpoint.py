@@ -231,7 +231,7 @@ class Checkpoint:
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        outside = (name for name in self.tensors if not LAYER_NAME.match(name))
+        outside = (n for n in map(self._text.of, self.tensors) if not LAYER_NAME.match(n))
         has_head = any(map(_HEAD_NAME.search, outside))
         return not has_head or self.lone_head is not None
 
@@ -395,6 +395,8 @@ def _lacks_head(names: Iterable[str]) -> bool:
     """
     has_head = has_embedding = False
     for name in names:
+        if LAYER_NAME.match(name):
+            continue
         has_head |= _HEAD_NAME.search(name) is not None
         has_embedding |= _EMBEDDING_NAME.search(name) is not None
     return not (has_head and has_embedding)

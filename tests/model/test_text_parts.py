@@ -28,7 +28,7 @@ from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.quantized_checkpoints import make_quantized
-from tests.wholes import WHOLES, build_whole, edit_config, rename_tensors
+from tests.wholes import WHOLES, build_phi4, build_whole, edit_config, rename_tensors
 
 LENGTHS = (23, 3, 12)
 CHUNKS = (5, 2, 4)
@@ -40,7 +40,7 @@ NO_TOKENS = as_token_ids(())
 @pytest.fixture(scope="module", params=WHOLES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with names as in those on the hub."""
-    path = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp("whole")
     build_whole(request.param).save_pretrained(path)
     return path
 
@@ -82,10 +82,9 @@ def text_parameters(whole: Any) -> int:
 
 
 def test_only_the_text_model_counts(folder: Path, checkpoint: Checkpoint, whole: Any) -> None:
-    text_type, _, tie = WHOLES[whole.config.model_type]
-    assert checkpoint.model_type == text_type
+    assert checkpoint.model_type == whole.config.text_config.model_type
     assert checkpoint.architecture == type(whole).__name__
-    assert checkpoint.ties_embeddings == tie
+    assert checkpoint.ties_embeddings == whole.config.tie_word_embeddings
     assert checkpoint.num_parameters == text_parameters(whole)
     described = Checkpoint(folder, checkpoint.config, parameters_of(checkpoint.config))
     assert model_cost(described, "bfloat16") == model_cost(checkpoint, "bfloat16")
@@ -212,6 +211,16 @@ def test_other_forms_of_the_same_checkpoint(model_type: str, change: Any, tmp_pa
     assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
     if change is as_saved_today:
         assert before.isdisjoint(open_checkpoint(tmp_path).tensors)
+
+
+def test_the_text_model_of_phi_4_is_a_phi_3(tmp_path: Path) -> None:
+    whole = build_phi4()
+    whole.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.model_type == "phi3"
+    assert not [name for name in checkpoint.tensors if "extend" in name]
+    prompt = list(range(3, 20))
+    assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "mlx"])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
 from distributed_llm.worker.model.sections import attend_sections
@@ -86,7 +87,7 @@ def _attend_both(
         else:
             attended[rows] = attend_chunk(step, *inputs)
     if step.single:
-        chosen = torch.tensor([part.row for part in step.single], device=query.device)
+        chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         attended[chosen] = attend_tokens(
             step, layer, query[:, chosen], key[:, chosen], value[:, chosen], scoring
         )

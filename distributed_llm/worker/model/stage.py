@@ -17,6 +17,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
+from distributed_llm.worker.devices import fetched
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
@@ -491,7 +492,7 @@ class Stage:
         if not self._last:
             output = self._forward.run(step, token_ids, hidden_states, [])
             assert output is not None
-            output = output.cpu()  # before it is looked at: one wait for the device is enough
+            output = fetched(output)  # before it is looked at: one wait for the device is enough
             last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
             self._check_finite(output[last_rows], step.slices, "hidden states")
             return StageOutput(hidden_states=output)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_llm.common.errors import StageError, UnsupportedModel
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
 from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
@@ -242,7 +243,7 @@ def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     stop = last.row + last.num_tokens
     if len(group.parts) == 1 or stop - first.row == len(group.parts):
         return slice(first.row, stop)
-    return torch.tensor([part.row for part in group.parts], device=device)
+    return sent(torch.tensor([part.row for part in group.parts]), device)
 
 
 def _assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:

@@ -22,6 +22,8 @@ WITHOUT_HEAD = frozenset(
     {
         "glm4v_moe_text",
         "glm4v_text",
+        "glm_ocr_text",
+        "mistral4",
         "qwen2_5_vl_text",
         "qwen2_vl_text",
         "qwen3_vl_moe_text",
@@ -30,8 +32,8 @@ WITHOUT_HEAD = frozenset(
 )
 """Model types that get a head here.
 
-Not all without one are here: some generate otherwise than token by token, or see pictures with
-other weights, so that a head alone would not make them right.
+Not all without one are here: some generate otherwise than token by token, scale what their head
+gives, or see pictures with other weights, so that a head alone would not make them right.
 """
 
 _SUFFIX = "_text"
