@@ -251,6 +251,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "expert_layer_offset": 0,
         "mamba_d_state": 8,
     },
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minimax": {
         "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 8,
