@@ -23,7 +23,7 @@ from distributed_llm.worker.model.layer_program import (
     Workspace,
     constants_of,
 )
-from distributed_llm.worker.model.packed_step import PackedStep, running_step
+from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
 from distributed_llm.worker.model.recording import Recording
 from distributed_llm.worker.model.token_attention import make_places
 
@@ -117,7 +117,7 @@ class RecordedLayer:
         where = [list(given)[number] for number in program.inputs]
         plain = _plain(args, kwargs)
         self._programs[rows] = _Program(
-            program, self._number, step.windows[self._number], where, plain, type(output)
+            program, self._number, _seen(step, self._number), where, plain, type(output)
         )
         return output
 
@@ -128,7 +128,7 @@ class _Program:
     Args:
         program: that was recorded.
         number: of the layer within the stage.
-        window: of the layer's attention.
+        seen: which positions the layer's attention sees, and nothing else of its scoring.
         where: its inputs are in the arguments.
         plain: the arguments that are no tensors.
         returned: type of what the layer returns: a tensor, or a tuple with one.
@@ -138,14 +138,14 @@ class _Program:
         self,
         program: LayerProgram,
         number: int,
-        window: int,
+        seen: Scoring,
         where: Sequence[Where],
         plain: Sequence[object],
         returned: type,
     ) -> None:
         self._program = program
         self._number = number
-        self._window = window
+        self._seen = seen
         self._where = where
         self._plain = plain
         self._returned = returned
@@ -156,13 +156,20 @@ class _Program:
             return None
         inputs = [_tensor_at(where, args, kwargs) for where in self._where]
         program = self._program
-        places = make_places(step, self._number, program.key, program.value, self._window)
+        places = make_places(step, self._number, program.key, program.value, self._seen)
         output = program.run(inputs, places)
         if output is None:
             return None
         step.appended[self._number] += 1
-        step.windows[self._number] = self._window
+        step.windows[self._number] = self._seen.most_seen
         return (output,) if self._returned is tuple else output
+
+
+def _seen(step: PackedStep, number: int) -> Scoring:
+    """Return which positions the attention of a layer that has run sees."""
+    section = step.sections[number] if step.sections else 0
+    window = 0 if section else step.windows[number]
+    return Scoring(scale=1.0, window=window, softcap=None, sinks=None, section=section)
 
 
 def _only(output: Any) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.kernels.native.attention import (
@@ -62,7 +63,7 @@ def attend_tokens(
     coding = step.cache.coding
     if can_attend(query, value.shape[-1]):
         with unrecorded():
-            places = make_places(step, layer, key, value, scoring.window)
+            places = make_places(step, layer, key, value, scoring)
             rotation = coding.rotation(query.shape[-1], query.device) if coding else None
         return attend(
             *(query, key, value, places),
@@ -73,7 +74,7 @@ def attend_tokens(
             sinks=scoring.sinks,
         )
     own = [(part.sequence_id, part.start) for part in step.single]
-    readings = readings_of(step, scoring.window)
+    readings = readings_of(step, scoring)
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     step.cache.append_tokens(layer, own, key, value)
@@ -89,7 +90,7 @@ def attend_tokens(
         kernels = _Kernels(scoring, step.coarse, layer, scoring.sinks is not None, rows)
         part = kernels.attend_one(readings[0], held[0], queries)
     else:
-        schedule = schedule_of(step, readings, held, scoring.window)
+        schedule = schedule_of(step, readings, held, scoring)
         merges = schedule.places is not None and len(schedule.places) > 1
         with_lse = merges or scoring.sinks is not None
         kernels = _Kernels(scoring, step.coarse, layer, with_lse, rows)
@@ -101,7 +102,9 @@ def attend_tokens(
     return attended.reshape(tokens, heads, -1)
 
 
-def make_places(step: PackedStep, layer: int, key: Tensor, value: Tensor, window: int) -> Places:
+def make_places(
+    step: PackedStep, layer: int, key: Tensor, value: Tensor, scoring: Scoring
+) -> Places:
     """Make room for the step's single tokens in a layer, and return what they attend to.
 
     Args:
@@ -109,12 +112,12 @@ def make_places(step: PackedStep, layer: int, key: Tensor, value: Tensor, window
         layer: within the stage.
         key: [kv_heads, tokens, head_dim], like those that will be kept.
         value: [kv_heads, tokens, value_dim], likewise.
-        window: positions that a token attends to; 0: all.
+        scoring: tells which positions a token attends to.
     """
     own = [(part.sequence_id, part.start) for part in step.single]
     step.cache.make_room(layer, own, key, value)
     parts: list[list[Part]] = [[] for _ in own]  # in the order of positions
-    for segment, first, stop, readers in readings_of(step, window):
+    for segment, first, stop, readers in readings_of(step, scoring):
         buffers = segment.layers[layer]
         assert buffers is not None
         keys, values = buffers.addresses
@@ -154,7 +157,7 @@ class _Kernels:
         """Compute one run: [results, kv_heads, group, value_dim]."""
         assert held is not None
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
-        chosen = queries.index_select(0, run.queries.to(queries.device))
+        chosen = queries.index_select(0, sent(run.queries, queries.device))
         if run.rows is None:
             there = held.cut(run.first, run.stop)
             keys, values = there.keys[None], there.values[None]
@@ -284,11 +287,11 @@ def _in_order(parts: Sequence[Partial], places: Tensor | None) -> Partial:
     if places is None:
         return Partial(attended, lse)
     if len(places) == 1:
-        chosen = places[0].to(attended.device)
+        chosen = sent(places[0], attended.device)
         return Partial(attended[chosen], None if lse is None else lse[chosen])
     assert lse is not None
     # A token with fewer parts than others is given parts that weigh nothing.
     attended = torch.cat([attended, attended.new_zeros((1, *attended.shape[1:]))])
     lse = torch.cat([lse, lse.new_full((1, *lse.shape[1:]), float("-inf"))])
-    chosen = places.to(attended.device)
+    chosen = sent(places, attended.device)
     return merged(attended[chosen], lse[chosen])
