@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.model_sizes import rope_parameters, rope_type
 
 VERIFIED: frozenset[str] = frozenset(
     {
@@ -165,9 +164,3 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
-    for kind in map(rope_type, rope_parameters(config)):
-        if kind in {"dynamic", "longrope", "su"}:
-            yield (
-                f"its rotary position encoding ({kind}) changes with the longest sequence of "
-                "a batch, so that an answer would depend on who else is asking"
-            )

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,21 @@ class Checkpoint:
         config: the content of config.json.
         tensors: every tensor of the files, by its name in the checkpoint.
         files: the folder of the files with tensors, if it is another one.
+        served_context: positions that texts may have where it is served; None: as many as the
+            model can.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     files: Path | None = None
+    served_context: int | None = None
+
+    def limited_to(self, positions: int) -> "Checkpoint":
+        """Return the checkpoint for texts of at most so many positions; 0: as many as it can."""
+        if not positions or positions >= self.context_length:
+            return self
+        return replace(self, served_context=positions)
 
     def path_of(self, file: str) -> Path:
         """Return where the file `file` with tensors is."""
@@ -136,8 +145,9 @@ class Checkpoint:
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model can attend to."""
-        return sizes.context_length(self.config)
+        """Positions that the model can attend to, or those that are served if these are fewer."""
+        longest = sizes.context_length(self.config)
+        return longest if self.served_context is None else min(longest, self.served_context)
 
     @cached_property
     def dtype(self) -> DtypeName:

@@ -9,6 +9,9 @@ from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
+_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+"""Names of the context."""
+
 _ALIBI_CONTEXT = 2048
 """Context of models that name no limit."""
 
@@ -64,10 +67,9 @@ def context_length(config: Config) -> int:
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
     that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
     """
-    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-    if not any(name in config for name in names):
+    if not any(name in config for name in _CONTEXTS):
         return _ALIBI_CONTEXT
-    unscaled = positive(config, *names)
+    unscaled = positive(config, *_CONTEXTS)
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 
 
@@ -124,6 +126,21 @@ def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:
 def rope_type(parameters: Mapping[str, Any]) -> str:
     """Return the type that parameters of rotary positions name."""
     return str(parameters.get("rope_type", parameters.get("type")))
+
+
+def short_context(config: Config) -> int | None:
+    """Return the longest text for which a model has rotary positions of its own for short texts.
+
+    None if they are the same for all texts.
+    """
+    for parameters in rope_parameters(config):
+        if rope_type(parameters) in {"longrope", "su"}:
+            original = parameters.get("original_max_position_embeddings")
+            original = config.get("original_max_position_embeddings") or original
+            return original if isinstance(original, int) else None
+        if rope_type(parameters) == "dynamic" and not parameters.get("alpha"):
+            return positive(config, *_CONTEXTS)
+    return None
 
 
 def positive(config: Config, *names: str, most: int = _MAX_POSITIONS) -> int:

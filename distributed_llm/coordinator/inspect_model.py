@@ -36,6 +36,8 @@ def served_model(
     Raises:
         CheckpointError: the files contradict one another, or one has a value out of range.
     """
+    if settings.max_context != "auto":
+        checkpoint = checkpoint.limited_to(settings.max_context)
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     first = "none" if settings.quantize == "auto" else settings.quantize
     levels = QUANTIZE_LEVELS[QUANTIZE_LEVELS.index(first) :]

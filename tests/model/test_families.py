@@ -171,8 +171,6 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("t5", {}),
         ("gemma3", {"text_config": {}}),
         ("gpt2", {"reorder_and_upcast_attn": True}),
-        ("phi3", {"rope_scaling": {"type": "longrope"}}),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, object]) -> None:

@@ -218,8 +218,8 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
     )
 
 
-def _form(order: LoadStage) -> tuple[str, str, str]:
-    return order.dtype, order.quantize, order.kv_dtype
+def _form(order: LoadStage) -> tuple[str, str, str, int]:
+    return order.dtype, order.quantize, order.kv_dtype, order.context_length
 
 
 def load_beside(
@@ -251,7 +251,7 @@ def load_beside(
         memory = memory_now(device, capabilities.memory_bytes, order)
         _bytes_left_beside(order, served, missing, memory, loaded=False)
     stage = Stage.load(
-        checkpoint,
+        checkpoint.limited_to(order.context_length),
         order.layers,
         device=device,
         dtype=TORCH_DTYPES[order.dtype],

@@ -143,7 +143,18 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
         own_name = attribute_map.get(name, name)
         if small.get(own_name) is not None:
             small[own_name] = size
+    _shorten_factors(small)
     return small
+
+
+def _shorten_factors(small: Mapping[str, Any]) -> None:
+    """Give the factors of longrope the length that they have in smaller heads."""
+    rope = small.get("rope_parameters")
+    if rope and "long_factor" in rope:
+        dim = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+        rotated = int(dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            rope[name] = rope[name][:rotated]
 
 
 def _layers_to_keep(config: Mapping[str, Any]) -> int:

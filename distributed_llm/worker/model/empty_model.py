@@ -1,5 +1,6 @@
 """Makes models without weights from a config.json, by transformers' own classes."""
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,16 +19,22 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.fixed_rope import fix_rope
 
 _WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
 _QUOTED = re.compile(r"[`'](\w+)[`']")
 _SHOWN_CHARS = 60
 
 
-def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
+def model_config(config: Mapping[str, Any], context_length: int | None = None) -> PretrainedConfig:
     """Return transformers' configuration object for the content of a config.json.
 
-    Not what it says about quantized weights: to transformers, they are floating-point numbers.
+    Not what it says about quantized weights: to transformers, they are floating-point numbers. And
+    rotary positions are the same for all texts (`fix_rope`).
+
+    Args:
+        config: the content of config.json.
+        context_length: positions of the longest text that is served; None: that of the model.
 
     Raises:
         UnsupportedModel: transformers has no decoder of this type.
@@ -47,18 +54,21 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             "text, such as llama, qwen3 or mistral."
         )
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
-    values = {name: value for name, value in config.items() if name not in QUANTIZATION_NAMES}
+    kept = {name: value for name, value in config.items() if name not in QUANTIZATION_NAMES}
+    values = copy.deepcopy(kept)  # transformers writes into what it is given
     for name in ("dtype", "torch_dtype"):
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")
     try:
-        return kind.from_dict(values)
+        made = kind.from_dict(values)
     except Exception as exc:  # validators of transformers raise errors of many types
         raise CheckpointError(
             f"transformers refuses the config.json of this {model_type!r} model: "
             f"{_what_is_wrong(str(exc), config)}. It is damaged, or for another version of "
             "transformers: copy that of the original model."
         ) from exc
+    fix_rope(made, context_length or model_sizes.context_length(config))
+    return made
 
 
 def _what_is_wrong(said: str, config: Mapping[str, Any]) -> str:
@@ -119,7 +129,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         UnsupportedModel: transformers cannot run it with that attention.
         CheckpointError: transformers refuses a value of its config.json.
     """
-    config = model_config(checkpoint.config)
+    config = model_config(checkpoint.config, checkpoint.context_length)
     try:
         with torch.device("meta"):
             return new_model(config, dtype, attn_implementation=ATTENTION_NAME)
