@@ -99,6 +99,13 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
+    "openai-gpt": {},
+    "falcon": {},
+    "bloom": {"num_attention_heads": 6, "hidden_size": 48},
+    "mpt": {},
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 

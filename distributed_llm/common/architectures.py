@@ -13,10 +13,13 @@ VERIFIED: frozenset[str] = frozenset(
     {
         "apertus",
         "arcee",
+        "bloom",
+        "codegen",
         "cohere",
         "cohere2",
         "ernie4_5",
         "exaone4",
+        "falcon",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -24,8 +27,10 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4",
         "gpt2",
         "gpt_bigcode",
+        "gpt_neo",
         "gpt_neox",
         "gpt_oss",
+        "gptj",
         "granite",
         "granitemoe",
         "helium",
@@ -33,10 +38,12 @@ VERIFIED: frozenset[str] = frozenset(
         "llama",
         "mistral",
         "mixtral",
+        "mpt",
         "nemotron",
         "olmo",
         "olmo2",
         "olmoe",
+        "openai-gpt",
         "opt",
         "phi",
         "phi3",
@@ -56,7 +63,9 @@ EXCEEDS_FLOAT16: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text", "
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
 
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
-_OWN_ATTENTION = "its attention cannot be replaced, and so not be run on packed sequences"
+_OWN_ATTENTION = (
+    "its attention is computed by code of its own, which knows nothing of packed sequences"
+)
 _OWN_STATE = (
     "some of its layers keep a state (convolution, linear attention or state space) outside the KV "
     "cache"
@@ -67,17 +76,7 @@ _CHUNKED = "some of its layers see chunks of the text, which is expressed in the
 _SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
-    _ALIBI: ("bloom", "mpt"),
-    _OWN_ATTENTION: (
-        "falcon",
-        "gptj",
-        "gpt_neo",
-        "codegen",
-        "openai-gpt",
-        "ctrl",
-        "xlnet",
-        "transfo-xl",
-    ),
+    _OWN_ATTENTION: ("ctrl", "xlnet", "transfo-xl"),
     _OWN_STATE: (
         "bamba",
         "falcon_h1",
@@ -152,7 +151,9 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if "text_config" in config:
         yield _MULTIMODAL
-    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+    if config.get("alibi") and config.get("model_type") != "falcon":
+        yield _ALIBI
+    if config.get("position_embedding_type") == "alibi":
         yield _ALIBI
     if config.get("reorder_and_upcast_attn"):
         yield "reorder_and_upcast_attn makes it compute its attention by itself"

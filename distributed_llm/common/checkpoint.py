@@ -42,7 +42,9 @@ _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
 )
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
+_NEVER_TIED_NAME = re.compile(
+    r"(^|\.)(wpe|embed_positions|positions_embed|word_embeddings_layernorm|project_in|position_embd)\."
+)
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""

@@ -20,8 +20,12 @@ _MAX_POSITIONS = 2**31 - 1
 _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+"""Names of the number of heads of queries."""
+
 _SIZES = (
-    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
+    *_HEADS,
+    *("num_key_value_heads", "num_kv_heads", "head_dim"),
     *("intermediate_size", "moe_intermediate_size"),
 )
 """Names of sizes that not all models have; some have one for each layer."""
@@ -52,12 +56,13 @@ def check_sizes(config: Config) -> None:
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers."""
-    return positive(config, "num_hidden_layers", "n_layer", "num_layers", most=_MAX_LAYERS)
+    names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    return positive(config, *names, most=_MAX_LAYERS)
 
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers."""
-    return positive(config, "hidden_size", "n_embd")
+    return positive(config, "hidden_size", "n_embd", "d_model")
 
 
 def context_length(config: Config) -> int:
@@ -102,13 +107,13 @@ class HeadSizes(NamedTuple):
 
 def head_sizes(config: Config) -> HeadSizes:
     """Return the heads of attention; see `kv_bytes_per_token` for latent attention."""
-    heads = positive(config, "num_attention_heads", "n_head")
+    heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
         return HeadSizes(heads, heads, key_dim, positive(config, "v_head_dim"))
     kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
-    if config.get("multi_query") is True:
-        kv_heads = 1  # GPT BigCode
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
     return HeadSizes(heads, kv_heads, dim, dim)
 

@@ -20,6 +20,7 @@ from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.fixed_rope import fix_rope
+from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 
 _WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
 _QUOTED = re.compile(r"[`'](\w+)[`']")
@@ -130,9 +131,11 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         CheckpointError: transformers refuses a value of its config.json.
     """
     config = model_config(checkpoint.config, checkpoint.context_length)
+    replaced = config.model_type in OWN_ATTENTION
     try:
         with torch.device("meta"):
-            return new_model(config, dtype, attn_implementation=ATTENTION_NAME)
+            kind = "eager" if replaced else ATTENTION_NAME
+            model = new_model(config, dtype, attn_implementation=kind)
     except ValueError as exc:
         raise UnsupportedModel(
             f"transformers cannot run the model type {checkpoint.model_type!r} with the attention "
@@ -140,3 +143,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from exc
     except Exception as exc:
         raise _no_model(checkpoint.model_type) from exc
+    if replaced:
+        use_packed_attention(model)
+    return model

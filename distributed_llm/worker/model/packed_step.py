@@ -61,12 +61,15 @@ class Scoring:
         window: positions that a token attends to, itself included; 0 is all.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
+        slopes: [heads], by how much the score of a position exceeds that of the one before, the
+            rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
     """
 
     scale: float
     window: int
     softcap: float | None
     sinks: Tensor | None
+    slopes: Tensor | None = None
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.
