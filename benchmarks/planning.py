@@ -57,7 +57,7 @@ def cluster(
     """Return a model of `layers` layers, workers into which it fits, and their links."""
     sizes = [_LAYER_BYTES] * layers
     sizes[0] += _LAYER_BYTES // 2 * mixed
-    cost = ModelCost(tuple(sizes), 500_000_000, 500_000_000, 0, 4096)
+    cost = ModelCost(tuple(sizes), 500_000_000, 500_000_000, 0, (4096,) * len(sizes))
     least = 2 * sum(sizes) // workers + 1_500_000_000
     candidates = [
         Candidate(

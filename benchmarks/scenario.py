@@ -67,7 +67,7 @@ def served_model(scenario: Scenario) -> ServedModel:
         first_bytes=LAYER_BYTES // 2,
         last_bytes=LAYER_BYTES // 2,
         shared_bytes=0,
-        kv_bytes_per_token=_KV_BYTES,
+        layer_kv_bytes=(_KV_BYTES,) * scenario.num_layers,
     )
     return ServedModel(
         name="made up",

@@ -146,9 +146,13 @@ class FaultProxy:
             self._server = None
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._connections.discard(task)
+            writer.transport.abort()  # the task may have been cancelled before its first step
+
         task = asyncio.get_running_loop().create_task(self._carry(reader, writer))
         self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        task.add_done_callback(ended)
 
     async def _carry(
         self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter

@@ -137,7 +137,7 @@ class Shape(_Part):
             first_bytes=0 if self.tied else embedding * item,
             last_bytes=0 if self.tied else embedding * item,
             shared_bytes=embedding * item if self.tied else 0,
-            kv_bytes_per_token=2 * kv * item,
+            layer_kv_bytes=(2 * kv * item,) * self.layers,
         )
 
 

@@ -161,9 +161,9 @@ class Checkpoint:
         kinds = [_TORCH_DTYPES[kind] for kind in plain if kind in _TORCH_DTYPES]
         return max(set(kinds), key=kinds.count, default="float32")
 
-    def kv_bytes_per_token(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
-        """Return the bytes of KV cache that one position takes in one layer."""
-        return sizes.kv_bytes_per_token(self.config, dtype, kv_dtype)
+    def layer_kv_bytes(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
+        """Return the bytes of KV cache that one position takes in each layer."""
+        return sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
 
     @cached_property
     def layer_prefix(self) -> str:

@@ -56,6 +56,10 @@ def check_sizes(config: Config) -> None:
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers."""
+    if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
+        listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
+        if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
+            return len(listed)
     names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
     return positive(config, *names, most=_MAX_LAYERS)
 
@@ -78,15 +82,16 @@ def context_length(config: Config) -> int:
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 
 
-def kv_bytes_per_token(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
-    """Return the bytes of KV cache that one position takes in one layer.
+def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
+    """Return the bytes of KV cache that one position takes in each layer.
 
     Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
     values for every head of the queries, and of different widths.
     """
     heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     dims = (heads.key_dim, heads.value_dim)
-    return heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    return (one,) * num_layers(config)
 
 
 class HeadSizes(NamedTuple):
@@ -106,7 +111,7 @@ class HeadSizes(NamedTuple):
 
 
 def head_sizes(config: Config) -> HeadSizes:
-    """Return the heads of attention; see `kv_bytes_per_token` for latent attention."""
+    """Return the heads of attention; see `layer_kv_bytes` for latent attention."""
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")

@@ -110,7 +110,7 @@ def model_cost(
         first_bytes=parts["first"][0],
         last_bytes=parts["last"][0],
         shared_bytes=parts["shared"][0],
-        kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype, kv_dtype),
+        layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, checkpoint.num_layers),
     )

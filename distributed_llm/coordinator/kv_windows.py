@@ -42,8 +42,10 @@ class KVWindows:
             stages: widest window, bytes in layers with a window, bytes in all layers.
             margin: as in the attributes.
         """
-        told = list(stages)
-        _, windowed, total = min(told, key=lambda one: one[1] / max(1, one[2]))
+        told = [stage for stage in stages if stage[2]]  # others have no KV cache
+        if not told:
+            return cls()
+        _, windowed, total = min(told, key=lambda one: one[1] / one[2])
         if not 0 < windowed <= total:
             return cls()
         return cls(max(window for window, _, _ in told), margin, windowed, total)

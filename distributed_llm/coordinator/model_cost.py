@@ -16,7 +16,7 @@ class ModelCost:
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a tied embedding, needed by the first and by the last stage.
-        kv_bytes_per_token: KV cache of one position in one layer.
+        layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
@@ -28,7 +28,7 @@ class ModelCost:
     first_bytes: int
     last_bytes: int
     shared_bytes: int
-    kv_bytes_per_token: int
+    layer_kv_bytes: tuple[int, ...]
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
     workspace_bytes: int = 0
@@ -47,6 +47,26 @@ class ModelCost:
     def all_weight_bytes(self) -> int:
         """Bytes of all weights, each once."""
         return self.weight_bytes(LayerRange(0, self.num_layers))
+
+    @property
+    def mean_kv_bytes(self) -> float:
+        """Bytes of KV cache that one position takes in a layer, on average."""
+        return sum(self.layer_kv_bytes) / self.num_layers
+
+    def kv_bytes(self, layers: LayerRange) -> int:
+        """Return the bytes of KV cache that one position takes in these layers."""
+        return sum(self.layer_kv_bytes[layers.start : layers.stop])
+
+    def windowed_kv(self, layers: LayerRange) -> tuple[int, int, int]:
+        """Return what layers with a window have of these layers; see `KVWindows.of_stages`.
+
+        Returns:
+            The widest window, and bytes of a position in layers with a window and in all layers.
+        """
+        windows = self.windows[layers.start : layers.stop]
+        sizes = self.layer_kv_bytes[layers.start : layers.stop]
+        windowed = sum(size for size, window in zip(sizes, windows, strict=False) if window)
+        return max(windows, default=0), windowed, sum(sizes)
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""
@@ -72,4 +92,4 @@ class ModelCost:
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with `kv_tokens` positions of KV cache."""
-        return self.weight_bytes(layers) + self.kv_bytes_per_token * kv_tokens * len(layers)
+        return self.weight_bytes(layers) + self.kv_bytes(layers) * kv_tokens

@@ -80,9 +80,7 @@ def longest_tokens_of(plan: Plan, cost: ModelCost, step_tokens: int) -> int:
         cost: of the model.
         step_tokens: tokens per step at most.
     """
-    windows = [cost.windows[stage.layers.start : stage.layers.stop] for stage in plan]
-    one = cost.kv_bytes_per_token
-    told = [(max(seen, default=0), one * sum(map(bool, seen)), one * len(seen)) for seen in windows]
+    told = [cost.windowed_kv(stage.layers) for stage in plan]
     windowed = KVWindows.of_stages(told, margin_tokens(step_tokens, len(plan)))
     return windowed.longest(kv_tokens_of(plan))
 
@@ -116,7 +114,7 @@ def offloaded(plan: Plan, cost: ModelCost, memory: Mapping[WorkerId, int], kv_to
 def _offloaded(
     stage: PlannedStage, cost: ModelCost, memory_bytes: int, kv_tokens: int
 ) -> PlannedStage:
-    layers, kv_bytes = stage.layers, cost.kv_bytes_per_token * len(stage.layers)
+    layers, kv_bytes = stage.layers, cost.kv_bytes(stage.layers)
     for count in range(len(layers) + 1):
         held = cost.bytes_in_memory(layers, count)
         if held + kv_bytes * kv_tokens <= memory_bytes:
@@ -147,7 +145,7 @@ def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
             "layers": stage.layers,
             "weight_bytes": stage.weight_bytes,
             "kv_tokens": stage.kv_tokens,
-            "kv_bytes_per_token": cost.kv_bytes_per_token * len(stage.layers),
+            "kv_bytes_per_token": cost.kv_bytes(stage.layers),
             "quantize": stage.quantize,
             "disk_bytes": stage.disk_bytes,
         }
@@ -160,5 +158,5 @@ def _stage(
 ) -> PlannedStage:
     weights = cost.weight_bytes(layers)
     room = max(0, memory_bytes - weights)
-    kv_tokens = room // max(1, cost.kv_bytes_per_token * len(layers))
+    kv_tokens = room // max(1, cost.kv_bytes(layers))
     return PlannedStage(worker, layers, weights, kv_tokens, cost.quantize)

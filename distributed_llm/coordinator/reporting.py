@@ -128,7 +128,7 @@ class Reporting:
     ) -> WorkerStatus:
         used_bytes = room_bytes = 0
         if pipeline and worker.layers:
-            token_bytes = self._cluster.model.cost.kv_bytes_per_token * len(worker.layers)
+            token_bytes = self._cluster.model.cost.kv_bytes(worker.layers)
             used_bytes = token_bytes * (pipeline.kv_tokens_used + pipeline.kv_tokens_cached)
             room_bytes = token_bytes * pipeline.kv_tokens
         return worker.status(

@@ -15,7 +15,7 @@ import torch
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.model_sizes import kv_bytes_per_token
+from distributed_llm.common.model_sizes import layer_kv_bytes
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
@@ -118,7 +118,7 @@ def test_keys_and_values_are_counted_as_they_are_kept(
     config = dict(checkpoint.config)
     if config["model_type"] in WITHOUT_GROUPS:
         del config["num_key_value_heads"]  # never in their files; here all families are given it
-    planned = kv_bytes_per_token(config, "float32") * NUM_LAYERS
+    planned = sum(layer_kv_bytes(config, "float32"))
     (stage,) = stages.pipeline([NUM_LAYERS]).stages
     assert stage.kv_bytes_per_token == planned
 

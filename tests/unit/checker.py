@@ -197,7 +197,7 @@ class Checker:
         worker = self._core._registry.worker(peer)
         assert worker is not None
         cost = self._core._cluster.model.cost_at(order.quantize)
-        kv_bytes = order.kv_tokens * cost.kv_bytes_per_token * len(order.layers)
+        kv_bytes = order.kv_tokens * cost.kv_bytes(order.layers)
         taken = cost.weight_bytes(order.layers) + kv_bytes + order.workspace_bytes
         offered = worker.capabilities.memory_bytes
         assert order.from_disk or taken <= offered, f"{taken} bytes on a worker that has {offered}"

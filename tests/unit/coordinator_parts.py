@@ -38,7 +38,9 @@ from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.speeds.work import Work
 
-COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
+COST = ModelCost(
+    (1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, layer_kv_bytes=(1,) * 6
+)
 CLIENT = PeerId(b"client")
 
 

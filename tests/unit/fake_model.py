@@ -49,7 +49,7 @@ COST = ModelCost(
     first_bytes=50,
     last_bytes=50,
     shared_bytes=0,
-    kv_bytes_per_token=1,
+    layer_kv_bytes=(1,) * NUM_LAYERS,
 )
 MODEL = ServedModel(
     name="simulated",

@@ -25,7 +25,7 @@ SIX = Demand(sequences=6, positions=0, prompt_tokens=0, chunk_tokens=1)
 
 
 def model(layers: int = 10, *, ends: int = 0, kv: int = 0) -> ModelCost:
-    return ModelCost((100,) * layers, ends, ends, 0, kv)
+    return ModelCost((100,) * layers, ends, ends, 0, (kv,) * layers)
 
 
 def machines(

@@ -20,7 +20,7 @@ LAYERS = 10
 
 def model() -> ServedModel:
     """Return a model of ten layers of 1 MiB, without embedding, head or KV cache to speak of."""
-    return replace(MODEL, cost=ModelCost((MIB,) * LAYERS, 0, 0, 0, 1))
+    return replace(MODEL, cost=ModelCost((MIB,) * LAYERS, 0, 0, 0, (1,) * LAYERS))
 
 
 def plan(*workers: str, **settings: Any) -> DryRun:

@@ -268,7 +268,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestAgainstTheModel = Machine.TestCase
-TestAgainstTheModel.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestAgainstTheModel.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
 @settings(deadline=None)

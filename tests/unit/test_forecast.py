@@ -22,7 +22,7 @@ MODEL = ModelCost(
     first_bytes=0,
     last_bytes=0,
     shared_bytes=0,
-    kv_bytes_per_token=0,
+    layer_kv_bytes=(0,) * LAYERS,
 )
 ROOMY = 100 * LAYERS
 ALONE = Demand(sequences=1, positions=100, prompt_tokens=0, chunk_tokens=1)

@@ -102,17 +102,17 @@ def test_who_is_shared_keeps_what_is_seen_until_all_stages_know() -> None:
 
 
 def test_a_plan_says_how_long_one_request_may_be() -> None:
-    cost = ModelCost((100,) * 4, 0, 0, 0, 1, windows=(128, 0, 128, 0))
+    cost = ModelCost((100,) * 4, 0, 0, 0, (1,) * 4, windows=(128, 0, 128, 0))
     layer_map = ((WorkerId("a"), LayerRange(0, 2)), (WorkerId("b"), LayerRange(2, 4)))
     plan = plan_of(cost, {WorkerId("a"): 200 + 6400, WorkerId("b"): 200 + 12800}, layer_map)
     windows = KVWindows(128, 30, 1, 2)
     assert longest_tokens_of(plan, cost, 10) == windows.longest(3200) == (100 - 5) * KV_BLOCK
-    plain = ModelCost((100,) * 4, 0, 0, 0, 1)
+    plain = ModelCost((100,) * 4, 0, 0, 0, (1,) * 4)
     assert longest_tokens_of(plan, plain, 10) == 3200
 
 
 def test_who_asks_for_a_plan_or_the_status_is_told() -> None:
-    cost = ModelCost((100,) * 4, 0, 0, 0, 1, windows=(128, 0, 128, 0))
+    cost = ModelCost((100,) * 4, 0, 0, 0, (1,) * 4, windows=(128, 0, 128, 0))
     plan = plan_of(cost, {WorkerId("a"): 400 + 12800}, ((WorkerId("a"), LayerRange(0, 4)),))
     run = DryRun(cost, (plan,), {WorkerId("a"): 13200}, 1.0, 2.0, {}, (), longest_tokens=(6080,))
     assert (

@@ -26,7 +26,7 @@ from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.speeds.work import Work, work_of
 from distributed_llm.coordinator.speeds.worker_speed import Prior
 
-COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
+COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, layer_kv_bytes=(1000, 1000))
 ITEM_BYTES = 2
 FOUND = Capabilities(
     device="cpu",

@@ -199,7 +199,7 @@ def test_room_is_never_more_than_a_count_of_all_memory_finds(
     memory: list[int],
 ) -> None:
     """While both stages are there, a worker holds each matrix and each layer's cache once."""
-    cost = ModelCost(tuple(sizes), *ends, kv_bytes)
+    cost = ModelCost(tuple(sizes), *ends, (kv_bytes,) * len(sizes))
     parts = Parts(dict(zip("abc", memory, strict=True)), cost)
     was, comes = dict(ranges_of(*old)), dict(ranges_of(*new))
     assume(all(stage.kv_tokens >= 64 for stage in parts.plan(*old)))

@@ -111,7 +111,7 @@ def test_the_forecast_counts_what_is_read() -> None:
 
 def test_what_a_step_takes_is_not_planned_with() -> None:
     """Two machines of 700 MiB hold ten layers of 100 MiB, but not if a step takes 250 of each."""
-    cost = ModelCost((100 * MIB,) * 10, 0, 0, 0, 1, workspace_bytes=150 * MIB)
+    cost = ModelCost((100 * MIB,) * 10, 0, 0, 0, (1,) * 10, workspace_bytes=150 * MIB)
     settings = CoordinatorSettings(replicas=1)
     workers = ["a=700MiB", "b=700MiB"]
     run = dry_run(replace(MODEL, cost=cost, smaller=()), workers, settings)
@@ -125,7 +125,7 @@ def test_what_a_step_takes_is_not_planned_with() -> None:
 
 
 def test_a_dry_run_says_what_is_read() -> None:
-    model = replace(MODEL, cost=ModelCost((100 * MIB,) * 10, 0, 0, 0, 1), smaller=())
+    model = replace(MODEL, cost=ModelCost((100 * MIB,) * 10, 0, 0, 0, (1,) * 10), smaller=())
     settings = CoordinatorSettings(replicas=1)
     run = dry_run(model, ["old=700MiB+1GiB"], settings)
     read_s = run.plans[0][0].disk_bytes / 1e9

@@ -125,9 +125,12 @@ def problems(
 ) -> Problem:
     size = draw(st.integers(1, layers))
     sizes = st.integers(1, 40)
-    layer_bytes = [draw(sizes)] * size if alike else [draw(sizes) for _ in range(size)]
+    one_size = alike or draw(st.booleans())  # and KV cache may differ
+    layer_bytes = [draw(sizes)] * size if one_size else [draw(sizes) for _ in range(size)]
     first, last, shared = (draw(st.integers(0, 60)) for _ in range(3))
-    cost = ModelCost(tuple(layer_bytes), first, last, shared, draw(st.integers(0, 2)))
+    kv_sizes = st.integers(0, 2)
+    kv = (draw(kv_sizes),) * size if alike else tuple(draw(kv_sizes) for _ in range(size))
+    cost = ModelCost(tuple(layer_bytes), first, last, shared, kv)
     kv_tokens = draw(st.integers(0, 8))
     whole = cost.stage_bytes(LayerRange(0, size), kv_tokens)
     count = draw(st.integers(1, workers))
@@ -142,7 +145,7 @@ def problems(
 def random_problem(seed: int, workers: int, layers: int) -> Problem:
     """Return a problem with unequal layers, most links known, and memory to spare or little."""
     draw = random.Random(seed)
-    cost = ModelCost(tuple(draw.randint(60, 140) for _ in range(layers)), 80, 80, 0, 1)
+    cost = ModelCost(tuple(draw.randint(60, 140) for _ in range(layers)), 80, 80, 0, (1,) * layers)
     least = 1.3 * sum(cost.layer_bytes) / workers + 100
     candidates = [
         Candidate(
@@ -171,7 +174,7 @@ def plain(
         Candidate(WorkerId(name), room, WorkerTimes(0.0, taken, 0.0))
         for name, taken, room in zip("abcdef", layer_s, memory, strict=False)
     )
-    return Problem(ModelCost((10,) * size, 0, 0, 0, 0), candidates, links, 0)
+    return Problem(ModelCost((10,) * size, 0, 0, 0, (0,) * size), candidates, links, 0)
 
 
 def cuts(found: Partition | None) -> list[tuple[str, int, int]]:
@@ -279,9 +282,19 @@ def test_predict_adds_up_stages_and_hops() -> None:
 
 
 def test_layers_without_bytes_are_all_of_mean_size() -> None:
-    cost, (worker,) = ModelCost((0,) * 4, 0, 0, 0, 0), plain(0.5).candidates
+    cost, (worker,) = ModelCost((0,) * 4, 0, 0, 0, (0,) * 4), plain(0.5).candidates
     found = predict(cost, [worker], SAME, ((worker.worker, LayerRange(0, 4)),))
     assert found.total_s == 2.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_of_one_size_may_differ_in_their_kv_cache(objective: PartitionObjective) -> None:
+    """All links are alike, too: no way that is for uniform problems must be taken."""
+    workers = plain(1.0, 1.0, 1.0, memory=(60, 10, 10)).candidates
+    cost = ModelCost((10,) * 4, 0, 0, 0, layer_kv_bytes=(5, 5, 0, 0))
+    found = Problem(cost, workers, SAME, kv_tokens=4).best(objective)
+    assert cuts(found)[0] == ("a", 0, 2)
+    assert [(start, stop) for _, start, stop in cuts(found)[1:]] == [(2, 3), (3, 4)]
 
 
 # ------------------------------------------------------------------ the search
@@ -352,7 +365,7 @@ def test_the_order_of_the_candidates_does_not_matter(
 def test_the_search_finds_the_one_that_a_large_layer_fits(objective: PartitionObjective) -> None:
     quick = [Candidate(WorkerId(f"quick{i}"), 20, WorkerTimes(0.0, 0.0, 0.0)) for i in range(60)]
     large = Candidate(WorkerId("large"), 40, WorkerTimes(1.0, 1.0, 0.0))
-    problem = Problem(ModelCost((10, 10, 40), 0, 0, 0, 0), (*quick, large), SAME, 0)
+    problem = Problem(ModelCost((10, 10, 40), 0, 0, 0, (0,) * 3), (*quick, large), SAME, 0)
     found = problem.best(objective)
     assert found is not None
     assert is_whole(found.layer_map, problem)

@@ -18,7 +18,9 @@ from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 from tests.unit.coordinator_parts import Parts
 
-COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
+COST = ModelCost(
+    (1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, layer_kv_bytes=(1,) * 6
+)
 CONTEXT = 2048
 LAYER_S = 1e-3
 

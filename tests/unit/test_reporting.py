@@ -107,7 +107,7 @@ def test_the_kv_cache_of_a_worker_follows_its_layers() -> None:
     assert (pipeline.answers_running, pipeline.answers_decoding) == (0, 0)
     for worker in shown.workers:
         assert worker.layers
-        token_bytes = len(worker.layers) * MODEL.cost.kv_bytes_per_token
+        token_bytes = MODEL.cost.kv_bytes(worker.layers)
         assert worker.kv_used_bytes == pipeline.kv_tokens_cached * token_bytes
         assert worker.kv_room_bytes == pipeline.kv_tokens * token_bytes
 

@@ -20,7 +20,7 @@ from tests.unit.coordinator_parts import Parts, capabilities, ranges_of
 from tests.unit.test_planner import machines, planner
 
 SECOND = 400_000_000
-COST = ModelCost((SECOND,) * 6, SECOND // 2, SECOND // 2, 0, kv_bytes_per_token=1000)
+COST = ModelCost((SECOND,) * 6, SECOND // 2, SECOND // 2, 0, layer_kv_bytes=(1000,) * 6)
 MEMORY = 4 * SECOND
 STRATEGIES = pytest.mark.parametrize("strategy", ["memory", "speed"])
 

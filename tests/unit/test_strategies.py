@@ -38,7 +38,7 @@ def model(
     shared: int = 0,
     kv: int = 0,
 ) -> ModelCost:
-    return ModelCost(tuple(layer_bytes), first, last, shared, kv)
+    return ModelCost(tuple(layer_bytes), first, last, shared, (kv,) * len(layer_bytes))
 
 
 def memory_of(*memory_bytes: int) -> dict[WorkerId, int]:
@@ -73,7 +73,8 @@ def is_whole(found: Plan, cost: ModelCost) -> bool:
 
 def stage_bytes(cost: ModelCost, start: int, stop: int, kv_tokens: int) -> int:
     """Return what a stage needs, written down once more."""
-    size = sum(cost.layer_bytes[start:stop]) + (stop - start) * cost.kv_bytes_per_token * kv_tokens
+    size = sum(cost.layer_bytes[start:stop])
+    size += sum(cost.layer_kv_bytes[start:stop]) * kv_tokens
     if start == 0:
         size += cost.first_bytes
     if stop == cost.num_layers:

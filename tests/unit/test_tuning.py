@@ -25,7 +25,7 @@ from distributed_llm.common.units import parse_layers
 from distributed_llm.coordinator.model_cost import ModelCost
 
 ANSWERS = ((7, 8, 9), (1, 2, 3))
-COST = ModelCost((1000,) * 8, 100, 100, 0, 1)
+COST = ModelCost((1000,) * 8, 100, 100, 0, (1,) * 8)
 
 
 def figures(tokens_per_s: float, answer_s: float = 1.0) -> LoadFigures:

@@ -122,7 +122,7 @@ def test_the_prior_follows_from_bandwidth_and_operations() -> None:
     size = {"memory_bytes": 0, "cores": 1, "threads": 1}
     names = dict.fromkeys(("device", "device_name", "platform"), "cpu")
     found = msgspec.convert({**names, **size, **speeds}, Capabilities)
-    cost = ModelCost((1_000_000, 3_000_000), 9, 400_000, 600_000, kv_bytes_per_token=1000)
+    cost = ModelCost((1_000_000, 3_000_000), 9, 400_000, 600_000, layer_kv_bytes=(1000, 1000))
     prior = astuple(Prior.from_capabilities(found, cost, item_bytes=2))
     assert prior == pytest.approx((2e-3, 2e-4, 1e-6, 4e-7, 1e-3, 1e-4))
 

@@ -239,6 +239,8 @@ class SequenceSlice(
         prefix: in the first slice of a sequence whose first `start` positions are shared.
         masked: whether a mask says which tokens may be sampled.
         embed: whether to sum up the model's last hidden states at these positions; does not sample.
+        snapshot: whether layers with a state of their own keep it as it is after these positions
+            for as long as the sequence is held, so that computing can go on from there again.
     """
 
     sequence_id: SequenceId
@@ -249,6 +251,7 @@ class SequenceSlice(
     prefix: SharedPrefix | None = None
     masked: bool = False
     embed: bool = False
+    snapshot: bool = False
 
 
 class SeenFrom(

@@ -85,14 +85,15 @@ class MovePrices:
             read_s = added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S)
             load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
             own_bytes = cost.weight_bytes(before) if before else 0
-            layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
+            layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
+            kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
             left_bytes = rooms[stage.worker] - own_bytes - added
-            room = min(room, left_bytes // max(1, layers * cost.kv_bytes_per_token))
+            room = min(room, left_bytes // max(1, kv_bytes))
         room -= room % KV_BLOCK
         transfers = transfers_between(old.stages, stages)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
-        most = max((len(transfer.layers) for transfer in transfers), default=0)
-        token_s = most * cost.kv_bytes_per_token / self._copy_bytes_per_s
+        most = max((cost.kv_bytes(transfer.layers) for transfer in transfers), default=0)
+        token_s = most / self._copy_bytes_per_s
         cached = old.scheduler.kv_tokens_cached if old.scheduler else 0
         cached = min(cached, int(_PREFIX_COPY_S / token_s)) if token_s else cached
         copy_s = (tokens + cached) * token_s

@@ -181,9 +181,10 @@ def relaxed_starts(tables: Tables, objective: PartitionObjective) -> list[LayerM
     The layers of each order are divided by their true sizes and links. All layers are taken to be
     of mean size, which suits the times, and of the largest size, which suits the memory.
     """
-    sizes = tables.cost.layer_bytes
-    alike = {math.ceil(sum(sizes) / len(sizes)), max(sizes)}
-    relaxed = [solve_uniform(tables.alike(size), objective) for size in sorted(alike)]
+    cost = tables.cost
+    mean = (math.ceil(cost.all_layer_bytes / cost.num_layers), math.ceil(cost.mean_kv_bytes))
+    alike = {mean, (max(cost.layer_bytes), max(cost.layer_kv_bytes))}
+    relaxed = [solve_uniform(tables.alike(*sizes), objective) for sizes in sorted(alike)]
     orders = [tables.order(layer_map) for layer_map in relaxed if layer_map]
     starts = [_in_order(tables, order, objective) for order in orders]
     return [start for start in starts if start]
@@ -291,7 +292,7 @@ def _by_layer_time(
     from `senders` and to `receivers`.
     """
     bytes_each = sum(tables.cost.layer_bytes) / tables.num_layers
-    bytes_each += tables.cost.kv_bytes_per_token * tables.kv_tokens
+    bytes_each += tables.cost.mean_kv_bytes * tables.kv_tokens
     layers = np.clip(tables.memory // max(1.0, bytes_each), 0, most)
     arrive = tables.delays[list(senders)].min(axis=0)
     leave = tables.delays[:, list(receivers)].min(axis=1)

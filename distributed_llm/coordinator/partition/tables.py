@@ -190,13 +190,16 @@ class Tables:
             disks=self.disks[:, index],
         )
 
-    def alike(self, layer_bytes: int) -> "Tables":
-        """Return these tables as if all layers had this size, and all links the median times."""
+    def alike(self, layer_bytes: int, kv_bytes: int) -> "Tables":
+        """Return these tables as if all layers had these sizes, and all links the median times."""
         links = ~np.eye(len(self.names), dtype=bool)
         flat = [
             np.where(links, np.median(each[links]), np.inf) for each in (self.delays, self.busy)
         ]
-        cost = replace(self.cost, layer_bytes=(layer_bytes,) * self.num_layers)
+        every = self.num_layers
+        cost = replace(
+            self.cost, layer_bytes=(layer_bytes,) * every, layer_kv_bytes=(kv_bytes,) * every
+        )
         return replace(self, cost=cost, delays=flat[0], busy=flat[1])
 
     def layer_map(self, cuts: Cuts) -> LayerMap:
@@ -272,7 +275,8 @@ def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
 
     It is `ModelCost.stage_bytes` for all pairs at once; infinite where the stage is empty.
     """
-    table = _range_sums([size + cost.kv_bytes_per_token * kv_tokens for size in cost.layer_bytes])
+    sizes = zip(cost.layer_bytes, cost.layer_kv_bytes, strict=True)
+    table = _range_sums([weights + kv * kv_tokens for weights, kv in sizes])
     table[0, :] += cost.first_bytes + cost.shared_bytes
     table[:, -1] += cost.last_bytes
     table[1:, -1] += cost.shared_bytes

@@ -200,7 +200,7 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
     needed = cost.stage_bytes(whole, kv_tokens)
     offered = sum(memory.values())
     each = ", ".join(f"{worker} {size_text(size)}" for worker, size in memory.items())
-    kv = cost.kv_bytes_per_token * kv_tokens * cost.num_layers
+    kv = cost.kv_bytes(whole) * kv_tokens
     what = (
         f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
         f"{count_text(kv_tokens, 'token')} of context {size_text(kv)}); the workers offer "
@@ -231,7 +231,8 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
 
 
 def _what_fits(cost: ModelCost, offered: int, kv_tokens: int) -> str:
-    layer = max(cost.layer_bytes) + cost.kv_bytes_per_token * kv_tokens
+    sizes = zip(cost.layer_bytes, cost.layer_kv_bytes, strict=True)
+    layer = max(weights + kv * kv_tokens for weights, kv in sizes)
     ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes
     room = max(0, offered - ends)
     return (

@@ -86,7 +86,7 @@ class Machines:
             kv_tokens: positions of KV cache that every stage must have room for.
         """
         layer_bytes = cost.all_layer_bytes // cost.num_layers
-        kv_bytes = max(1, cost.kv_bytes_per_token * kv_tokens)
+        kv_bytes = max(1, int(cost.mean_kv_bytes * kv_tokens))
         ends = cost.all_weight_bytes - cost.all_layer_bytes
         fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.layer_bytes)
         memory, disks = dict(self.memory_bytes), {}

@@ -75,8 +75,8 @@ class Prior:
         return cls(
             layer_s=layer_bytes * byte_s,
             token_s=layer_bytes * item_s,
-            position_s=cost.kv_bytes_per_token * byte_s,
-            prompt_position_s=cost.kv_bytes_per_token * item_s * _QUERIES,
+            position_s=cost.mean_kv_bytes * byte_s,
+            prompt_position_s=cost.mean_kv_bytes * item_s * _QUERIES,
             head_s=head_bytes * byte_s,
             head_token_s=head_bytes * item_s,
         )
