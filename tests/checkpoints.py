@@ -33,6 +33,14 @@ _NO_GQA = {"num_key_value_heads": 4}
 _MIXED = ["sliding_attention", "full_attention"]
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+_PER_LAYER = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "head_dim": 16,
+    "sliding_window": 5,
+    "layer_types": _MIXED,
+}
+
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "gpt2": {},
@@ -101,11 +109,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "apertus": {},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 5},
     "openai-gpt": {},
     "falcon": {},
     "bloom": {"num_attention_heads": 6, "hidden_size": 48},
     "mpt": {},
+    "gemma3n_text": {
+        **_PER_LAYER,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "gemma4_text": {**_PER_LAYER, "global_head_dim": 32, "final_logit_softcapping": 10.0},
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 
@@ -121,7 +136,7 @@ def build_model(
         settings: more values of the configuration.
     """
     values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
-    for name in ("layer_types", "no_rope_layers"):
+    for name in ("layer_types", "no_rope_layers", "attention_types", "activation_sparsity_pattern"):
         if name in values:
             repeated = values[name] * num_layers
             values[name] = repeated[:num_layers]

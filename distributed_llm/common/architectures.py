@@ -23,6 +23,8 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
         "glm",
         "glm4",
         "gpt2",
@@ -59,7 +61,9 @@ VERIFIED: frozenset[str] = frozenset(
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
 
-EXCEEDS_FLOAT16: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text", "glm4"})
+EXCEEDS_FLOAT16: frozenset[str] = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"}
+)
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
 
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
@@ -73,10 +77,9 @@ _OWN_STATE = (
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _MULTIMODAL = "it wraps a language model together with one for pictures or sound"
 _CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
-_SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
-    _OWN_ATTENTION: ("ctrl", "xlnet", "transfo-xl"),
+    _OWN_ATTENTION: ("ctrl", "xlnet", "transfo-xl", "cpmant"),
     _OWN_STATE: (
         "bamba",
         "falcon_h1",
@@ -101,9 +104,17 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "zamba2",
     ),
     _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
-    _MULTIMODAL: ("gemma3", "gemma4", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl"),
+    _MULTIMODAL: (
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "llava",
+        "mistral3",
+        "mllama",
+        "qwen2_vl",
+        "qwen2_5_vl",
+    ),
     _CHUNKED: ("llama4", "llama4_text"),
-    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text", "cpmant"),
 }
 _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
@@ -159,7 +170,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield "reorder_and_upcast_attn makes it compute its attention by itself"
     if config.get("add_cross_attention"):
         yield _ENCODER
-    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+    bidirectional = config.get("use_bidirectional_attention")
+    if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
         yield "its tokens see those after them, which are not there yet when generating"
     if config.get("attention_chunk_size"):
         yield _CHUNKED

@@ -19,6 +19,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
@@ -27,6 +28,7 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     quantized,
 )
+from distributed_llm.common.per_layer_inputs import is_of_every_stage, per_layer_width
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
@@ -40,11 +42,14 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|altup_projections"
+    r"|(token|position)_embd)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(
-    r"(^|\.)(wpe|embed_positions|positions_embed|word_embeddings_layernorm|project_in|position_embd)\."
+    r"(^|\.)(wpe|embed_positions|positions_embed|word_embeddings_layernorm|project_in"
+    r"|embed_tokens_per_layer|altup_projections|position_embd)\."
 )
+_KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
@@ -138,7 +143,7 @@ class Checkpoint:
     @cached_property
     def hidden_size(self) -> int:
         """Width of the hidden states between layers."""
-        return sizes.hidden_size(self.config)
+        return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -191,13 +196,21 @@ class Checkpoint:
         return min(whole, key=lambda prefix: len(layers[prefix]), default=None)
 
     def is_spare(self, name: str) -> bool:
-        """Return whether tensor `name` belongs to a layer beyond those that config.json names."""
+        """Return whether tensor `name` is of a layer beyond those that config.json names.
+
+        Or makes keys and values of a layer that reads those of another.
+        """
         match = _LAYER_NAME.match(name)
-        return (
-            match is not None
-            and int(match["layer"]) >= self.num_layers
-            and match["prefix"] == self._layer_prefix
-        )
+        if match is None or match["prefix"] != self._layer_prefix:
+            return False
+        layer = int(match["layer"])
+        if layer >= self.num_layers:
+            return True
+        return self._lenders[layer] is not None and bool(_KV_NAME.search(match["rest"]))
+
+    @cached_property
+    def _lenders(self) -> tuple[int | None, ...]:
+        return kv_lenders(self.config, self.num_layers)
 
     def layer_of(self, name: str) -> int | None:
         """Return the layer that tensor `name` belongs to, or None if it is outside the layers."""
@@ -228,14 +241,33 @@ class Checkpoint:
         """Return whether weight `name` of the files is needed before the first layer."""
         return self.is_embedding(name) or name == self.lone_head
 
-    def _is_tied(self, name: str) -> bool:
-        return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
+    def is_tied(self, name: str) -> bool:
+        """Return whether weight `name` of the files is the matrix of embedding and head."""
+        tied = self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
+        return tied and self.holds_embedding(name)
+
+    @cached_property
+    def per_layer_width(self) -> int:
+        """Numbers that each layer gets of a token id; see `per_layer_inputs`."""
+        return per_layer_width(self.config)
+
+    def is_of_every_stage(self, name: str) -> bool:
+        """Return whether every stage has parameter `name`, or the part of it for its layers."""
+        return self.per_layer_width > 0 and is_of_every_stage(name)
+
+    def is_used_by(self, layers: LayerRange, name: str) -> bool:
+        """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""
+        if self.is_of_every_stage(name):
+            return True
+        if self.is_embedding(name):
+            return layers.start == 0
+        return layers.stop == self.num_layers
 
     def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
         """Yield the weights that a stage with `layers` needs.
 
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
-        head is tied to it, the token embedding.
+        head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
         first, last = layers.start == 0, layers.stop == self.num_layers
         for name, weight in self.weights.items():
@@ -243,8 +275,10 @@ class Checkpoint:
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
+            elif self.is_of_every_stage(name):
+                yield weight
             elif self.holds_embedding(name):
-                if first or (last and self._is_tied(name)):
+                if first or (last and self.is_tied(name)):
                     yield weight
             elif last:
                 yield weight
@@ -331,9 +365,10 @@ def checkpoint_of(
     tensors: Mapping[str, TensorInfo],
     files: Path | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint with these tensors, without those of layers that the model lacks.
+    """Return the checkpoint with these tensors, without those that the model has no use for.
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
+    Layers that read keys and values of others may come with projections for their own.
 
     Args:
         folder: of config.json, and of the files with tensors.
@@ -350,7 +385,8 @@ def checkpoint_of(
     if not spare:
         return _checked(checkpoint)
     logger.warning(
-        "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
+        "%s: %d tensors of layers beyond the %d of config.json, or of keys and values that are "
+        "never read, are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in spare}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
+from distributed_llm.common.layer_sharing import kv_lenders, layer_kinds
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -65,8 +66,15 @@ def num_layers(config: Config) -> int:
 
 
 def hidden_size(config: Config) -> int:
-    """Return the width of the hidden states between layers."""
+    """Return the width of the hidden states between layers, of each of their streams."""
     return positive(config, "hidden_size", "n_embd", "d_model")
+
+
+def streams(config: Config) -> int:
+    """Return how many hidden states of a token there are between layers; but in Gemma 3n, one."""
+    if config.get("model_type") != "gemma3n_text":
+        return 1
+    return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
 
 
 def context_length(config: Config) -> int:
@@ -86,12 +94,17 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
-    values for every head of the queries, and of different widths.
+    values for every head of the queries, and of different widths. Layers that read the keys and
+    values of others keep none.
     """
-    heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
-    dims = (heads.key_dim, heads.value_dim)
-    one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
-    return (one,) * num_layers(config)
+    usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    sizes = []
+    for layer, lender in enumerate(kv_lenders(config, num_layers(config))):
+        heads = _heads_of_layer(config, usual, layer)
+        dims = (heads.key_dim, heads.value_dim)
+        one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        sizes.append(one if lender is None else 0)
+    return tuple(sizes)
 
 
 class HeadSizes(NamedTuple):
@@ -121,6 +134,22 @@ def head_sizes(config: Config) -> HeadSizes:
         kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
     return HeadSizes(heads, kv_heads, dim, dim)
+
+
+def _heads_of_layer(config: Config, usual: HeadSizes, layer: int) -> HeadSizes:
+    """Return the heads of one layer; those of Gemma 4 that see everything have others."""
+    if config.get("model_type") != "gemma4_text":
+        return usual
+    if isinstance(by_layer := config.get("per_layer_config"), Mapping):
+        own = by_layer.get(str(layer), {})
+        dim, kv_heads = own.get("head_dim"), own.get("num_key_value_heads")
+    elif layer_kinds(config, num_layers(config))[layer] == "full_attention":
+        dim = config.get("global_head_dim", 512)
+        kv_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else 0
+    else:
+        return usual
+    dim = dim or usual.key_dim
+    return HeadSizes(usual.heads, kv_heads or usual.kv_heads, dim, dim)
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:

@@ -1,7 +1,9 @@
 """The memory that the layers of a model take. Pure values."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from distributed_llm.common.layer_sharing import pieces
 from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
@@ -16,10 +18,12 @@ class ModelCost:
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a tied embedding, needed by the first and by the last stage.
+        each_bytes: what every stage needs, of all else (see `common.per_layer_inputs`).
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
+        uncut: layers before which no stage may begin (see `common.layer_sharing`).
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
             taken off the memory of each worker before plans are made (`ServedModel.planned`).
     """
@@ -31,6 +35,8 @@ class ModelCost:
     layer_kv_bytes: tuple[int, ...]
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
+    each_bytes: int = 0
+    uncut: tuple[int, ...] = ()
     workspace_bytes: int = 0
 
     @property
@@ -76,7 +82,17 @@ class ModelCost:
             + self.first_bytes * first
             + self.last_bytes * last
             + self.shared_bytes * (first or last)
+            + self.each_bytes
         )
+
+    @property
+    def pieces(self) -> list[LayerRange]:
+        """The smallest ranges of layers that a stage may have."""
+        return pieces(self.num_layers, self.uncut)
+
+    def may_be_cut(self, starts: Iterable[int]) -> bool:
+        """Return whether stages may begin with these layers."""
+        return not set(starts).intersection(self.uncut)
 
     def bytes_from_disk(self, layers: LayerRange, count: int) -> int:
         """Return the bytes that a stage reads in every step if `count` layers stay on the disk."""

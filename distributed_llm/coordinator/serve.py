@@ -83,7 +83,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     raise_file_limit()
     model, checkpoint = open_model(settings.model, settings)
     if settings.strategy == "custom":
-        check_custom(settings.layers, model.cost.num_layers)
+        check_custom(settings.layers, model.cost)
 
     _, port = split_address(settings.bind)
     trust = None if settings.insecure else Trust(state_folder(), port, now=time.time())

@@ -56,6 +56,24 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "falcon-grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "hidden_size": 64}),
+    "gemma4-global-heads": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
 }
 

@@ -108,7 +108,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one position in all layers; 0 until every layer was written once."""
+        """Bytes of one position in all layers that were written; some may keep none."""
         return self._layers.bytes_per_token
 
     @property
@@ -170,6 +170,10 @@ class KVCache:
             segment.unseen = unseen
             self._unseen += unseen - before
             self._layers.drop_unseen(segment, before)
+
+    def knows(self, layer: int) -> bool:
+        """Return whether a layer has been written; others keep nothing."""
+        return self._layers.knows(layer)
 
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""

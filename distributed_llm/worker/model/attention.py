@@ -60,6 +60,8 @@ def packed_attention(
     step = running_step()
     layer = int(module.layer_idx) - step.first_layer  # type: ignore[arg-type]
     step.appended[layer] += 1
+    if step.lenders and (lender := step.lenders[layer]) is not None:
+        layer = lender  # which is given the same keys and values again
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, slopes)
     step.windows[layer] = scoring.window

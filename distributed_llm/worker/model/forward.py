@@ -33,6 +33,7 @@ class Forward:
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
+        self._streams = getattr(stage_model.model.config, "altup_num_inputs", 1)
         self.sums = HiddenSums(stage_model.decoder)
         self._hooks = LayerHooks(
             stage_model.layers,
@@ -88,7 +89,8 @@ class Forward:
             "use_cache": False,
         }
         if hidden_states is not None:
-            self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
+            incoming = hidden_states.to(self._device, self._dtype)
+            self._hooks.incoming = _in_streams(incoming, self._streams)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -102,7 +104,23 @@ class Forward:
             self._hooks.forget()
             self.sums.spans = ()
         _check_every_layer_ran(step)
-        return None if output is None else output[0]
+        if output is None:
+            return None
+        return output[0] if rows else _side_by_side(output)
+
+
+def _in_streams(states: Tensor, streams: int) -> Tensor:
+    """Return hidden states as layers take them: [1, tokens, hidden_size], or [streams, 1, ...]."""
+    if streams == 1:
+        return states[None]
+    return states.view(len(states), streams, -1).transpose(0, 1)[:, None]
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """Return what layers gave as [tokens, all hidden states of each]."""
+    if states.dim() == 3:
+        return states[0]
+    return states[:, 0].transpose(0, 1).flatten(1)
 
 
 def _check_every_layer_ran(step: PackedStep) -> None:

@@ -29,8 +29,10 @@ class PackedStep:
         cache: the KV cache of the stage.
         first_layer: number of the stage's first layer in the whole model.
         slices: of the sequences, in the order of the packed row.
-        appended: how many times each layer of the stage has appended keys and values.
+        appended: how many times each layer of the stage has called its attention.
         coarse: layers of which products would round the scores too much; kept from step to step.
+        lenders: of each layer of the stage, the one whose keys and values it reads, if these are
+            another's; likewise numbered within the stage.
         single: the slices of one token.
         chunks: the other slices.
         windows: of the layers that have run, as in `Scoring`.
@@ -42,6 +44,7 @@ class PackedStep:
     slices: tuple[PackedSlice, ...]
     appended: list[int]
     coarse: set[int] = field(default_factory=set)
+    lenders: tuple[int | None, ...] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)

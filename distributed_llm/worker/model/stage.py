@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
@@ -67,6 +68,19 @@ class StageOutput:
     sums: Tensor | None = None
 
 
+def _lenders_within(checkpoint: Checkpoint, layers: LayerRange) -> tuple[int | None, ...]:
+    """Return the lenders of a stage's layers, as in `PackedStep`.
+
+    Raises:
+        ValueError: some of them are not in the stage.
+    """
+    of_all = kv_lenders(checkpoint.config, checkpoint.num_layers)
+    of_stage = of_all[layers.start : layers.stop]
+    if any(lender is not None and lender < layers.start for lender in of_stage):
+        raise ValueError(f"{layers_text(layers)} read keys and values of layers before them")
+    return tuple(None if one is None else one - layers.start for one in of_stage)
+
+
 class Stage:
     """Consecutive layers of a model, with the KV cache of all sequences in them.
 
@@ -92,6 +106,7 @@ class Stage:
         self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
+        self._lenders = _lenders_within(checkpoint, layers)
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
@@ -351,7 +366,7 @@ class Stage:
         start = self.layers.start
         if layers.start < start or layers.stop > self.layers.stop:
             raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
-        numbers = range(layers.start, layers.stop)
+        numbers = [n for n in range(layers.start, layers.stop) if self._cache.knows(n - start)]
         layouts = {n: self._cache.layout(n - start) for n in numbers}
         windowed = [n for n in numbers if self._cache.windows[n - start]]
         return KVImporter(layouts, max_bytes, windowed)
@@ -381,7 +396,7 @@ class Stage:
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
         self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
-        self._cache.windows = [step.windows[layer] for layer in range(len(self.layers))]
+        self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
@@ -431,7 +446,12 @@ class Stage:
             row = stop
         appended = [0] * len(self.layers)
         return PackedStep(
-            self._cache, self.layers.start, tuple(slices), appended, self._coarse_layers
+            self._cache,
+            self.layers.start,
+            tuple(slices),
+            appended,
+            self._coarse_layers,
+            self._lenders,
         )
 
     def _compute(
