@@ -28,7 +28,11 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     quantized,
 )
-from distributed_llm.common.per_layer_inputs import is_of_every_stage, per_layer_width
+from distributed_llm.common.per_layer_inputs import (
+    is_of_every_stage,
+    lies_along,
+    per_layer_width,
+)
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
@@ -254,6 +258,10 @@ class Checkpoint:
     def is_of_every_stage(self, name: str) -> bool:
         """Return whether every stage has parameter `name`, or the part of it for its layers."""
         return self.per_layer_width > 0 and is_of_every_stage(name)
+
+    def is_cut(self, name: str) -> bool:
+        """Return whether parameter `name`, outside the layers, has a part for each of them."""
+        return self.per_layer_width > 0 and lies_along(name) is not None
 
     def is_used_by(self, layers: LayerRange, name: str) -> bool:
         """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""

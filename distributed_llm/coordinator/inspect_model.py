@@ -11,7 +11,6 @@ from distributed_llm.common.layer_sharing import kv_lenders, uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
-from distributed_llm.common.per_layer_inputs import lies_along
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
@@ -98,7 +97,7 @@ def model_cost(
         CheckpointError: tensors of some layers are missing.
     """
     num_layers = checkpoint.num_layers
-    layers, beside = [0] * num_layers, {"first": 0, "last": 0, "shared": 0, "each": 0, "layers": 0}
+    layers, beside = [0] * num_layers, {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
     for weight in checkpoint.weights.values():
         layer = checkpoint.layer_of(weight.name)
         size = checkpoint.weight_bytes(weight, dtype, quantize)
@@ -106,12 +105,14 @@ def model_cost(
             layers[layer] += size
         else:
             beside[_whose(checkpoint, weight.name)] += size
+    table_bytes = beside["tables"] // num_layers
     return ModelCost(
-        layer_bytes=tuple(own + beside["layers"] // num_layers for own in layers),
+        layer_bytes=tuple(own + table_bytes for own in layers),
         first_bytes=beside["first"],
         last_bytes=beside["last"],
         shared_bytes=beside["shared"],
         each_bytes=beside["each"],
+        table_bytes=table_bytes,
         uncut=uncut(kv_lenders(checkpoint.config, num_layers)),
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
@@ -120,9 +121,9 @@ def model_cost(
 
 
 def _whose(checkpoint: Checkpoint, name: str) -> str:
-    """Return which stages need a weight outside the layers; "layers": a part of it for each."""
+    """Return which stages need a weight outside the layers; "tables": their part."""
     if checkpoint.is_of_every_stage(name):
-        return "each" if lies_along(name) is None else "layers"
+        return "tables" if checkpoint.is_cut(name) else "each"
     if not checkpoint.holds_embedding(name):
         return "last"
     return "shared" if checkpoint.is_tied(name) else "first"

@@ -14,7 +14,7 @@ class ModelCost:
     """The memory that the parts of a model take, in bytes.
 
     Attributes:
-        layer_bytes: weights of each layer.
+        layer_bytes: weights of each layer, with `table_bytes`.
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a tied embedding, needed by the first and by the last stage.
@@ -23,6 +23,8 @@ class ModelCost:
         quantize: what floating-point weights become while they are loaded.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
+        table_bytes: what a layer has of tables outside the layers, which are read by rows and never
+            lie on a disk.
         uncut: layers before which no stage may begin (see `common.layer_sharing`).
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
             taken off the memory of each worker before plans are made (`ServedModel.planned`).
@@ -36,6 +38,7 @@ class ModelCost:
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
     each_bytes: int = 0
+    table_bytes: int = 0
     uncut: tuple[int, ...] = ()
     workspace_bytes: int = 0
 
@@ -104,7 +107,8 @@ class ModelCost:
         return self.weight_bytes(layers) - sum(saved)
 
     def _sizes_on_disk(self, layers: LayerRange, count: int) -> list[int]:
-        return [self.layer_bytes[layer] for layer in layers_on_disk(layers, count)]
+        on_disk = layers_on_disk(layers, count)
+        return [self.layer_bytes[layer] - self.table_bytes for layer in on_disk]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with `kv_tokens` positions of KV cache."""

@@ -112,6 +112,9 @@ def test_borrowers_keep_nothing_and_cost_nothing(folder: Path, checkpoint: Check
         buffers = stage.weight_bytes - weights  # rotary frequencies and scales, of no file
         assert 0 <= cost.weight_bytes(layers) - weights <= buffers < 2000
     assert cost.uncut == (2, 3, 4, 5)
+    inside = sum(p.nbytes for p in load(folder, LayerRange(0, 6))._held.layers[3].parameters())
+    assert cost.layer_bytes[3] - cost.table_bytes == cost.bytes_from_disk(LayerRange(3, 4), 1)
+    assert cost.layer_bytes[3] - cost.table_bytes - inside <= 4  # a scale that is no parameter
 
 
 def test_a_stage_without_the_lenders_is_refused(checkpoint: Checkpoint) -> None:
@@ -146,6 +149,16 @@ def test_kv_cache_moves_with_the_lenders(
     pipeline.stages = [whole]
     after = decoded(pipeline, NEW_TOKENS - 3, [0, 1, 2])
     assert list(map(operator.add, before, after)) == generated
+
+
+def test_a_stage_that_keeps_its_layers_reads_nothing_again(checkpoint: Checkpoint) -> None:
+    for layers, other in (((1, 6), (1, 6)), ((0, 6), (0, 6)), ((0, 1), (0, 6))):
+        donor = Stage.load(checkpoint, LayerRange(*layers), device=CPU, dtype=torch.float32)
+        stage = Stage.load(
+            checkpoint, LayerRange(*other), device=CPU, dtype=torch.float32, donor=donor
+        )
+        unshared = stage.weight_bytes - stage.shared_weight_bytes
+        assert (unshared < 2000) == (layers == other)  # what is no weight may be made again
 
 
 def moved(source: Stage, receiver: Stage) -> KVImporter:

@@ -53,7 +53,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("llama", {"tie": True}),
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
-    "inputs by layer": ("gemma4_text", {}),
 }
 
 

@@ -290,11 +290,14 @@ def _what(order: LoadStage) -> str:
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
     """Return an estimate of the weight bytes that a stage cannot share with the served layers."""
     held = {weight.name for weight in checkpoint.weights_of(served)}
-    return sum(
-        checkpoint.weight_bytes(weight, order.dtype, order.quantize)
-        for weight in checkpoint.weights_of(order.layers)
-        if weight.name not in held
-    )
+    missing = 0
+    for weight in checkpoint.weights_of(order.layers):
+        is_cut = checkpoint.is_cut(weight.name)
+        if weight.name in held and not (is_cut and served != order.layers):
+            continue
+        size = checkpoint.weight_bytes(weight, order.dtype, order.quantize)
+        missing += size * len(order.layers) // checkpoint.num_layers if is_cut else size
+    return missing
 
 
 def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerRange, KVImporter]:

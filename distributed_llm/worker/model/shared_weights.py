@@ -108,9 +108,11 @@ class SharedModules:
 
     def has(self, name: str) -> bool:
         """Return whether the module that a tensor belongs to, outside the layers, is shared."""
-        if self._donor is None or self._cut.applies_to(name):
+        if self._donor is None:
             return False
         held = self._donor.numbers
+        if self._cut.applies_to(name):
+            return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
             alike = bool(self._cut.width) or (held.start == 0) == (self._layers.start == 0)
             return self._is_last(held) and alike
