@@ -11,15 +11,39 @@ from distributed_llm.common.errors import UnsupportedModel
 
 VERIFIED: frozenset[str] = frozenset(
     {
+        "afmoe",
         "apertus",
         "arcee",
+        "aria_text",
+        "axk1",
+        "bamba",
+        "beam",
+        "bert",
+        "bert-generation",
+        "biogpt",
+        "bitnet",
         "bloom",
         "codegen",
         "cohere",
         "cohere2",
+        "cohere2_moe",
+        "cohere_compass_text",
+        "ctrl",
+        "cwm",
+        "dbrx",
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "electra",
+        "ernie",
         "ernie4_5",
+        "ernie4_5_moe",
         "exaone4",
+        "exaone_moe",
         "falcon",
+        "falcon_h1",
+        "flex_olmo",
+        "flint",
         "gemma",
         "gemma2",
         "gemma3_text",
@@ -27,6 +51,9 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma4_text",
         "glm",
         "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt-sw3",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
@@ -34,29 +61,66 @@ VERIFIED: frozenset[str] = frozenset(
         "gpt_oss",
         "gptj",
         "granite",
+        "granite_swa",
         "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
         "helium",
         "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "jamba",
+        "jetmoe",
+        "kimi_linear",
+        "kolibri1",
+        "laguna",
+        "lfm2",
+        "lfm2_moe",
         "llama",
+        "mellum",
+        "mimo_v2_flash",
+        "minicpm3",
+        "minimax",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
         "mistral",
         "mixtral",
+        "modernbert-decoder",
         "mpt",
+        "nanochat",
         "nemotron",
+        "nemotron_h",
         "olmo",
         "olmo2",
+        "olmo3",
+        "olmo_hybrid",
         "olmoe",
         "openai-gpt",
         "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_next",
         "seed_oss",
         "smollm3",
+        "solar_open",
         "stablelm",
         "starcoder2",
+        "vaultgemma",
+        "youtu",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -71,54 +135,87 @@ _OWN_ATTENTION = (
     "its attention is computed by code of its own, which knows nothing of packed sequences"
 )
 _OWN_STATE = (
-    "some of its layers keep a state (convolution, linear attention or state space) outside the KV "
-    "cache"
+    "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
+_EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _MULTIMODAL = "it wraps a language model together with one for pictures or sound"
 _CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
+_POSITION_BIAS = "its attention adds a bias of its own to the scores"
+_OWN_MASK = "its attention makes a mask of its own from what it sees"
+_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
+_LOOPS = "its layers run several times for each token"
+_BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
+_POSITIONS = (
+    "it numbers positions from its padding token on, and transformers does that in a forward pass "
+    "but not when it generates"
+)
+_UNMASKED = "its tokens see those after them, which are not there yet when generating"
+_WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
-    _OWN_ATTENTION: ("ctrl", "xlnet", "transfo-xl", "cpmant"),
+    _OWN_ATTENTION: (
+        "xlnet",
+        "big_bird",
+        "gpt_neox_japanese",
+        "megatron-bert",
+        "reformer",
+        "rembert",
+        "roformer",
+        "xglm",
+        "xlm",
+    ),
     _OWN_STATE: (
-        "bamba",
-        "falcon_h1",
+        "bailing_hybrid",
         "falcon_mamba",
-        "granitemoehybrid",
-        "jamba",
-        "kimi_linear",
-        "lfm2",
-        "lfm2_moe",
+        "lfm3",
         "mamba",
         "mamba2",
-        "minimax",
-        "nemotron_h",
-        "olmo_hybrid",
-        "qwen3_5_moe_text",
-        "qwen3_5_text",
-        "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rwkv",
         "xlstm",
-        "zamba",
-        "zamba2",
+        "zaya",
     ),
-    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
+    _EMBEDDING_AGAIN: ("zamba", "zamba2"),
+    _ENCODER: (
+        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
+        *("musicgen", "musicgen_melody"),
+    ),
     _MULTIMODAL: (
         "gemma3",
-        "gemma3n",
         "gemma4",
         "llava",
         "mistral3",
         "mllama",
         "qwen2_vl",
         "qwen2_5_vl",
+        "moshi",
+        "git",
+        "phi4_multimodal",
     ),
     _CHUNKED: ("llama4", "llama4_text"),
+    _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
+    _OWN_MASK: ("doge",),
+    _TWICE: ("diffllama", "longcat_flash"),
+    _LOOPS: ("hrm_text",),
+    _BYTES: ("blt",),
+    _POSITIONS: (
+        "camembert",
+        "data2vec-text",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
 }
 _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
+
+_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+"""Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
 
@@ -134,17 +231,24 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModel: with what, why and what to do.
     """
-    model_type = str(config.get("model_type"))
-    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
-    if reason is None and "auto_map" in config and not _transformers_has(model_type):
-        reason = (
-            "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
-            "is never run"
-        )
+    reason = why_refused(config)
     if reason is not None:
+        model_type = str(config.get("model_type"))
         raise UnsupportedModel(
             f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
         )
+
+
+def why_refused(config: Mapping[str, Any]) -> str | None:
+    """Return why a model of this config is known to be computed wrongly when split, if it is."""
+    model_type = str(config.get("model_type"))
+    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+        return (
+            "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
+            "is never run"
+        )
+    return reason
 
 
 def _transformers_has(model_type: str) -> bool:
@@ -172,8 +276,23 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     bidirectional = config.get("use_bidirectional_attention")
     if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
-        yield "its tokens see those after them, which are not there yet when generating"
+        yield _UNMASKED
+    if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
+        yield _UNMASKED
+    if _has_window_in_mask(config):
+        yield _WINDOW_IN_MASK
     if config.get("attention_chunk_size"):
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
+
+
+def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
+    """Return whether attention is told only by the mask that it has a window."""
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    match config.get("model_type"):
+        case "qwen2_moe":
+            return bool(config.get("use_sliding_window"))
+        case "phimoe":  # published with one that is as long as the texts may be
+            return isinstance(window, int) and isinstance(length, int) and 0 < window < length
+    return False

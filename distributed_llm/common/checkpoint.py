@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import kv_lenders
+from distributed_llm.common.layer_states import keeps_kv, state_bytes
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
@@ -36,7 +38,7 @@ from distributed_llm.common.per_layer_inputs import (
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
-from distributed_llm.common.tensor_index import tensors_by_index
+from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize, WeightForm
@@ -46,15 +48,18 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|altup_projections"
-    r"|(token|position)_embd)(\.|$)"
+    r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
+    r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(
-    r"(^|\.)(wpe|embed_positions|positions_embed|word_embeddings_layernorm|project_in"
-    r"|embed_tokens_per_layer|altup_projections|position_embd)\."
+    r"(^|\.)(wpe|embed_positions|positions_embed|project_in|embeddings_project|position_embd"
+    r"|word_embeddings_layernorm|embed_tokens_per_layer|altup_projections"
+    r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
 )
 _KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
-_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
+_HEAD_NAME = re.compile(
+    r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+)
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 
@@ -171,8 +176,16 @@ class Checkpoint:
         return max(set(kinds), key=kinds.count, default="float32")
 
     def layer_kv_bytes(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
-        """Return the bytes of KV cache that one position takes in each layer."""
-        return sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        """Return the bytes of KV cache that one position takes in each layer; 0: it keeps none."""
+        kept = keeps_kv(self.config)
+        if not any(kept):
+            return (0,) * len(kept)
+        attending = sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        return tuple(map(operator.mul, attending, kept))
+
+    def layer_state_bytes(self, dtype: DtypeName) -> tuple[int, ...]:
+        """Return the bytes of the state of one sequence in each layer; 0: it keeps none."""
+        return state_bytes(self.config, dtype)
 
     @cached_property
     def layer_prefix(self) -> str:
@@ -200,11 +213,14 @@ class Checkpoint:
         return min(whole, key=lambda prefix: len(layers[prefix]), default=None)
 
     def is_spare(self, name: str) -> bool:
-        """Return whether tensor `name` is of a layer beyond those that config.json names.
+        """Return whether tensor `name` belongs to a layer beyond those that config.json names.
 
-        Or makes keys and values of a layer that reads those of another.
+        Or to a module of its own that does what such layers do, or makes keys and values of a layer
+        that reads those of another.
         """
         match = _LAYER_NAME.match(name)
+        if is_draft(name):
+            return True
         if match is None or match["prefix"] != self._layer_prefix:
             return False
         layer = int(match["layer"])
@@ -224,7 +240,8 @@ class Checkpoint:
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        has_head = any(_HEAD_NAME.search(name) for name in self.tensors)
+        outside = (name for name in self.tensors if not _LAYER_NAME.match(name))
+        has_head = any(map(_HEAD_NAME.search, outside))
         return not has_head or self.lone_head is not None
 
     @cached_property

@@ -18,11 +18,13 @@ _GROUP = 64
 """Inputs that share a scale in codes of 4 bits: 4.5 bits per number with their scales."""
 
 _KEPT = re.compile(
-    r"(^|[._])(conv\w*|router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
+    r"(^|[._])(router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
+    r"|(^|[._])(dt_proj|conv\w*(?!\.(in|out)_proj\.))(\.|$)"
     r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*)(\.|$)"
     r"|rotary|\bssm_|_bias$|\.bias$"
 )
-"""Names of what is no matrix of a linear layer, or decides where tokens go (routers)."""
+"""Names of what is no matrix of a linear layer, or decides where tokens go (routers) or how
+fast a state fades."""
 
 
 def form_in_memory(

@@ -39,7 +39,7 @@ from distributed_llm.common.types import LayerRange
 _TEXT_FILES = (
     *(CONFIG_NAME, GENERATION_NAME, *SETTINGS_BESIDE),
     *TOKENIZER_NAMES,
-    "adapter_config.json",
+    *("additional_chat_templates/*.jinja", "adapter_config.json"),
 )
 _TENSORS_NAME = "distributed_llm_tensors.json"
 _SHOWN_CHARS = 100

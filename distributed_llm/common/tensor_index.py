@@ -13,6 +13,7 @@ from distributed_llm.common.other_formats import INDEX_NAME
 
 logger = logging.getLogger(__name__)
 
+_DRAFT_NAME = re.compile(r"^(model\.)?mtp(_\w+)?\.")
 _LAYER_NUMBER = re.compile(r"^.*?\.(?P<layer>\d+)\..")
 
 
@@ -59,6 +60,11 @@ def tensors_by_index(
     return tensors
 
 
+def is_draft(name: str) -> bool:
+    """Return whether a tensor is of modules beside the layers that predict several tokens."""
+    return _DRAFT_NAME.match(name) is not None
+
+
 def _is_beyond(name: str, num_layers: int) -> bool:
     match = _LAYER_NUMBER.match(name)
-    return match is not None and int(match["layer"]) >= num_layers
+    return is_draft(name) or (match is not None and int(match["layer"]) >= num_layers)

@@ -117,6 +117,7 @@ def model_cost(
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, num_layers),
+        layer_state_bytes=checkpoint.layer_state_bytes(dtype),
     )
 
 

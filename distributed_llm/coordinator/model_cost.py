@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distributed_llm.common.layer_sharing import pieces
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.coordinator.kv_windows import StageKV
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class ModelCost:
         each_bytes: what every stage needs, of all else (see `common.per_layer_inputs`).
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
+        layer_state_bytes: of each layer, the state of one sequence. Empty: no layer keeps one.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
         table_bytes: what a layer has of tables outside the layers, which are read by rows and never
@@ -40,6 +43,7 @@ class ModelCost:
     each_bytes: int = 0
     table_bytes: int = 0
     uncut: tuple[int, ...] = ()
+    layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
 
     @property
@@ -66,16 +70,29 @@ class ModelCost:
         """Return the bytes of KV cache that one position takes in these layers."""
         return sum(self.layer_kv_bytes[layers.start : layers.stop])
 
-    def windowed_kv(self, layers: LayerRange) -> tuple[int, int, int]:
-        """Return what layers with a window have of these layers; see `KVWindows.of_stages`.
+    def state_bytes(self, layers: LayerRange) -> int:
+        """Return the bytes of a state of one sequence in these layers."""
+        return sum(self.layer_state_bytes[layers.start : layers.stop])
 
-        Returns:
-            The widest window, and bytes of a position in layers with a window and in all layers.
+    @property
+    def layer_fixed_bytes(self) -> tuple[int, ...]:
+        """Bytes that each layer takes if one sequence runs, without its KV cache."""
+        states = self.layer_state_bytes or (0,) * self.num_layers
+        sizes = zip(self.layer_bytes, states, strict=True)
+        return tuple(weights + HELD_STATES * state for weights, state in sizes)
+
+    def kept_by(self, layers: LayerRange, tokens: int) -> StageKV:
+        """Return what these layers keep of sequences.
+
+        Args:
+            layers: of a stage.
+            tokens: positions that it has room for.
         """
         windows = self.windows[layers.start : layers.stop]
         sizes = self.layer_kv_bytes[layers.start : layers.stop]
         windowed = sum(size for size, window in zip(sizes, windows, strict=False) if window)
-        return max(windows, default=0), windowed, sum(sizes)
+        window = max(windows, default=0)
+        return StageKV(tokens, sum(sizes), window, windowed, self.state_bytes(layers))
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""
@@ -111,5 +128,6 @@ class ModelCost:
         return [self.layer_bytes[layer] - self.table_bytes for layer in on_disk]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
-        """Return the bytes of a stage with `kv_tokens` positions of KV cache."""
-        return self.weight_bytes(layers) + self.kv_bytes(layers) * kv_tokens
+        """Return the bytes of a stage with a sequence, and `kv_tokens` positions of KV cache."""
+        states = HELD_STATES * self.state_bytes(layers)
+        return self.weight_bytes(layers) + states + self.kv_bytes(layers) * kv_tokens

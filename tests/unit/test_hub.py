@@ -303,9 +303,13 @@ def test_a_worker_does_not_trust_what_the_coordinator_names(
 
 
 def test_the_coordinator_fetches_no_weights_and_no_code(fake: FakeHub) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    (fake.folder / template).parent.mkdir()
+    (fake.folder / template).write_text("{{ tools }}")
     source, checkpoint = model_names.resolve_for_coordinator(f"{NAME}@main")
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
-    assert sorted(set(fake.bodies)) == sorted(["config.json", INDEX_NAME, "tokenizer.json"])
+    texts = [template, "config.json", INDEX_NAME, "tokenizer.json"]
+    assert sorted(set(fake.bodies)) == sorted(texts)
     assert weights_in(checkpoint.folder) == []
     assert checkpoint.num_layers == 4
     whole = open_checkpoint(fake.folder)

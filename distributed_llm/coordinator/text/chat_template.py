@@ -1,7 +1,8 @@
 """A conversation written out by the chat template of the checkpoint."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -47,8 +48,16 @@ def plain_template(tokenizer: Any) -> str | None:
         return None
 
 
+def tool_template(tokenizer: Any) -> str | None:
+    """Return the template for conversations with tools; None if there is none of its own."""
+    templates = tokenizer.chat_template
+    return templates.get("tool_use") if isinstance(templates, dict) else None
+
+
 def render_chat(tokenizer: Any, chat: Chat) -> str:
     """Return a conversation as text, ready for the assistant's answer.
+
+    Where the template knows no system, its words stand before those of the user.
 
     Args:
         tokenizer: of transformers.
@@ -67,17 +76,22 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
     tools = _tools(chat)
     arguments = _arguments(chat)
     try:
-        known = _Vocabulary.of(tokenizer.get_chat_template(tools=tools or None))
+        template = _template(tokenizer, tools, arguments)
+        known = _Vocabulary.of(template)
         _check_known(known, tools, arguments)
         turns = [_turn(message, known) for message in chat.messages]
-        text = str(
-            tokenizer.apply_chat_template(
-                turns,
-                tools=tools or None,
-                add_generation_prompt=True,
-                tokenize=False,
-                **arguments,
-            )
+        text = _written(
+            turns,
+            lambda turns: str(
+                tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools or None,
+                    chat_template=template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    **arguments,
+                )
+            ),
         )
     except InvalidRequest:
         raise
@@ -91,6 +105,49 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
             "conversation; it is broken. Send the prompt as text."
         )
     return text
+
+
+def _template(tokenizer: Any, tools: list[Any], arguments: Mapping[str, Any]) -> str:
+    """Return the template for a conversation: of several, the one that is named for what it has."""
+    named = isinstance(tokenizer.chat_template, dict) and "rag" in tokenizer.chat_template
+    if named and not tools and "documents" in arguments:
+        return str(tokenizer.get_chat_template("rag"))
+    return str(tokenizer.get_chat_template(tools=tools or None))
+
+
+def _written(turns: list[dict[str, Any]], write: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Return a conversation as a template writes it.
+
+    A template that knows no system refuses it, or leaves it out. Then the system's words are put
+    before those of the user's first message, as the makers of such models advise.
+
+    Args:
+        write: renders turns by the template, which may fail in any way.
+    """
+    merged = _without_system(turns)
+    if merged is None:
+        return write(turns)
+    said = str(turns[0]["content"]).strip()
+    try:
+        text = write(turns)
+    except Exception:
+        with contextlib.suppress(Exception):  # the first failure tells more
+            return write(merged)
+        raise
+    if said not in text:
+        with contextlib.suppress(Exception):
+            other = write(merged)
+            return other if said in other else text
+    return text
+
+
+def _without_system(turns: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return turns in which the user says what the system says; None if they are not such."""
+    match turns:
+        case [{"role": "system"} as system, {"role": "user"} as user, *others]:
+            texts = (str(system["content"]), str(user["content"]))
+            return [{**user, "content": "\n\n".join(filter(str.strip, texts))}, *others]
+    return None
 
 
 def _tools(chat: Chat) -> list[dict[str, Any]]:

@@ -44,6 +44,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
+from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,10 @@ class ModelLoader:
         Raises:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
+        keep_plain(layer)
+        for module in self._shell.modules():
+            if isinstance(module, PreTrainedModel):
+                cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
         _replace(self._shell, self._path, nn.ModuleList([layer]))
         with _without_progress_bars():
             self._load_into_shell(entries, number, when_read)
@@ -112,6 +117,7 @@ class ModelLoader:
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
             share_states(self._shell)
+            wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
         return loaded
@@ -278,10 +284,22 @@ class ModelLoader:
             info = self._of_layers(info)
         self._refuse_problems(model, info, number)
         info.unexpected_keys.clear()
+        self._mark_outer(model)
         # Ties the head to the embedding, and computes buffers that no file holds (rotary
         # frequencies). It would also initialise missing weights, but none are missing.
         PreTrainedModel._finalize_model_loading(model, load_config, info)
         model.train(False).requires_grad_(False)
+
+    def _mark_outer(self, model: PreTrainedModel) -> None:
+        """Keep transformers from initialising weights of modules that are absent, by their parent.
+
+        What is in the layers, or holds them, may have buffers to compute.
+        """
+        for name, module in model.named_modules():
+            inside = f"{name}.".startswith(f"{self._path}.")
+            beside = not inside and not self._path.startswith(f"{name}.")
+            if not name or (beside and not module._parameters and not module._buffers):
+                cast(Any, module)._is_hf_initialized = True
 
     def _refuse_problems(self, model: PreTrainedModel, info: Any, number: int | None) -> None:
         where = self._where if number is None else f"{self._where}, layer {number}"

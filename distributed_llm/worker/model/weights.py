@@ -45,18 +45,23 @@ from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
+_EMBED_IN_PLACE = frozenset({"ctrl"})
+"""Model types that scale embeddings in place."""
+
 
 class AbsentEmbedding(nn.Module):
     """Stands for an embedding of another stage; its output is replaced or discarded."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, *, writable: bool) -> None:
         super().__init__()
         self._zero = torch.zeros((1, 1, 1), dtype=dtype)
         self._size = size
+        self._writable = writable
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros [1, tokens, size]; all are the same element in memory."""
-        return self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        """Return zeros [1, tokens, size]; unless writable, all are one element in memory."""
+        zeros = self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        return zeros.clone(memory_format=torch.contiguous_format) if self._writable else zeros
 
 
 class AbsentModule(nn.Module):
@@ -257,18 +262,21 @@ def _drop_unneeded(
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
+    dropped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        if not own:
+        if not own or name.startswith(dropped):
             continue
         needed = checkpoint.is_used_by(layers, own[0])
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
-            _replace(model, name, _absent(module))
+            _replace(model, name, _absent(module, model.config.model_type))
+            dropped = (*dropped, f"{name}.")
 
 
-def _absent(module: nn.Module) -> nn.Module:
+def _absent(module: nn.Module, model_type: str) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return AbsentEmbedding(module.embedding_dim, module.weight.dtype)
+        writable = model_type in _EMBED_IN_PLACE
+        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, writable=writable)
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
@@ -354,7 +362,7 @@ def _drop_tied_embedding(model: PreTrainedModel) -> None:
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            _replace(model, name, _absent(module))
+            _replace(model, name, _absent(module, model.config.model_type))
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
