@@ -47,6 +47,15 @@ def phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    scales = {"short_mscale": 1.1, "long_mscale": 1.3}
+    rope = {**LONGROPE, **scales, "original_max_position_embeddings": TRAINED}
+    return make_checkpoint(
+        tmp_path_factory.mktemp("mixture"), "phimoe", num_layers=2, rope_parameters=rope
+    )
+
+
+@pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("dynamic"),
@@ -87,9 +96,12 @@ def served(folder: Path, prompts: Sequence[Sequence[int]], context: int = 0) -> 
     return [list(tokens) for tokens in zip(*steps, strict=True)]
 
 
-def test_long_texts_get_what_transformers_gives_them(phi: Path) -> None:
-    prompts = prompts_of((23, 17))
-    assert served(phi, prompts) == generated(transformers_model(phi), prompts)
+@pytest.mark.parametrize("model", ["phi", "mixture"])
+def test_long_texts_get_what_transformers_gives_them(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    folder, prompts = request.getfixturevalue(model), prompts_of((23, 17))
+    assert served(folder, prompts) == generated(transformers_model(folder), prompts)
 
 
 @pytest.mark.parametrize("model", ["phi", "dynamic"])
@@ -156,16 +168,17 @@ def test_people_are_told_which_positions_all_texts_get(phi: Path) -> None:
 
 
 def test_every_scale_of_longrope_is_fixed() -> None:
+    """Of this type, transformers takes the factors for short texts whatever their length."""
     scales = {"short_mscale": 1.1, "long_mscale": 1.3}
     rope = {**LONGROPE, **scales, "original_max_position_embeddings": TRAINED}
     config = {
         **{"model_type": "phimoe", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 8},
         **{"num_hidden_layers": 2, "max_position_embeddings": 64, "rope_scaling": rope},
     }
-    for context, scale, factors in ((TRAINED, 1.1, "short_factor"), (64, 1.3, "long_factor")):
+    for context, scale in ((TRAINED, 1.1), (64, 1.3)):
         made: Any = model_config(config, context).rope_parameters
         assert made["short_mscale"] == made["long_mscale"] == scale
-        assert made["short_factor"] == made["long_factor"] == LONGROPE[factors]
+        assert made["short_factor"] == made["long_factor"] == LONGROPE["short_factor"]
     assert rope["short_factor"] != rope["long_factor"]
 
 

@@ -9,7 +9,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-_PAIRS = (("short_factor", "long_factor"), ("short_mscale", "long_mscale"))
+_FACTORS = ("short_factor", "long_factor")
+_PAIRS = (_FACTORS, ("short_mscale", "long_mscale"))
+
+_AS_SHORT = {"phimoe": (_FACTORS,)}
+"""Of which model types transformers takes what is for short texts, whatever their length."""
 
 
 def fix_rope(config: PretrainedConfig, context_length: int) -> None:
@@ -26,18 +30,18 @@ def fix_rope(config: PretrainedConfig, context_length: int) -> None:
         if not isinstance(one, dict):
             continue
         if one.get("rope_type") == "longrope":
-            _fix_factors(one, context_length)
+            is_long = context_length > one["original_max_position_embeddings"]
+            for pair in _PAIRS:
+                _fix_pair(one, pair, is_long and pair not in _AS_SHORT.get(config.model_type, ()))
         elif one.get("rope_type") == "dynamic" and not one.get("alpha"):  # with it, it is fixed
             _fix_base(one, config, context_length)
 
 
-def _fix_factors(parameters: dict[str, Any], context_length: int) -> None:
-    """Make the factors of longrope for short and for long texts the same."""
-    is_long = context_length > parameters["original_max_position_embeddings"]
-    for pair in _PAIRS:
-        if all(name in parameters for name in pair):
-            chosen = parameters[pair[is_long]]
-            parameters.update(dict.fromkeys(pair, chosen))
+def _fix_pair(parameters: dict[str, Any], pair: tuple[str, str], is_long: bool) -> None:
+    """Make what longrope has for short and for long texts the same."""
+    if all(name in parameters for name in pair):
+        chosen = parameters[pair[is_long]]
+        parameters.update(dict.fromkeys(pair, chosen))
 
 
 def _fix_base(parameters: dict[str, Any], config: Any, context_length: int) -> None:
