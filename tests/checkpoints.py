@@ -208,6 +208,16 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "ernie": _DECODER,
     "ctrl": {**_NO_GQA, "dff": 48, "n_positions": 256},
     "cohere_compass_text": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 6,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+    },
     "qwen3_next": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
     "qwen3_5_text": {"head_dim": 16, **_DELTA_NET},
     "qwen3_5_moe_text": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
@@ -225,6 +235,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **EXPERTS,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {
+        "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+        "head_dim": 8,
+        "sliding_window": 5,
+    },
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention"],
         "num_dense_layers": 1,
@@ -305,8 +320,12 @@ def build_model(
     if tie is not None:
         values["tie_word_embeddings"] = tie
     config = CONFIG_MAPPING[family](**copy.deepcopy(values))
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
+def random_model(kind: Any, config: Any, seed: int = 0) -> PreTrainedModel:
+    """Return a float32 model of this class with random weights, whose outputs vary."""
     torch.manual_seed(seed)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

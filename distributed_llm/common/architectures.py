@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.layer_windows import layer_sections
+from distributed_llm.common.model_sizes import num_layers
+from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
     {
@@ -54,6 +57,9 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4_moe",
         "glm4_moe_lite",
         "gpt-sw3",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_ocr_text",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
@@ -81,15 +87,18 @@ VERIFIED: frozenset[str] = frozenset(
         "laguna",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "llama",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
+        "llama4_text",
         "minimax",
         "minimax_m2",
         "ministral",
         "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
         "modernbert-decoder",
         "mpt",
@@ -108,11 +117,15 @@ VERIFIED: frozenset[str] = frozenset(
         "phi3",
         "phimoe",
         "qwen2",
+        "qwen2_5_vl_text",
         "qwen2_moe",
+        "qwen2_vl_text",
         "qwen3",
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
         "qwen3_next",
         "seed_oss",
         "smollm3",
@@ -139,8 +152,6 @@ _OWN_STATE = (
 )
 _EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
-_MULTIMODAL = "it wraps a language model together with one for pictures or sound"
-_CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
@@ -152,6 +163,9 @@ _POSITIONS = (
 )
 _UNMASKED = "its tokens see those after them, which are not there yet when generating"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
+_READS_PICTURES = "its layers read pictures or sound, and only text is served"
+_SEES_PROMPT = "the tokens of its prompts see those after them"
+_CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_ATTENTION: (
@@ -168,7 +182,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_STATE: (
         "bailing_hybrid",
         "falcon_mamba",
-        "lfm3",
         "mamba",
         "mamba2",
         "qwen4_exp_text",
@@ -182,19 +195,8 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
         *("musicgen", "musicgen_melody"),
     ),
-    _MULTIMODAL: (
-        "gemma3",
-        "gemma4",
-        "llava",
-        "mistral3",
-        "mllama",
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "moshi",
-        "git",
-        "phi4_multimodal",
-    ),
-    _CHUNKED: ("llama4", "llama4_text"),
+    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
+    _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
     _TWICE: ("diffllama", "longcat_flash"),
@@ -233,16 +235,19 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """
     reason = why_refused(config)
     if reason is not None:
-        model_type = str(config.get("model_type"))
+        model_type = repr(str(config.get("model_type")))
+        if PART_OF in config:  # which people know
+            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
         raise UnsupportedModel(
-            f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
+            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
         )
 
 
 def why_refused(config: Mapping[str, Any]) -> str | None:
     """Return why a model of this config is known to be computed wrongly when split, if it is."""
     model_type = str(config.get("model_type"))
-    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
+    reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
     if reason is None and "auto_map" in config and not _transformers_has(model_type):
         return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
@@ -264,8 +269,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
     if config.get("is_encoder_decoder"):
         yield _ENCODER
-    if "text_config" in config:
-        yield _MULTIMODAL
     if config.get("alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -281,7 +284,7 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _UNMASKED
     if _has_window_in_mask(config):
         yield _WINDOW_IN_MASK
-    if config.get("attention_chunk_size"):
+    if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"

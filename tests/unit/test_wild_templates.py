@@ -154,3 +154,33 @@ def test_a_template_that_knows_the_system_gets_it(tmp_path: Path, template: str)
     folder = save(tmp_path, byte_level(), chat_template=template)
     messages = [{**SYSTEM, "content": '"be" brief\n'}, USER]
     assert asked(folder, messages) == expected(folder, messages)
+
+
+# ------------------------------------------------------------------ calls of tools
+
+CALL = {"name": "weather", "arguments": {"place": "Köln"}}
+CALLS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}"
+WANTS_TEXT = CALLS + "{{ '<call>' + c.function.arguments + '</call>' }}{% endfor %}{% endfor %}"
+WANTS_FIELDS = CALLS + "{{ c.function.arguments.items() | list }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "be brief"}]])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_arguments_of_calls_are_what_the_template_takes(
+    tmp_path: Path, system: list[Any], refuses: bool
+) -> None:
+    begins = REFUSES.partition("{% for")[0] if refuses else ""
+    call = {"type": "function", "function": CALL}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    as_text = {**CALL, "arguments": '{"place":"Köln"}'}
+    called_with_text = {**called, "tool_calls": [{**call, "function": as_text}]}
+    first = USER
+    if system and refuses:
+        system, first = [], {"role": "user", "content": f"be brief\n\n{USER['content']}"}
+    asked_for = [{"role": "system", "content": "be brief"}] if first is not USER else system
+    fields = save(tmp_path / "fields", byte_level(), chat_template=begins + WANTS_FIELDS)
+    wanted = expected(fields, [*system, first, called])
+    assert asked(fields, [*asked_for, USER, called]) == wanted
+    text = save(tmp_path / "text", byte_level(), chat_template=begins + WANTS_TEXT)
+    wanted = expected(text, [*system, first, called_with_text])
+    assert asked(text, [*asked_for, USER, called]) == wanted

@@ -6,6 +6,7 @@ Whatever transformers' `AutoTokenizer` makes of the same files is right.
 import json
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,9 +20,12 @@ from transformers import AutoTokenizer
 from distributed_llm.client.prompts import encode_chat
 from distributed_llm.common.codec import decode_chat
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
+from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.coordinator.events import TextRules
+from distributed_llm.coordinator.requests.parameters import unknown_token
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
+from tests.unit.fake_model import MODEL
 from tests.unit.made_tokenizers import TEMPLATE, TEXT, byte_level, finished, save
 
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -185,6 +189,26 @@ def test_ids_that_no_token_has_are_silent(kind: str) -> None:
             text = "".join(detokenizer.feed([token]).text for token in padded)
             assert text + detokenizer.finish().text == wanted
     assert set(tokenizer.spell(padding)) == {None}
+
+
+def test_a_tokenizer_may_have_more_tokens_than_its_model() -> None:
+    tokenizer, _ = opened("split-by-pattern")
+    end = tokenizer.end_token
+    assert end is not None
+
+    def ends_with(vocab_size: int) -> tuple[int, ...]:
+        """Return what ends answers of a model with so many tokens."""
+        model = replace(MODEL, defaults=replace(MODEL.defaults, vocab_size=vocab_size))
+        return model.with_tokenizer(tokenizer.facts()).defaults.eos_token_ids
+
+    assert ends_with(end) == MODEL.defaults.eos_token_ids
+    assert ends_with(end + 1) == (*MODEL.defaults.eos_token_ids, end)
+    without, with_it = (tokenizer.encode(text, special=False) for text in ("hi", "hi</s>"))
+    assert unknown_token(without, SamplingParams(), end) is None
+    assert str(unknown_token(with_it, SamplingParams(), end)) == (
+        f"Token id {end} is not in the model's vocabulary of {end}. A tokenizer may have more "
+        "tokens than its model; leave out what this one stands for."
+    )
 
 
 # ------------------------------------------------------------------ files of Mistral's

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
+from distributed_llm.worker.model.sections import attend_sections
 from distributed_llm.worker.model.token_attention import attend_tokens
 
 ATTENTION_NAME = "distributed_llm"
@@ -63,8 +65,9 @@ def packed_attention(
     if step.lenders and (lender := step.lenders[layer]) is not None:
         layer = lender  # which is given the same keys and values again
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, slopes)
-    step.windows[layer] = scoring.window
+    section = step.sections[layer] if step.sections else 0
+    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
+    step.windows[layer] = scoring.most_seen
     if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None
     return _attend_both(step, layer, query[0], key[0], value[0], scoring)[None], None
@@ -86,9 +89,13 @@ def _attend_both(
     for part in by_themselves:
         rows = slice(part.row, part.row + part.num_tokens)
         held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
-        attended[rows] = attend_chunk(step, query[:, rows], held, scoring, value.shape[-1])
+        inputs = (query[:, rows], held, scoring, value.shape[-1])
+        if scoring.section:
+            attended[rows] = attend_sections(step, part.start, *inputs)
+        else:
+            attended[rows] = attend_chunk(step, *inputs)
     if step.single and scoring.slopes is None:
-        chosen = torch.tensor([part.row for part in step.single], device=query.device)
+        chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         attended[chosen] = attend_tokens(
             step, layer, query[:, chosen], key[:, chosen], value[:, chosen], scoring
         )

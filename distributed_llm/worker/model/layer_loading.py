@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +44,7 @@ from distributed_llm.worker.model.quantized.linear import QuantLinear, share_sta
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
+from distributed_llm.worker.model.text_classes import conversions_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ModelLoader:
         self._described_by = checkpoint.described_by
         self._device = device
         self._dtype = dtype
-        self._mapping = cast(Sequence[Any], get_model_conversion_mapping(model))
+        self._mapping = conversions_of(model)
         self._shell = _shell_of(model, path)
         self._kept_in_float32 = tuple(model._get_dtype_plan(dtype))
         self._unknown: set[str] = set()

@@ -52,11 +52,18 @@ _EMBED_IN_PLACE = frozenset({"ctrl"})
 class AbsentEmbedding(nn.Module):
     """Stands for an embedding of another stage; its output is replaced or discarded."""
 
-    def __init__(self, size: int, dtype: torch.dtype, *, writable: bool) -> None:
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, *, writable: bool
+    ) -> None:
         super().__init__()
-        self._zero = torch.zeros((1, 1, 1), dtype=dtype)
+        self._zero = torch.zeros((1, 1, 1), dtype=dtype, device=device)
         self._size = size
         self._writable = writable
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor where that of an embedding would be, which tells models the device."""
+        return self._zero
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros [1, tokens, size]; unless writable, all are one element in memory."""
@@ -120,7 +127,7 @@ def load_stage_model(
     shared = SharedModules(checkpoint, layers, tied, donor, names.parameter)
     numbers = _missing_layers(layers, shared)
     empty_layers = _take_layers(model, path, numbers)
-    _drop_unneeded(model, checkpoint, layers, shared)
+    _drop_unneeded(model, checkpoint, layers, shared, device)
     cut = LayerCut(checkpoint.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names)
@@ -147,7 +154,7 @@ def load_stage_model(
         loader.load_outer(entries.get(None, []), matrices, cut)
     _cut_config(model.config, checkpoint.num_layers, layers)
     if not (layers.start == 0 or cut.width):
-        _drop_tied_embedding(model)
+        _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
@@ -181,7 +188,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     names = WeightNames(checkpoint, whole, path)
     shared = SharedModules(checkpoint, layers, tied, None, names.parameter)
     empty_layers = _take_layers(model, path, range(checkpoint.num_layers))
-    _drop_unneeded(model, checkpoint, layers, shared)
+    _drop_unneeded(model, checkpoint, layers, shared, torch.device("meta"))
     entries, _ = _entries(checkpoint, layers, tied, shared, names)
     reader = WeightReader(TensorReader(checkpoint_place(checkpoint), lambda nbytes: None))
     loader = ModelLoader(
@@ -253,7 +260,11 @@ def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -
 
 
 def _drop_unneeded(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: LayerRange, shared: SharedModules
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    shared: SharedModules,
+    device: torch.device,
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
     first, last = layers.start == 0, layers.stop == checkpoint.num_layers
@@ -269,14 +280,14 @@ def _drop_unneeded(
             continue
         needed = checkpoint.is_used_by(layers, own[0])
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
-            _replace(model, name, _absent(module, model.config.model_type))
+            _replace(model, name, _absent(module, device, model.config.model_type))
             dropped = (*dropped, f"{name}.")
 
 
-def _absent(module: nn.Module, model_type: str) -> nn.Module:
+def _absent(module: nn.Module, device: torch.device, model_type: str) -> nn.Module:
     if isinstance(module, nn.Embedding):
         writable = model_type in _EMBED_IN_PLACE
-        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, writable=writable)
+        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device, writable=writable)
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
@@ -357,12 +368,12 @@ def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
     return [layer for layer in range(layers.start, layers.stop) if not shared.has_layer(layer)]
 
 
-def _drop_tied_embedding(model: PreTrainedModel) -> None:
+def _drop_tied_embedding(model: PreTrainedModel, device: torch.device) -> None:
     """Remove the embedding that the head is tied to from a stage that only needs the head."""
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            _replace(model, name, _absent(module, model.config.model_type))
+            _replace(model, name, _absent(module, device, model.config.model_type))
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
