@@ -10,7 +10,9 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.model.own_attention import OWN_ATTENTION
 from distributed_llm.worker.model.packed_step import PackedStep, running
+from distributed_llm.worker.model.recorded_layers import record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
 
 
@@ -54,6 +56,23 @@ class Forward:
             new_event=event_type(device),
             after_layer=None,
         )
+        record_layers(
+            stage_model.layers,
+            [
+                kv and not state and self._calls_attention_plainly()
+                for kv, state in zip(keeps_kv, keeps_state, strict=True)
+            ],
+            *(device, dtype),
+        )
+
+    def _calls_attention_plainly(self) -> bool:
+        """Return whether a layer's attention depends on what it is given and its own cache alone.
+
+        Not if it is in code of its own, or gives keys and values to other layers.
+        """
+        config = self._model.config
+        shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
+        return not shares and config.model_type not in OWN_ATTENTION
 
     @property
     def progress(self) -> Callable[[], None] | None:
