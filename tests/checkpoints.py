@@ -32,6 +32,34 @@ _COMMON: Mapping[str, Any] = {
 _NO_GQA = {"num_key_value_heads": 4}
 _MIXED = ["sliding_attention", "full_attention"]
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_LATENTS = {
+    **_NO_GQA,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_ROUTED = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -99,6 +127,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
+    "deepseek_v2": {
+        **_LATENTS,
+        **_ROUTED,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "rope_parameters": _YARN,
+    },
+    "deepseek_v3": {**_LATENTS, **_ROUTED, "rope_parameters": {**_YARN, "mscale_all_dim": 1.0}},
+    "minicpm3": {**_LATENTS, "v_head_dim": 24, "dim_model_base": 48},
+    "youtu": _LATENTS,
+    "glm4_moe_lite": {**_LATENTS, **_ROUTED, "n_group": 1, "topk_group": 1, "v_head_dim": 20},
+    "axk1": {**_LATENTS, **_ROUTED, "rope_parameters": _YARN},
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 

@@ -14,8 +14,11 @@ VERIFIED: frozenset[str] = frozenset(
     {
         "apertus",
         "arcee",
+        "axk1",
         "cohere",
         "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
         "ernie4_5",
         "exaone4",
         "gemma",
@@ -23,6 +26,7 @@ VERIFIED: frozenset[str] = frozenset(
         "gemma3_text",
         "glm",
         "glm4",
+        "glm4_moe_lite",
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
@@ -32,6 +36,7 @@ VERIFIED: frozenset[str] = frozenset(
         "helium",
         "hunyuan_v1_dense",
         "llama",
+        "minicpm3",
         "mistral",
         "mixtral",
         "nemotron",
@@ -49,6 +54,7 @@ VERIFIED: frozenset[str] = frozenset(
         "smollm3",
         "stablelm",
         "starcoder2",
+        "youtu",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""

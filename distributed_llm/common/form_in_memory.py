@@ -19,10 +19,11 @@ _GROUP = 64
 
 _KEPT = re.compile(
     r"(^|[._])(conv\w*|router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
-    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*)(\.|$)"
+    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj)(\.|$)"
     r"|rotary|\bssm_|_bias$|\.bias$"
 )
-"""Names of what is no matrix of a linear layer, or decides where tokens go (routers)."""
+"""Names of what is no matrix of a linear layer, decides where tokens go (routers), or is multiplied
+by in several ways: latent attention multiplies queries and attended latents by parts of one."""
 
 
 def form_in_memory(

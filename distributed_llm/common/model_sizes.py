@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
+from distributed_llm.common.latents import LatentSizes, keeps_latents
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -78,13 +79,23 @@ def context_length(config: Config) -> int:
 def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
     """Return the bytes of KV cache that one position takes in each layer.
 
-    Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
-    values for every head of the queries, and of different widths.
+    Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
+    share; of model types whose attention keeps its latents for itself, keys and values for every
+    head of the queries.
     """
     heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
-    dims = (heads.key_dim, heads.value_dim)
-    one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    dims, kv_heads = (heads.key_dim, heads.value_dim), heads.kv_heads
+    if keeps_latents(config):
+        sizes = latent_sizes(config)
+        dims, kv_heads = (sizes.shared_dim, sizes.rank), 1
+    one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
     return (one,) * num_layers(config)
+
+
+def latent_sizes(config: Config) -> LatentSizes:
+    """Return what latent attention consists of."""
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return LatentSizes(*(positive(config, name) for name in names))
 
 
 class HeadSizes(NamedTuple):
@@ -104,7 +115,7 @@ class HeadSizes(NamedTuple):
 
 
 def head_sizes(config: Config) -> HeadSizes:
-    """Return the heads of attention; see `layer_kv_bytes` for latent attention."""
+    """Return the heads of attention; of latent attention, as they are when it is expanded."""
     heads = positive(config, "num_attention_heads", "n_head")
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")

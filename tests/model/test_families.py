@@ -52,6 +52,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-no-window": ("qwen2", {"use_sliding_window": False}),
     "gpt2-scaled-by-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "deepseek_v3-one-query-matrix": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False},
+    ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
 }
 

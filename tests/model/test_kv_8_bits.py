@@ -130,7 +130,7 @@ def test_attention_is_that_of_the_formula(
 ) -> None:
     """All kinds of steps, decoded in pieces of positions, and of sequences."""
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
-    monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
+    monkeypatch.setattr(chunk_attention, "QUERIES_AT_ONCE", 2)
     monkeypatch.setattr(decoded_rows, "_CPU_BYTES", at_once * KV_HEADS * 2 * KEY_DIM * 4)
     run_steps_of_all_kinds(Attention8(kv_dtype, window=14, with_sinks=True))
     run_steps_of_all_kinds(Attention8(kv_dtype))
@@ -322,7 +322,7 @@ def test_twice_the_context_fits(folder: Path, kv_dtype: KVDtype) -> None:
             check_loading=Stage.check_loading,
         )
         rooms.append(run.plans[0][0].kv_tokens)
-    assert run.cost.kv_bytes_per_token * 4 == stage.kv_bytes_per_token
+    assert sum(run.cost.layer_kv_bytes) == stage.kv_bytes_per_token
     assert f"context: kept in {kv_dtype}" in summary.plan_lines(run)
     assert 1.55 < rooms[1] / rooms[0] < 2  # heads of 8 numbers; of 128 it is 1.97
     assert kv_row_bytes(128, 2, "auto") / kv_row_bytes(128, 2, kv_dtype) > 1.96

@@ -138,7 +138,8 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "qk_rope_head_dim" in small:
         del sizes["head_dim"]  # latent attention derives it from other sizes
     if kv_heads := small.get("num_key_value_heads"):
-        sizes["num_key_value_heads"] = 4 if kv_heads == heads else 2
+        every_head = kv_heads == heads or "kv_lora_rank" in small
+        sizes["num_key_value_heads"] = 4 if every_head else 2
     for name, size in sizes.items():
         own_name = attribute_map.get(name, name)
         if small.get(own_name) is not None:
