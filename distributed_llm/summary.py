@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distributed_llm.client.answers import Generation
 from distributed_llm.common.keys import fingerprint
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.messages import (
     ClusterStatus,
     EventStatus,
@@ -13,7 +14,7 @@ from distributed_llm.common.messages import (
     TokenStatus,
     WorkerStatus,
 )
-from distributed_llm.common.types import WorkerId
+from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.common.wording import (
     count_text,
     duration_text,
@@ -180,6 +181,7 @@ def plan_lines(run: DryRun) -> list[str]:
         *_format_lines(run),
         *([] if run.kv_dtype == "auto" else [f"context: kept in {run.kv_dtype}"]),
         *_window_lines(run),
+        *_state_lines(run),
         f"memory: {size_text(run.cost.workspace_bytes)} of each machine are kept for what it "
         "computes with",
         *([f"without layers: {list_text(idle)}"] if idle else []),
@@ -214,6 +216,20 @@ def _window_lines(run: DryRun) -> list[str]:
         f"context: up to {count_text(max(longest), 'token')} in one request, for "
         f"{len(windows)} of {count_text(run.cost.num_layers, 'layer')} keep the last "
         f"{max(windows):,} and those of steps under way only"
+    ]
+
+
+def _state_lines(run: DryRun) -> list[str]:
+    """Return what a request takes beside its context, in layers with a state of their own."""
+    whole = LayerRange(0, run.cost.num_layers)
+    size = run.cost.state_bytes(whole)
+    if not size:
+        return []
+    layers = sum(map(bool, run.cost.layer_state_bytes))
+    return [
+        f"states: {size_text(HELD_STATES * size)} for each request, however long, in {layers} of "
+        f"{count_text(run.cost.num_layers, 'layer')}; {size_text(size)} more for each point of a "
+        "text from which others may go on"
     ]
 
 

@@ -60,6 +60,25 @@ _YARN = {
     "mscale": 0.707,
     "mscale_all_dim": 0.707,
 }
+_SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 4,
+}
+_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -139,6 +158,64 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "youtu": _LATENTS,
     "glm4_moe_lite": {**_LATENTS, **_ROUTED, "n_group": 1, "topk_group": 1, "v_head_dim": 20},
     "axk1": {**_LATENTS, **_ROUTED, "rope_parameters": _YARN},
+    "qwen3_next": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
+    "qwen3_5_text": {"head_dim": 16, **_DELTA_NET},
+    "qwen3_5_moe_text": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
+    "olmo_hybrid": _DELTA_NET,
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_heads": 2,
+        "linear_head_dim": 8,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 24,
+        **_EXPERTS,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "bamba": {"attn_layer_indices": [1, 3], **_MAMBA},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 24,
+        **_EXPERTS,
+        **_MAMBA,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 8,
+    },
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 8,
+        "block_size": 4,
+        **_EXPERTS,
+    },
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_states import keeps_kv, state_bytes
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
@@ -40,7 +42,8 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+    r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
+    r"|(token|position)_embd)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
@@ -150,8 +153,16 @@ class Checkpoint:
         return max(set(kinds), key=kinds.count, default="float32")
 
     def layer_kv_bytes(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
-        """Return the bytes of KV cache that one position takes in each layer."""
-        return sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        """Return the bytes of KV cache that one position takes in each layer; 0: it keeps none."""
+        kept = keeps_kv(self.config)
+        if not any(kept):
+            return (0,) * len(kept)
+        attending = sizes.layer_kv_bytes(self.config, dtype, kv_dtype)
+        return tuple(map(operator.mul, attending, kept))
+
+    def layer_state_bytes(self, dtype: DtypeName) -> tuple[int, ...]:
+        """Return the bytes of the state of one sequence in each layer; 0: it keeps none."""
+        return state_bytes(self.config, dtype)
 
     @cached_property
     def layer_prefix(self) -> str:

@@ -13,6 +13,7 @@ KEEPS_LATENTS: frozenset[str] = frozenset(
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe_lite",
+        "kimi_linear",
         "minicpm3",
         "youtu",
     }

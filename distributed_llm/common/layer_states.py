@@ -13,6 +13,9 @@ from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
+HELD_STATES = 2
+"""States that a stage keeps of a sequence, beside snapshots: the latest, and the one before."""
+
 _RECURRENT_BYTES = ITEM_BYTES["float32"]
 """Of a number of a recurrence; it sums up the whole text, so it is kept in float32."""
 

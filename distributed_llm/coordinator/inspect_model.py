@@ -111,4 +111,5 @@ def model_cost(
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, checkpoint.num_layers),
+        layer_state_bytes=checkpoint.layer_state_bytes(dtype),
     )

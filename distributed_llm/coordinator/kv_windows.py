@@ -1,4 +1,4 @@
-"""What layers with a window keep of a sequence, and what that is charged. Pure values.
+"""What layers with a window or a state keep of a sequence, and what that is charged. Pure values.
 
 A layer with a window sees the last positions of a sequence only. Others are dropped there when
 their room is needed, for until then another sequence may begin with them. How far a sequence may be
@@ -8,47 +8,78 @@ and the positions of steps in flight, for which a margin is set aside.
 A position is charged the full price once and the price of the windowed layers for as long as they
 keep it. Prices are in parts of a block of all layers, as in the stage where the layers with a
 window have the least share: all other stages take less than they are charged.
+
+A state is charged like positions: so much that as many states as there is room for fill the whole
+capacity, on the stage that has room for the fewest. Then positions and states together fit on every
+stage: no stage has room for fewer positions than the capacity, nor for fewer states.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.types import KV_BLOCK
 
 _MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class StageKV:
+    """What the layers of a stage keep of sequences.
+
+    Attributes:
+        tokens: positions that there is room for; bytes of room, if no layer keeps positions.
+        token_bytes: bytes of a position in all layers.
+        window: positions that a token sees in the layer with the widest window; 0 without any.
+        windowed_bytes: bytes of a position in layers with a window.
+        state_bytes: bytes of a state of a sequence.
+    """
+
+    tokens: int
+    token_bytes: int
+    window: int = 0
+    windowed_bytes: int = 0
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class KVWindows:
-    """The windows of the layers of a pipeline; by default there are none.
+    """The windows and states of the layers of a pipeline; by default there are none.
 
     Attributes:
         window: positions that a token sees in the layer with the widest window, itself included.
         margin: positions that are set aside for steps in flight.
         windowed: price of a block in the layers with a window.
         total: price of a block in all layers.
+        state: price of a state of a sequence.
     """
 
     window: int = 0
     margin: int = 0
     windowed: int = 0
     total: int = 1
+    state: int = 0
 
     @classmethod
-    def of_stages(cls, stages: Iterable[tuple[int, int, int]], margin: int) -> "KVWindows":
-        """Return the windows of stages, of each the window, and bytes of a position.
+    def of_stages(cls, stages: Sequence[StageKV], margin: int) -> "KVWindows":
+        """Return the windows and states of stages.
 
         Args:
-            stages: widest window, bytes in layers with a window, bytes in all layers.
+            stages: of the pipeline.
             margin: as in the attributes.
         """
-        told = [stage for stage in stages if stage[2]]  # others have no KV cache
-        if not told:
-            return cls()
-        _, windowed, total = min(told, key=lambda one: one[1] / one[2])
-        if not 0 < windowed <= total:
-            return cls()
-        return cls(max(window for window, _, _ in told), margin, windowed, total)
+        state_tokens = _state_tokens(stages)
+        told = [stage for stage in stages if stage.token_bytes]
+        least = min(told, key=lambda one: one.windowed_bytes / one.token_bytes, default=None)
+        if least is None or not 0 < least.windowed_bytes <= least.token_bytes:
+            return cls(state=_blocks(state_tokens))
+        return cls(
+            max(stage.window for stage in told),
+            margin,
+            least.windowed_bytes,
+            least.token_bytes,
+            -(-least.token_bytes * state_tokens // KV_BLOCK),
+        )
 
     @property
     def span(self) -> int:
@@ -75,7 +106,8 @@ class KVWindows:
         Args:
             capacity_tokens: positions that there is room for in all layers.
         """
-        blocks = capacity_tokens // KV_BLOCK
+        states = -(-HELD_STATES * self.state // self.total)
+        blocks = max(0, capacity_tokens // KV_BLOCK - states)
         if self.windowed and blocks > self.span:
             rest = blocks * self.total - self.windowed * self.span
             full = self.total - self.windowed
@@ -107,6 +139,13 @@ def margin_tokens(step_tokens: int, num_stages: int) -> int:
         num_stages: of the pipeline.
     """
     return step_tokens * (num_stages + 1)
+
+
+def _state_tokens(stages: Sequence[StageKV]) -> int:
+    """Return how many positions a state is charged as."""
+    capacity = min((stage.tokens for stage in stages), default=0)
+    rooms = [(s.state_bytes, s.tokens * max(1, s.token_bytes)) for s in stages]
+    return max((-(-capacity * size // max(1, room)) for size, room in rooms), default=0)
 
 
 def _blocks(tokens: int) -> int:

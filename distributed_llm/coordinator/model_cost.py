@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.coordinator.kv_windows import StageKV
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class ModelCost:
         shared_bytes: a tied embedding, needed by the first and by the last stage.
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
+        layer_state_bytes: of each layer, the state of one sequence. Empty: no layer keeps one.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
@@ -31,6 +34,7 @@ class ModelCost:
     layer_kv_bytes: tuple[int, ...]
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
+    layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
 
     @property
@@ -57,16 +61,29 @@ class ModelCost:
         """Return the bytes of KV cache that one position takes in these layers."""
         return sum(self.layer_kv_bytes[layers.start : layers.stop])
 
-    def windowed_kv(self, layers: LayerRange) -> tuple[int, int, int]:
-        """Return what layers with a window have of these layers; see `KVWindows.of_stages`.
+    def state_bytes(self, layers: LayerRange) -> int:
+        """Return the bytes of a state of one sequence in these layers."""
+        return sum(self.layer_state_bytes[layers.start : layers.stop])
 
-        Returns:
-            The widest window, and bytes of a position in layers with a window and in all layers.
+    @property
+    def layer_fixed_bytes(self) -> tuple[int, ...]:
+        """Bytes that each layer takes if one sequence runs, without its KV cache."""
+        states = self.layer_state_bytes or (0,) * self.num_layers
+        sizes = zip(self.layer_bytes, states, strict=True)
+        return tuple(weights + HELD_STATES * state for weights, state in sizes)
+
+    def kept_by(self, layers: LayerRange, tokens: int) -> StageKV:
+        """Return what these layers keep of sequences.
+
+        Args:
+            layers: of a stage.
+            tokens: positions that it has room for.
         """
         windows = self.windows[layers.start : layers.stop]
         sizes = self.layer_kv_bytes[layers.start : layers.stop]
         windowed = sum(size for size, window in zip(sizes, windows, strict=False) if window)
-        return max(windows, default=0), windowed, sum(sizes)
+        window = max(windows, default=0)
+        return StageKV(tokens, sum(sizes), window, windowed, self.state_bytes(layers))
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""
@@ -91,5 +108,6 @@ class ModelCost:
         return [self.layer_bytes[layer] for layer in layers_on_disk(layers, count)]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
-        """Return the bytes of a stage with `kv_tokens` positions of KV cache."""
-        return self.weight_bytes(layers) + self.kv_bytes(layers) * kv_tokens
+        """Return the bytes of a stage with a sequence, and `kv_tokens` positions of KV cache."""
+        states = HELD_STATES * self.state_bytes(layers)
+        return self.weight_bytes(layers) + states + self.kv_bytes(layers) * kv_tokens

@@ -80,7 +80,7 @@ def longest_tokens_of(plan: Plan, cost: ModelCost, step_tokens: int) -> int:
         cost: of the model.
         step_tokens: tokens per step at most.
     """
-    told = [cost.windowed_kv(stage.layers) for stage in plan]
+    told = [cost.kept_by(stage.layers, stage.kv_tokens) for stage in plan]
     windowed = KVWindows.of_stages(told, margin_tokens(step_tokens, len(plan)))
     return windowed.longest(kv_tokens_of(plan))
 

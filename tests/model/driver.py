@@ -38,9 +38,15 @@ class Pipeline:
         self.done: list[int] = []
         self.prefixes: dict[int, SharedPrefix] = {}
 
-    def run(self, chunks: Sequence[Chunk], sampling: Sampling | None = GREEDY) -> list[int]:
+    def run(
+        self,
+        chunks: Sequence[Chunk],
+        sampling: Sampling | None = GREEDY,
+        *,
+        snapshot: bool = False,
+    ) -> list[int]:
         """Run one step of these chunks of the texts; return the tokens that follow them."""
-        sequences = [self._slice(*chunk, sampling) for chunk in chunks]
+        sequences = [self._slice(*chunk, sampling, snapshot) for chunk in chunks]
         tokens = [t for number, start, stop in chunks for t in self.texts[number][start:stop]]
         token_ids, hidden_states = torch.tensor(tokens, dtype=torch.int32), None
         for stage in self.stages:
@@ -52,7 +58,7 @@ class Pipeline:
         return [int(token) for token in output.token_ids]
 
     def _slice(
-        self, number: int, start: int, stop: int, sampling: Sampling | None
+        self, number: int, start: int, stop: int, sampling: Sampling | None, snapshot: bool
     ) -> SequenceSlice:
         prefix = self.prefixes.get(number)
         return SequenceSlice(
@@ -62,6 +68,7 @@ class Pipeline:
             sample=sampling is not None,
             sampling=sampling,
             prefix=prefix if prefix and prefix.length == start else None,
+            snapshot=snapshot,
         )
 
     def share(self, parent: int, length: int, rest: Sequence[int], *, take: bool = False) -> int:

@@ -153,12 +153,6 @@ def test_attention_that_expands_in_another_way_is_refused() -> None:
     assert isinstance(attention.kv_b_proj, LatentExpansion)
 
 
-def test_a_layer_without_latents_is_refused() -> None:
-    model: Any = build_model("llama", num_layers=1)
-    with pytest.raises(UnsupportedModel, match="LlamaDecoderLayer of the installed"):
-        keep_latents(model.model.layers[0])
-
-
 def generated(whole: Any, prompt: Sequence[int], count: int) -> list[int]:
     """Return what transformers adds to a prompt."""
     answer = whole.generate(

@@ -297,8 +297,8 @@ class Checker:
             is_full = pipeline.scheduler._ledger.room_tokens <= 0
             youngest = max(running, key=lambda answer: answer.number, default=None)
             for answer in running:
-                if is_full and answer is youngest:
-                    continue  # it waits for room, which others need more
+                if answer.waits_for_mask or (is_full and answer is youngest):
+                    continue  # for the text process, or for room, which others need more
                 mark = self._mark(pipeline, answer)
                 due = _DUE * (unread if answer.num_uncomputed_tokens > 1 else len(running))
                 known, since, most = self._marks.get(answer, (None, begun, 0))

@@ -79,6 +79,13 @@ def with_workspace(model: ServedModel) -> ServedModel:
     return replace(model, cost=costs[0], smaller=tuple(costs[1:]))
 
 
+def with_states(model: ServedModel) -> ServedModel:
+    """Return a model whose layers keep states, as large as 30 positions."""
+    sizes = (30,) * NUM_LAYERS
+    costs = [replace(cost, layer_state_bytes=sizes) for cost in (model.cost, *model.smaller)]
+    return replace(model, cost=costs[0], smaller=tuple(costs[1:]))
+
+
 _TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}
 """What makes layers compute otherwise where their weights have fewer bits."""
 
@@ -262,13 +269,26 @@ class Buffer:
 
 @dataclass
 class FakeSequence:
-    """Token and state of each layer by position, how to sample, and the buffers behind it."""
+    """Token and state of each layer by position, how to sample, and the buffers behind it.
+
+    Attributes:
+        latest: positions after which it was computed last, and `before` that: where a stage that
+            keeps states can go on, beside `snapshots`.
+    """
 
     states: list[list[int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     sampling: Sampling | None = None
     buffers: list[Buffer] = field(default_factory=list)
     seen_from: int = 0
+    latest: int = 0
+    before: int = 0
+    snapshots: set[int] = field(default_factory=set)
+
+    @property
+    def kept(self) -> set[int]:
+        """Positions after which states are kept."""
+        return {0, self.latest, self.before, *self.snapshots}
 
 
 class FakeStage:
@@ -276,17 +296,19 @@ class FakeStage:
 
     Args:
         kv_tokens: positions that it has room for.
+        state_tokens: positions that a state takes as much room as; 0: its layers keep none.
 
     Attributes:
         num_computed: tokens that it computed.
     """
 
-    def __init__(self, order: LoadStage, kv_tokens: int) -> None:
+    def __init__(self, order: LoadStage, kv_tokens: int, state_tokens: int = 0) -> None:
         self.layers = order.layers
         self._tint = _TINTS[order.quantize]
         self.kv: dict[int, FakeSequence] = {}
         self.num_computed = 0
         self._kv_tokens = kv_tokens
+        self._state_tokens = state_tokens
         self._came: set[int] = set()  # steps
         self._released: set[int] = set()
 
@@ -360,7 +382,8 @@ class FakeStage:
         """Positions in all layers that take as much as a real stage would have allocated."""
         buffers = {buffer: None for held in self.kv.values() for buffer in held.buffers}
         windowed = windowed_layers(self.layers)
-        return KV_BLOCK * sum(
+        states = sum(2 + len(held.snapshots) for held in self.kv.values())
+        return self._state_tokens * states + KV_BLOCK * sum(
             -(-buffer.length // KV_BLOCK) - buffer.unseen * windowed / len(self.layers)
             for buffer in buffers
         )
@@ -375,11 +398,17 @@ class FakeStage:
     def _have(self, part: SequenceSlice) -> int:
         held = self.kv.get(part.sequence_id)
         if held is not None:
-            return len(held.states)
+            if not self._state_tokens or part.start > len(held.states):
+                return len(held.states)
+            assert part.start in held.kept, "no state is kept where the step begins"
+            return part.start
         if part.prefix is None:
             return 0
         parent = self.kv.get(part.prefix.sequence_id)
-        return part.start if parent and len(parent.states) >= part.prefix.length else 0
+        if not parent or len(parent.states) < part.prefix.length:
+            return 0
+        assert not self._state_tokens or part.start in parent.kept, "no state is kept to go on from"
+        return part.start
 
     def _cannot_sample(self, part: SequenceSlice) -> bool:
         held = self.kv.get(part.sequence_id)
@@ -410,6 +439,8 @@ class FakeStage:
                 held.states = parent.states[: part.prefix.length]
                 held.tokens = parent.tokens[: part.prefix.length]
                 held.seen_from = parent.seen_from
+                held.latest = held.before = part.prefix.length
+                held.snapshots = {part.prefix.length} if self._state_tokens else set()
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
@@ -430,6 +461,11 @@ class FakeStage:
             row[0] = self.layers.stop
             held.states.append(states)
             held.tokens.append(row[2])
+        held.before, held.latest = part.start, len(held.states)
+        held.snapshots = {at for at in held.snapshots if at <= part.start}
+        if part.snapshot:
+            assert self._state_tokens, "there is nothing to keep"
+            held.snapshots.add(held.latest)
         self._allocate(part.sequence_id, part.start)
 
     def _share(self, sequence_id: int, prefix: SharedPrefix) -> None:

@@ -547,7 +547,7 @@ class SimWorker:
         self._drop()
         if self.load_error is not None:
             return agents.LoadFailed(load.session, load.order.epoch, self.load_error)
-        self.stage = FakeStage(load.order, load.order.kv_tokens)
+        self.stage = self._new_stage(load.order)
         return self._loaded(load)
 
     def _loaded_beside(self, load: agents.Load) -> None:
@@ -562,8 +562,13 @@ class SimWorker:
             self._apply(agents.LoadFailed(load.session, order.epoch, self.load_error))
             return
         imports = {layers: FakeImporter() for layers in order.imports}
-        self.beside = Beside(order, FakeStage(order, order.kv_tokens), imports)
+        self.beside = Beside(order, self._new_stage(order), imports)
         self._apply(self._loaded(load))
+
+    def _new_stage(self, order: LoadStage) -> FakeStage:
+        cost = self.world.model.cost_at(order.quantize)
+        state_tokens = cost.state_bytes(order.layers) // cost.kv_bytes(order.layers)
+        return FakeStage(order, order.kv_tokens, state_tokens)
 
     def _loaded(self, load: agents.Load) -> agents.Loaded:
         order = load.order

@@ -47,6 +47,7 @@ from tests.unit.fake_model import (
     MODEL,
     NUM_LAYERS,
     POISON,
+    with_states,
     with_workspace,
 )
 from tests.unit.fake_worker import SimWorker
@@ -486,6 +487,42 @@ class MovingCluster(Cluster):
         self.num_moves.append(self.world.core.status(now=self.world.now).moves)
 
 
+class StatefulCluster(MovingCluster):
+    """Layers keep states, from which alone computing goes on; and layers move."""
+
+    model = with_workspace(with_states(MODEL))
+    memories = (1500, 4000, 4000)
+    least_moves = 2
+    max_examples = 16
+    least_shared = 200
+    num_moves: ClassVar[list[int]] = []
+    num_shared: ClassVar[list[int]] = []
+
+    @rule(
+        begin=between(0, 1),
+        cut=any_of([0, 0, 1, 2, 5, 30]),
+        more=several(between(0, POISON - 1), 1, 6),
+        times=between(1, 4),
+        wait_s=any_of([0.0, 0.05, 0.5]),
+    )
+    def converse(self, begin: int, cut: int, more: list[int], times: int, wait_s: float) -> None:
+        """Go on from about the end of the latest text that begins like this, some times at once."""
+        text = [(begin + 7 * i) % POISON for i in range(80)]
+        for _, other in self.submitted:
+            if list(other.prompt[: len(text)]) == text[: len(other.prompt)]:
+                text = [*other.prompt, *other.token_ids]
+        text = text[: 130 - cut]
+        params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+        for number in range(times):
+            self._submit([*text[: len(text) - cut], *more, number], params)
+            self.world.run(for_s=wait_s)
+
+    def finish(self) -> None:
+        """Also count the tokens that were shared instead of computed."""
+        super().finish()
+        self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
+
+
 class MovingTwins(MovingCluster):
     """Likewise, and the model is served as often as is fastest."""
 
@@ -638,6 +675,7 @@ class FailingMoves(FailingLoads, MovingCluster):
         CrowdedCluster,
         TwinCluster,
         MovingCluster,
+        StatefulCluster,
         MovingTwins,
         AutoCluster,
         AutoTwins,
@@ -657,6 +695,8 @@ def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -
         run_schedule(cluster, seed)
     if issubclass(cluster, MovingCluster):
         assert sum(cluster.num_moves) >= cluster.least_moves, "hardly any layers moved"
+    if issubclass(cluster, StatefulCluster):
+        assert sum(cluster.num_shared) >= cluster.least_shared, "hardly any states were shared"
     if issubclass(cluster, AutoCluster):
         changes = sum(cluster.num_forms) - len(cluster.num_forms)
         assert changes >= cluster.max_examples // 4, "hardly any weights changed"

@@ -761,6 +761,17 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
         assert engine.stages[0].story == [("limit", limit)]
 
 
+def test_a_stage_that_keeps_no_positions_is_told_its_room_in_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 100 * GIB)
+    monkeypatch.setattr(FakeStage, "kv_bytes_per_token", 0)
+    with running(WEIGHTS + 7 * KV_BLOCK + 3) as (engine, posted):
+        engine.put(Load(0, order(kv_tokens=1000)))
+        assert posted.loaded().kv_tokens == 7 * KV_BLOCK
+        assert engine.stages[-1].story == [("limit", 7 * KV_BLOCK)]
+
+
 def test_what_a_step_takes_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the worker may use, and of what is free."""
     step = 1000 * PER_TOKEN

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distributed_llm import summary
 from distributed_llm.common.messages import PipelineStatus
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, WorkerId
-from distributed_llm.coordinator.kv_windows import KVWindows
+from distributed_llm.coordinator.kv_windows import KVWindows, StageKV
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import longest_tokens_of, plan_of
 from distributed_llm.coordinator.planning.dry_run import DryRun
@@ -19,7 +21,7 @@ HALF = KVWindows(window=128, margin=64, windowed=1, total=2)
 
 
 def test_without_windows_a_block_costs_one() -> None:
-    none = KVWindows.of_stages([(0, 0, 512), (0, 0, 256)], margin=64)
+    none = KVWindows.of_stages([StageKV(100, 512), StageKV(90, 256)], margin=64)
     assert none == KVWindows()
     assert none.price(7, 0, 3) == 7
     assert none.longest(1000) == 15 * KV_BLOCK
@@ -28,12 +30,46 @@ def test_without_windows_a_block_costs_one() -> None:
 
 
 def test_stages_are_charged_as_the_one_with_the_least_share() -> None:
-    told = [(128, 300, 400), (0, 0, 0), (256, 100, 400)]
-    assert KVWindows.of_stages(told[::2], margin=9) == KVWindows(256, 9, 100, 400)
-    assert KVWindows.of_stages([(128, 300, 400), (0, 0, 400)], margin=9) == KVWindows()
-    assert KVWindows.of_stages([(128, 500, 400)], margin=9) == KVWindows(), (
-        "a worker tells nonsense"
-    )
+    told = [StageKV(64, 400, 128, 300), StageKV(64, 0), StageKV(64, 400, 256, 100)]
+    assert KVWindows.of_stages(told, margin=9) == KVWindows(256, 9, 100, 400)
+    assert KVWindows.of_stages([told[0], StageKV(64, 400)], margin=9) == KVWindows()
+    nonsense = StageKV(64, 400, 128, 500)
+    assert KVWindows.of_stages([nonsense], margin=9) == KVWindows()
+
+
+stages = st.builds(
+    StageKV,
+    tokens=st.integers(1, 10_000),
+    token_bytes=st.integers(0, 50),
+    state_bytes=st.integers(0, 3000),
+)
+
+
+@given(told=st.lists(stages, min_size=1, max_size=4), states=st.integers(0, 40))
+def test_what_is_charged_for_positions_and_states_fits_on_every_stage(
+    told: list[StageKV], states: int
+) -> None:
+    """Whatever the states leave of the capacity is filled with positions."""
+    windows = KVWindows.of_stages(told, margin=0)
+    capacity = min(stage.tokens for stage in told)
+    left = capacity // KV_BLOCK - states * windows.state // windows.total
+    if left < 0:
+        return
+    for stage in told:
+        taken = left * KV_BLOCK * stage.token_bytes + states * stage.state_bytes
+        assert taken <= stage.tokens * max(1, stage.token_bytes)
+
+
+def test_a_state_is_charged_as_on_the_stage_that_has_room_for_the_fewest() -> None:
+    """300 states fill the room of the first stage, 500 that of one that keeps no positions."""
+    told = [StageKV(9600, 10, state_bytes=320), StageKV(50_000, 0, state_bytes=100)]
+    assert KVWindows.of_stages(told, margin=0) == KVWindows(state=1)
+    few = [told[0], StageKV(50_000, 0, state_bytes=1000)]
+    windows = KVWindows.of_stages(few, margin=0)
+    assert windows == KVWindows(state=3)
+    assert windows.longest(9600) == 9600 - 2 * 3 * KV_BLOCK
+    windowed = [StageKV(9600, 10, window=128, windowed_bytes=5, state_bytes=640)]
+    assert KVWindows.of_stages(windowed, 9) == KVWindows(128, 9, windowed=5, total=10, state=10)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +155,12 @@ def test_who_asks_for_a_plan_or_the_status_is_told() -> None:
         "context: up to 6,080 tokens in one request, for 2 of 4 layers keep the last 128 and those "
         "of steps under way only"
     ) in summary.plan_lines(run)
+    assert not any(line.startswith("states") for line in summary.plan_lines(run))
+    stateful = replace(run, cost=replace(cost, layer_state_bytes=(1024, 0, 1024, 0)))
+    assert (
+        "states: 4.0 KiB for each request, however long, in 2 of 4 layers; 2.0 KiB more for each "
+        "point of a text from which others may go on"
+    ) in summary.plan_lines(stateful)
     alike = replace(run, longest_tokens=(3200,))
     assert not any("context" in line for line in summary.plan_lines(alike))
     pipeline = PipelineStatus(

@@ -21,6 +21,7 @@ from distributed_llm.common.sampling_params import (
 )
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId, StepNumber
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerState
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Answer, Request, Suspects
@@ -38,7 +39,13 @@ class Bench:
     """A scheduler and a way to fill it."""
 
     def __init__(
-        self, *, sequences: int = 1000, tokens: int = 100, blocks: int = 100, first_id: int = 1
+        self,
+        *,
+        sequences: int = 1000,
+        tokens: int = 100,
+        blocks: int = 100,
+        first_id: int = 1,
+        windows: KVWindows | None = None,
     ) -> None:
         self._next_id = first_id
         self._number = 0
@@ -47,6 +54,7 @@ class Bench:
             max_sequences=sequences,
             max_tokens=tokens,
             kv_tokens=blocks * KV_BLOCK,
+            windows=windows,
             new_sequence_id=self._new_sequence_id,
             on_change=self._on_change,
         )

@@ -99,7 +99,8 @@ class MovePrices:
         copy_s = (tokens + cached) * token_s
         again_s = self._compute_again_s(stages, tokens)
         slower_s = _SLOWED_SHARE * tokens * token_s  # prefixes are optional
-        copies = reachable and slower_s <= again_s + _COPY_ALLOWANCE_S
+        keeps_states = any(cost.layer_state_bytes)  # these do not travel
+        copies = reachable and not keeps_states and slower_s <= again_s + _COPY_ALLOWANCE_S
         if room < tokens or room < KV_BLOCK:
             return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)
         slowed_s = load_s + copy_s if copies else load_s

@@ -30,7 +30,8 @@ def is_uniform(tables: Tables) -> bool:
     """Return whether all layers have one size, KV cache included, and all links one speed."""
     pairs = ~np.eye(len(tables.names), dtype=bool)
     links = [np.all(each[pairs] == each[0, -1]) for each in (tables.delays, tables.busy)]
-    sizes = set(zip(tables.cost.layer_bytes, tables.cost.layer_kv_bytes, strict=True))
+    cost = tables.cost
+    sizes = set(zip(cost.layer_bytes, cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True))
     return len(sizes) == 1 and all(links)
 
 

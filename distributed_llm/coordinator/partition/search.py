@@ -182,8 +182,9 @@ def relaxed_starts(tables: Tables, objective: PartitionObjective) -> list[LayerM
     of mean size, which suits the times, and of the largest size, which suits the memory.
     """
     cost = tables.cost
-    mean = (math.ceil(cost.all_layer_bytes / cost.num_layers), math.ceil(cost.mean_kv_bytes))
-    alike = {mean, (max(cost.layer_bytes), max(cost.layer_kv_bytes))}
+    fixed = cost.layer_fixed_bytes
+    mean = (math.ceil(sum(fixed) / len(fixed)), math.ceil(cost.mean_kv_bytes))
+    alike = {mean, (max(fixed), max(cost.layer_kv_bytes))}
     relaxed = [solve_uniform(tables.alike(*sizes), objective) for sizes in sorted(alike)]
     orders = [tables.order(layer_map) for layer_map in relaxed if layer_map]
     starts = [_in_order(tables, order, objective) for order in orders]
@@ -291,7 +292,7 @@ def _by_layer_time(
     The seconds are those of a stage of `most` layers, or of as many as fit, with the quickest hops
     from `senders` and to `receivers`.
     """
-    bytes_each = sum(tables.cost.layer_bytes) / tables.num_layers
+    bytes_each = sum(tables.cost.layer_fixed_bytes) / tables.num_layers
     bytes_each += tables.cost.mean_kv_bytes * tables.kv_tokens
     layers = np.clip(tables.memory // max(1.0, bytes_each), 0, most)
     arrive = tables.delays[list(senders)].min(axis=0)

@@ -198,7 +198,10 @@ class Tables:
         ]
         every = self.num_layers
         cost = replace(
-            self.cost, layer_bytes=(layer_bytes,) * every, layer_kv_bytes=(kv_bytes,) * every
+            self.cost,
+            layer_bytes=(layer_bytes,) * every,
+            layer_kv_bytes=(kv_bytes,) * every,
+            layer_state_bytes=(),
         )
         return replace(self, cost=cost, delays=flat[0], busy=flat[1])
 
@@ -275,8 +278,8 @@ def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
 
     It is `ModelCost.stage_bytes` for all pairs at once; infinite where the stage is empty.
     """
-    sizes = zip(cost.layer_bytes, cost.layer_kv_bytes, strict=True)
-    table = _range_sums([weights + kv * kv_tokens for weights, kv in sizes])
+    sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
+    table = _range_sums([fixed + kv * kv_tokens for fixed, kv in sizes])
     table[0, :] += cost.first_bytes + cost.shared_bytes
     table[:, -1] += cost.last_bytes
     table[1:, -1] += cost.shared_bytes

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.common.wording import count_text, layers_text, list_text, size_text
@@ -200,7 +201,7 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
     needed = cost.stage_bytes(whole, kv_tokens)
     offered = sum(memory.values())
     each = ", ".join(f"{worker} {size_text(size)}" for worker, size in memory.items())
-    kv = cost.kv_bytes(whole) * kv_tokens
+    kv = cost.kv_bytes(whole) * kv_tokens + HELD_STATES * cost.state_bytes(whole)
     what = (
         f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
         f"{count_text(kv_tokens, 'token')} of context {size_text(kv)}); the workers offer "
@@ -215,7 +216,7 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
         why = f": {size_text(needed - offered)} are missing"
     elif least > max(memory.values()):
         of_ends = {1: " with the embedding", cost.num_layers: " with the head"}
-        ends = of_ends.get(most.stop, "") if least > cost.layer_bytes[most.start] else ""
+        ends = of_ends.get(most.stop, "") if least > cost.layer_fixed_bytes[most.start] else ""
         return (
             f"{what}, but one of them has to hold layer {most}{ends}, which takes "
             f"{size_text(least)}, and the largest has {size_text(max(memory.values()))}. Add a "
@@ -231,8 +232,8 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
 
 
 def _what_fits(cost: ModelCost, offered: int, kv_tokens: int) -> str:
-    sizes = zip(cost.layer_bytes, cost.layer_kv_bytes, strict=True)
-    layer = max(weights + kv * kv_tokens for weights, kv in sizes)
+    sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
+    layer = max(fixed + kv * kv_tokens for fixed, kv in sizes)
     ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes
     room = max(0, offered - ends)
     return (

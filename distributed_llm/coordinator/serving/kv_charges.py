@@ -1,11 +1,13 @@
 """What the segments of a KV cache are charged, and whether there is room for more. Pure.
 
 A segment is charged once, however many sequences reference it, by the prices of `kv_windows.py`:
-for its blocks in layers without a window, and for what layers with a window keep of them.
+for its blocks in layers without a window, and for what layers with a window keep of them. States
+of layers that have one are charged to the sequence that they are of.
 """
 
 from dataclasses import dataclass
 
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
 
@@ -57,9 +59,9 @@ class KVCharges:
 
     @property
     def room_tokens(self) -> int:
-        """Positions that there is room for, if all is freed that can be."""
-        free = self._capacity - self.used + self.reclaimable
-        return free // self.windows.total * KV_BLOCK
+        """Positions that a new sequence may take, if all is freed that can be."""
+        free = self._capacity - self.used + self.reclaimable - HELD_STATES * self.windows.state
+        return max(0, free // self.windows.total * KV_BLOCK)
 
     def tokens(self, price: int) -> int:
         """Return the positions that this is the price of in all layers, in whole blocks."""
@@ -108,6 +110,21 @@ class KVCharges:
         self.used -= segment.price
         self.reclaimable -= segment.price
 
+    def charge_states(self, count: int, *, reclaimable: bool) -> None:
+        """Charge for more states, or fewer.
+
+        Args:
+            count: of states; negative for fewer.
+            reclaimable: whether the sequence that they are of can be freed.
+        """
+        self.used += count * self.windows.state
+        if reclaimable:
+            self.reclaimable += count * self.windows.state
+
+    def keep_states(self, count: int, by: int) -> None:
+        """Record that a sequence with so many states can (-1) or cannot (1) be freed any more."""
+        self.reclaimable -= by * count * self.windows.state
+
     def resize(self, capacity_tokens: int) -> None:
         """Set the capacity; what is charged beyond it stays."""
         self._capacity = capacity_tokens // KV_BLOCK * self.windows.total
@@ -117,16 +134,19 @@ class KVCharges:
         self._tolerated = self.used
         return self.has_free(0)
 
-    def validate(self, segments: set[Segment]) -> None:
+    def validate(self, segments: set[Segment], states: int, free_states: int) -> None:
         """Assert the invariants.
 
         Args:
             segments: all there are.
+            states: all there are.
+            free_states: those of them that are of sequences which can be freed.
         """
+        price = self.windows.state
         assert 0 <= self.used <= max(self._capacity, self._tolerated)
-        assert self.used == sum(segment.price for segment in segments)
+        assert self.used == sum(segment.price for segment in segments) + states * price
         freeable = (segment.price for segment in segments if not segment.num_keeping)
-        assert self.reclaimable == sum(freeable)
+        assert self.reclaimable == sum(freeable) + free_states * price
         for segment in segments:
             assert segment.unseen <= segment.blocks
             assert segment.reached <= segment.blocks

@@ -13,55 +13,25 @@ compared token by token, so that a collision of hashes costs a comparison and no
 What layers with a window need not keep of running sequences is dropped when its room is needed
 (`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are
 freed.
+
+Layers with a state of their own go on only from positions where one is kept: a *snapshot*, of which
+the ledger knows where it stands, or the end of an ended sequence. Prefixes end there.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
+from distributed_llm.coordinator.serving.cached_sequence import CachedSequence
 from distributed_llm.coordinator.serving.kv_charges import KVCharges, Segment, blocks_of
 from distributed_llm.coordinator.serving.prefix_index import STRIDE, PrefixIndex, common_prefix
 
 _NOBODY = SequenceId(0)
 """An id that no sequence has: nothing more is appended to a segment that it owns."""
-
-
-@dataclass(eq=False)
-class _CachedSequence:
-    """A sequence in the KV cache.
-
-    Attributes:
-        tokens: token ids; while the sequence runs, its answer's own list, which grows.
-        segments: the segments it references, by position.
-        length: positions charged for it.
-        computed: positions that all stages have computed.
-        seen_from: the first position that layers with a window may still be asked for.
-        prefix: the prefix it began with, until all stages have confirmed it.
-        pins: number of sequences that begin with a prefix of this one and that not all stages have
-            confirmed; while there are any, it is not freed.
-        ended: whether it is kept only as a prefix for others.
-        shares_with: only sequences with an equal value begin with a prefix of it.
-        lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
-    """
-
-    tokens: Sequence[int]
-    shares_with: Hashable = None
-    segments: list[Segment] = field(default_factory=list)
-    length: int = 0
-    computed: int = 0
-    seen_from: int = 0
-    prefix: SharedPrefix | None = None
-    pins: int = 0
-    ended: bool = False
-    lost: bool = False
-
-    @property
-    def can_be_freed(self) -> bool:
-        """Whether its room can be given to others."""
-        return self.ended and not self.pins
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,7 @@ class KVLedger:
 
     def __init__(self, capacity_tokens: int, windows: KVWindows | None = None) -> None:
         self._charges = KVCharges(capacity_tokens, windows or KVWindows())
-        self._sequences: dict[SequenceId, _CachedSequence] = {}
+        self._sequences: dict[SequenceId, CachedSequence] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
         self._index = PrefixIndex()
         self._freed: list[SequenceId] = []
@@ -99,7 +69,9 @@ class KVLedger:
         """Positions that would become free if all ended sequences were freed."""
         segments = {segment for i in self._ended for segment in self._sequences[i].segments}
         ended = self._ended.keys()
-        return self._charges.tokens(sum(one.price for one in segments if one.holders <= ended))
+        price = sum(one.price for one in segments if one.holders <= ended)
+        states = sum(self._sequences[i].states for i in ended)
+        return self._charges.tokens(price + states * self._charges.windows.state)
 
     @property
     def room_tokens(self) -> int:
@@ -134,15 +106,20 @@ class KVLedger:
         Args:
             shares_with: only sequences with an equal value are looked at.
         """
+        best = None
         for sequence_id in self._index.find(tokens, limit, shares_with):
             sequence = self._sequences[sequence_id]
             if sequence.shares_with != shares_with:
                 continue  # a collision of hashes
             length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
+            if self._charges.windows.state:
+                length = sequence.standing_at(length)
             match = Match(sequence_id, length)
             if length >= STRIDE and self._is_kept(match):
-                return match
-        return None
+                if not self._charges.windows.state:
+                    return match
+                best = match if best is None or length > best.length else best
+        return best
 
     def _is_kept(self, match: Match) -> bool:
         """Return whether layers with a window have what one that shares `match` sees."""
@@ -184,9 +161,11 @@ class KVLedger:
             if not self._has_room(length, match):
                 return False
             self._is_short = False
-        sequence = self._sequences[sequence_id] = _CachedSequence(tokens, shares_with)
+        sequence = self._sequences[sequence_id] = CachedSequence(tokens, shares_with)
         if match is not None:
             sequence.prefix = self._share(sequence_id, match)
+        self._free_for(self._states_of(match) * self._charges.windows.state)
+        self._add_states(sequence, self._states_of(match))
         extended = self.extend(sequence_id, length)
         assert extended
         return True
@@ -197,10 +176,43 @@ class KVLedger:
         if match is not None:
             segments = self._sequences[match.sequence_id].segments
             kept = sum(segment.price for segment in segments if not segment.num_keeping)
+            if self._sequences[match.sequence_id].can_be_freed and not self._covers(match):
+                kept += self._sequences[match.sequence_id].states * self._charges.windows.state
             own.start = match.length
             if self._covers(match) and segments[-1].owner == match.sequence_id:
                 own = segments[-1]
-        return self._charges.has_room(self._charges.more_for_length(own, length), kept=kept)
+        states = self._states_of(match) * self._charges.windows.state
+        more = self._charges.more_for_length(own, length) + states
+        return self._charges.has_room(more, kept=kept)
+
+    @staticmethod
+    def _states_of(match: Match | None) -> int:
+        """Return how many states a sequence has that begins with `match`, the shared one too."""
+        return HELD_STATES + (match is not None)
+
+    def _add_states(self, sequence: CachedSequence, count: int) -> None:
+        sequence.states += count
+        self._charges.charge_states(count, reclaimable=sequence.can_be_freed)
+
+    def keep_snapshot(self, sequence_id: SequenceId, position: int) -> bool:
+        """Charge for a state that is kept after a position; return False if there is no room.
+
+        Ended sequences are freed as needed. Others may share the sequence up to there once that
+        many positions are computed.
+        """
+        sequence, price = self._sequences[sequence_id], self._charges.windows.state
+        if position in sequence.snapshots:
+            return True  # a step that computes it again
+        if not price or not self._charges.has_room(price):
+            return False
+        self._free_for(price)
+        self._add_states(sequence, 1)
+        sequence.snapshots = sorted([*sequence.snapshots, position])
+        return True
+
+    def latest_snapshot(self, sequence_id: SequenceId) -> int:
+        """Return the last position of a sequence at which a snapshot is kept or will be, or 0."""
+        return max(self._sequences[sequence_id].snapshots, default=0)
 
     def _covers(self, match: Match) -> bool:
         """Return whether a sequence that shares `match` takes the other one over."""
@@ -224,6 +236,7 @@ class KVLedger:
                 self._hold(segment, sequence_id)
                 child.segments.append(segment)
         child.length = match.length
+        child.snapshots = [match.length]
         child.seen_from = parent.seen_from
         if covers:
             self._take(match.sequence_id, sequence_id)
@@ -358,7 +371,7 @@ class KVLedger:
             until = max(until, later[0].start if later else self._sequences[other].length)
         return until
 
-    def _is_covered(self, sequence_id: SequenceId, sequence: _CachedSequence) -> bool:
+    def _is_covered(self, sequence_id: SequenceId, sequence: CachedSequence) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
         self._index.remove(sequence_id)
         match = self.match(sequence.tokens, sequence.computed, sequence.shares_with)
@@ -387,9 +400,13 @@ class KVLedger:
         """
         charges = self._charges
         if windows is not None and windows != charges.windows:
+            for sequence in self._sequences.values():
+                charges.charge_states(-sequence.states, reclaimable=sequence.can_be_freed)
             charges.windows = windows
             for segment in {one for held in self._sequences.values() for one in held.segments}:
                 charges.charge(segment)
+            for sequence in self._sequences.values():
+                charges.charge_states(sequence.states, reclaimable=sequence.can_be_freed)
         charges.resize(capacity_tokens)
         if not charges.has_free(0):
             self._drop_unseen(self._sequences)
@@ -417,7 +434,7 @@ class KVLedger:
         if sequence.lost and not sequence.pins:
             self._free(sequence_id)
 
-    def _confirm(self, sequence: _CachedSequence) -> None:
+    def _confirm(self, sequence: CachedSequence) -> None:
         """Unpin the parent of a sequence that all stages have confirmed, or that is gone."""
         prefix, sequence.prefix = sequence.prefix, None
         if prefix and not prefix.take:
@@ -436,6 +453,7 @@ class KVLedger:
         self._index.remove(sequence_id)
         if not sequence.can_be_freed:
             self._keep(sequence, -1)
+        self._charges.charge_states(-sequence.states, reclaimable=True)
         for segment in sequence.segments:
             segment.holders.remove(sequence_id)
             if segment.holders:
@@ -449,19 +467,20 @@ class KVLedger:
         segment.holders.add(sequence_id)
         self._charges.keep(segment, 1)
 
-    def _pin(self, sequence: _CachedSequence, by: int) -> None:
+    def _pin(self, sequence: CachedSequence, by: int) -> None:
         """Change how many sequences rely on `sequence` until all stages have confirmed them."""
         could = sequence.can_be_freed
         sequence.pins += by
         if could != sequence.can_be_freed:
             self._keep(sequence, 1 if could else -1)
 
-    def _keep(self, sequence: _CachedSequence, by: int) -> None:
+    def _keep(self, sequence: CachedSequence, by: int) -> None:
         """Record that a sequence can (-1) or cannot (1) be freed any more."""
         for segment in sequence.segments:
             self._charges.keep(segment, by)
+        self._charges.keep_states(sequence.states, by)
 
-    def _add_to_index(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
+    def _add_to_index(self, sequence_id: SequenceId, sequence: CachedSequence) -> None:
         tokens, computed = sequence.tokens, sequence.computed
         self._index.add(sequence_id, tokens, computed, sequence.shares_with)
 
@@ -479,6 +498,8 @@ class KVLedger:
         for segment, held_by in holders.items():
             kept_by = [i for i in held_by if not self._sequences[i].can_be_freed]
             assert segment.num_keeping == len(kept_by)
-        self._charges.validate(set(holders))
+        states = [(one.states, one.can_be_freed) for one in self._sequences.values()]
+        free_states = sum(count for count, can_be_freed in states if can_be_freed)
+        self._charges.validate(set(holders), sum(count for count, _ in states), free_states)
         assert set(self._ended) == {i for i, sequence in self._sequences.items() if sequence.ended}
         self._index.validate(self._sequences)

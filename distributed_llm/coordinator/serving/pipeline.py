@@ -16,7 +16,7 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.events import Send
-from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
+from distributed_llm.coordinator.kv_windows import KVWindows, StageKV, margin_tokens
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import (
     LayerMap,
@@ -182,11 +182,21 @@ class Pipeline:
 
     @property
     def kv_windows(self) -> KVWindows:
-        """Windows of the layers, as the stages that are ready have told."""
+        """Windows and states of the layers, as the stages that are ready have told."""
         margin = margin_tokens(self._settings.max_batch_tokens, len(self.stages))
-        ready = self._ready.values()
-        told = [(r.kv_window, r.kv_windowed_bytes, r.kv_token_bytes) for r in ready]
-        return KVWindows.of_stages(told, margin) if told else KVWindows()
+        cost = self._model.cost_at(self.quantize)
+        told = [
+            StageKV(
+                ready.kv_tokens,
+                ready.kv_token_bytes,
+                ready.kv_window,
+                ready.kv_windowed_bytes,
+                cost.state_bytes(stage.layers),
+            )
+            for stage in self.stages
+            if (ready := self._ready.get(stage.peer))
+        ]
+        return KVWindows.of_stages(told, margin)
 
     @property
     def longest_tokens(self) -> int:

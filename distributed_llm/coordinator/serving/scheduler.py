@@ -12,6 +12,10 @@ prefixes of ended sequences are freed first; then the youngest answer is preempt
 KV cache and computes it again later. The oldest answer always goes on. An answer whose beginning
 is in the KV cache of another sequence shares it, and one whose beginning is being computed for
 another answer waits until it can share that.
+
+Layers with a state of their own go on only from where one is kept: the latest and the one before,
+and snapshots (`snapshots.py`). So no sequence of theirs is in two steps at once; whatever is lost,
+computing goes on from the one or the other.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -24,6 +28,7 @@ from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.prefix_index import common_prefix
+from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
 from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64
@@ -278,6 +283,8 @@ class Scheduler:
                     continue
                 if other.waits_for is None and other.num_uncomputed_tokens > 1:
                     common = common_prefix(other.token_ids, answer.token_ids, limit)
+                    if self._windows.state and common < other.num_scheduled_tokens:
+                        continue  # no snapshot will stand there
                     if common > length:
                         best, length = other, common
         return best, length
@@ -334,7 +341,12 @@ class Scheduler:
             idle: whether no step is in flight; suspected answers run only then, one group at a
                 time.
         """
-        candidates = [answer for answer in self._running.values() if not answer.waits_for_mask]
+        alone = bool(self._windows.state)
+        candidates = [
+            answer
+            for answer in self._running.values()
+            if not answer.waits_for_mask and not (alone and answer.num_in_flight)
+        ]
         suspects = [a for a in candidates if a.suspects and a.waits_for is None]
         if suspects:
             group = [answer for answer in suspects if answer.suspects is suspects[0].suspects]
@@ -383,6 +395,7 @@ class Scheduler:
                 return
             if answer.sequence_id is None or not (size := self._reach(answer, size)):
                 continue
+            size = self._until_snapshot(answer, size)
             count += 1
             room -= answer.sampling_bytes
             yield answer, self._slice(answer, size)
@@ -403,9 +416,30 @@ class Scheduler:
             self._preempt(victim)
         return 0
 
+    def _until_snapshot(self, answer: Answer, size: int) -> int:
+        """Return how many of the next `size` positions of a prompt to compute in one step."""
+        if not self._windows.state:
+            return size
+        start = answer.num_scheduled_tokens
+        stop = stop_before(start, start + size, len(answer.token_ids), self._awaited(answer))
+        return stop - start
+
+    def _keeps_snapshot(self, answer: Answer, sequence_id: SequenceId, stop: int) -> bool:
+        """Return whether states are kept after positions of a prompt, and charge them."""
+        if not self._windows.state:
+            return False
+        latest = self._ledger.latest_snapshot(sequence_id)
+        wanted = is_wanted(stop, len(answer.token_ids), self._awaited(answer), latest)
+        return wanted and self._ledger.keep_snapshot(sequence_id, stop)
+
+    def _awaited(self, answer: Answer) -> set[int]:
+        """Return the lengths of prefixes of an answer that others wait for."""
+        return {other.waits_until for other in self._followers.get(answer, ())}
+
     def _slice(self, answer: Answer, size: int) -> SequenceSlice:
         sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens
         assert sequence_id is not None
+        snapshot = self._keeps_snapshot(answer, sequence_id, start + size)
         self._in_flight[sequence_id] = self._in_flight.get(sequence_id, 0) + 1
         answer.num_in_flight += 1
         self._num_slices += 1
@@ -426,6 +460,7 @@ class Scheduler:
             prefix=prefix if prefix and prefix.length == start else None,
             masked=sample and answer.mask is not None,
             embed=embed,
+            snapshot=snapshot,
         )
 
     def _grow(self, answer: Answer) -> bool:
@@ -513,6 +548,7 @@ class Scheduler:
             assert (answer.sequence_id is None) == (answer.waits_for is not None)
             in_flight = answer.sequence_id is not None and self._in_flight.get(answer.sequence_id)
             assert answer.num_in_flight == (in_flight or 0)
+            assert answer.num_in_flight <= 1 or not self._windows.state
             assert 0 <= answer.num_computed_tokens <= answer.num_scheduled_tokens
             assert answer.num_scheduled_tokens <= len(answer.token_ids)
             assert answer.num_in_flight or answer.num_computed_tokens < len(answer.token_ids)

@@ -138,7 +138,7 @@ def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int 
     """
     own_bytes = memory.budget_bytes - stage.weight_bytes
     kv_bytes = min(own_bytes, memory.free_bytes + leaving_bytes - memory.reserve_bytes)
-    block_bytes = KV_BLOCK * stage.kv_bytes_per_token
+    block_bytes = KV_BLOCK * max(1, stage.kv_bytes_per_token)  # or positions are told in bytes
     blocks = min(-(-order.kv_tokens // KV_BLOCK), kv_bytes // block_bytes)
     if blocks < 1:
         raise NotEnoughMemory(

@@ -71,7 +71,7 @@ class KVCache:
 
     Args:
         num_layers: layers of the stage, numbered from 0.
-        max_bytes: limit of `nbytes`, or None; has no effect before `bytes_per_token` is known.
+        max_bytes: limit of `nbytes`, or None; layers count once they were written.
         kv_dtype: how keys and values are kept.
 
     Attributes:
@@ -108,7 +108,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one position in all layers; 0 until every layer was written once."""
+        """Bytes of one position in all layers that were written; some may keep none."""
         return self._layers.bytes_per_token
 
     @property
@@ -179,7 +179,7 @@ class KVCache:
         """Return the first `length` token ids, int32 [length]; those of a running step count."""
         return self._sequences[sequence_id].tokens[:length]
 
-    def admit(self, step: Sequence[SequenceSlice]) -> None:
+    def admit(self, step: Sequence[SequenceSlice], beside_bytes: int = 0) -> None:
         """Check that a step fits, and create its new sequences from their prefixes.
 
         Prefixes that are taken are freed. Sequences that exist already are left alone, so a step
@@ -188,6 +188,7 @@ class KVCache:
         Args:
             step: the positions to compute; each sequence once, none of them taken. The positions
                 before them are held.
+            beside_bytes: of the limit that something else takes.
 
         Raises:
             KVCacheFull: the step does not fit; the cache is unchanged. The estimate is on the safe
@@ -200,7 +201,7 @@ class KVCache:
             if part.prefix and part.sequence_id not in self:
                 self.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
                 children.append(part.sequence_id)
-        missing = self._missing_bytes(step, taken)
+        missing = self._missing_bytes(step, taken, beside_bytes)
         if missing > 0:
             self.free(children)
             raise KVCacheFull(
@@ -427,9 +428,11 @@ class KVCache:
         self._segments.add(segment)
         return segment
 
-    def _missing_bytes(self, step: Sequence[SequenceSlice], leaving: set[SequenceId]) -> int:
+    def _missing_bytes(
+        self, step: Sequence[SequenceSlice], leaving: set[SequenceId], beside_bytes: int
+    ) -> int:
         """Return by how many bytes the step would exceed the limit once `leaving` are freed."""
-        if self.max_bytes is None or not self.bytes_per_token:
+        if self.max_bytes is None:
             return 0
         gone = self._read_only_by(leaving)
         capacity = self._capacity - sum(segment.capacity for segment in gone)
@@ -439,7 +442,7 @@ class KVCache:
             capacity += growth
             unseen -= seen_again
         needed = capacity * self.bytes_per_token - unseen * self.windowed_bytes_per_token
-        return needed - self.max_bytes
+        return needed + beside_bytes - self.max_bytes
 
     def _read_only_by(self, leaving: set[SequenceId]) -> set[Segment]:
         """Return the segments that only `leaving` read."""

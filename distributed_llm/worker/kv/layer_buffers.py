@@ -17,7 +17,7 @@ class LayerBuffers:
         num_layers: of the stage.
 
     Attributes:
-        bytes_per_token: of one position in all layers; 0 until every layer was written once.
+        bytes_per_token: of one position in all layers that were written.
         windows: by layer, how many positions a token sees, itself included; 0: all.
     """
 
@@ -151,9 +151,7 @@ class LayerBuffers:
     def _learn_layout(self, layer: int, keys: Tensor, values: Tensor) -> None:
         layout = KVLayout(keys.shape[0], keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
         self._layouts[layer] = layout
-        known = [layout for layout in self._layouts if layout]
-        if len(known) == len(self._layouts):
-            self.bytes_per_token = sum(layout.token_bytes for layout in known)
+        self.bytes_per_token += layout.token_bytes
 
 
 class _TokenPlaces:

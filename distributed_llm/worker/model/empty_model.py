@@ -52,7 +52,7 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")
     try:
-        return kind.from_dict(values)
+        return kind.from_dict(kind._decode_special_floats(values))  # infinity has no JSON
     except Exception as exc:  # validators of transformers raise errors of many types
         raise CheckpointError(
             f"transformers refuses the config.json of this {model_type!r} model: "

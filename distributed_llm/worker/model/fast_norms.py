@@ -1,5 +1,7 @@
 """RMS norms that take one pass over the states; transformers' own take six."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,8 @@ def _fast_norm(module: nn.Module) -> FastNorm | None:
         return None
     if weight.dim() != 1 or not can_compute(weight) or isinstance(module, FastNorm):
         return None
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return None  # it may be given a gate too
     columns = len(weight)
     states = torch.linspace(-3, 4, _ROWS * columns).view(columns, _ROWS).T.to(weight.dtype)
     with torch.inference_mode():

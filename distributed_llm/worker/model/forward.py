@@ -1,6 +1,6 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,18 +21,29 @@ class Forward:
         num_layers: of the whole model.
         device: to compute on.
         dtype: to compute in.
+        keeps_kv: whether each of the layers appends keys and values in every step.
+        keeps_state: whether each of them makes a new state of its own.
 
     Attributes:
         sums: of the last hidden states, on the last stage.
     """
 
     def __init__(
-        self, stage_model: StageModel, num_layers: int, device: torch.device, dtype: torch.dtype
+        self,
+        stage_model: StageModel,
+        num_layers: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        keeps_kv: Sequence[bool],
+        keeps_state: Sequence[bool],
     ) -> None:
         self._model = stage_model.model
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
+        self._appending = [int(keeps) for keeps in keeps_kv]
+        self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
         self._hooks = LayerHooks(
             stage_model.layers,
@@ -79,7 +90,8 @@ class Forward:
                 model's last hidden states, to be taken from `sums`.
 
         Raises:
-            StageError: a layer did not call its attention exactly once.
+            StageError: a layer did not call its attention exactly once, or did not make exactly one
+                new state if it keeps any.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {
@@ -101,10 +113,16 @@ class Forward:
         finally:
             self._hooks.forget()
             self.sums.spans = ()
-        _check_every_layer_ran(step)
+        self._check_every_layer_ran(step)
         return None if output is None else output[0]
 
-
-def _check_every_layer_ran(step: PackedStep) -> None:
-    if any(count != 1 for count in step.appended):
-        raise StageError(f"the layers called their attention {step.appended} times; once is right")
+    def _check_every_layer_ran(self, step: PackedStep) -> None:
+        if step.appended != self._appending:
+            raise StageError(
+                f"the layers called their attention {step.appended} times; {self._appending} is "
+                "right"
+            )
+        if step.updated != self._updating:
+            raise StageError(
+                f"the layers made {step.updated} new states of their own; {self._updating} is right"
+            )

@@ -102,15 +102,14 @@ class LatentExpansion(nn.Module):
 def keep_latents(layer: nn.Module) -> None:
     """Have a loaded layer give its latents to its attention function.
 
+    A layer that has no latent attention, as some of Kimi Linear's, is left as it is.
+
     Raises:
-        UnsupportedModel: the layer has no latent attention, or one that expands its latents in
-            another way.
+        UnsupportedModel: its attention expands latents in another way.
     """
-    found = [module for module in layer.modules() if hasattr(module, _EXPANSION)]
-    if not found:
-        raise _not_as_expected(layer)
-    for module in found:
-        _replace_expansion(module)
+    for module in list(layer.modules()):
+        if hasattr(module, _EXPANSION):
+            _replace_expansion(module)
 
 
 def expansion_of(module: nn.Module) -> LatentExpansion | None:

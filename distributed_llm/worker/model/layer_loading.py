@@ -45,6 +45,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
+from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,10 @@ class ModelLoader:
         Raises:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
+        keep_plain(layer)
+        for module in self._shell.modules():
+            if isinstance(module, PreTrainedModel):
+                cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
         _replace(self._shell, self._path, nn.ModuleList([layer]))
         with _without_progress_bars():
             self._load_into_shell(entries, number, when_read)
@@ -116,6 +121,7 @@ class ModelLoader:
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
             share_states(self._shell)
+            wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
         return loaded

@@ -1,6 +1,6 @@
-"""One step, as the attention of each layer needs it."""
+"""One step, as the attention of each layer and layers with a state of their own need it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.states import SequenceState, StateTensors, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,29 @@ class PackedSlice:
 
 
 @dataclass(slots=True)
+class StateGroup:
+    """Slices for which a layer with a state of its own is called together.
+
+    They are of one token each, or it is one slice.
+
+    Attributes:
+        parts: the slices.
+        begun: their states before the step; None: their sequences begin here.
+        made: by layer of the stage, the tensors of the states after the step.
+    """
+
+    parts: tuple[PackedSlice, ...]
+    begun: tuple[SequenceState, ...] | None
+    made: list[StateTensors]
+
+    def given(self, layer: int) -> StateTensors | None:
+        """Return the states before the step in one layer, not to be written."""
+        return None if self.begun is None else joined(self.begun, layer)
+
+
+@dataclass(slots=True)
 class PackedStep:
-    """One step, as the attention of each layer needs it.
+    """One step, as the attention of each layer and layers with a state of their own need it.
 
     Attributes:
         cache: the KV cache of the stage.
@@ -31,6 +53,8 @@ class PackedStep:
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has appended keys and values.
         coarse: layers of which products would round the scores too much; kept from step to step.
+        groups: all slices, as layers with a state of their own take them.
+        updated: how many times each layer of the stage has made new states.
         single: the slices of one token.
         chunks: the other slices.
         windows: of the layers that have run, as in `Scoring`.
@@ -42,6 +66,8 @@ class PackedStep:
     slices: tuple[PackedSlice, ...]
     appended: list[int]
     coarse: set[int] = field(default_factory=set)
+    groups: tuple[StateGroup, ...] = ()
+    updated: list[int] = field(default_factory=list)
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)
@@ -50,6 +76,28 @@ class PackedStep:
     def __post_init__(self) -> None:
         self.single = tuple(part for part in self.slices if part.num_tokens == 1)
         self.chunks = tuple(part for part in self.slices if part.num_tokens > 1)
+
+
+def grouped(
+    slices: Sequence[PackedSlice], states: Sequence[SequenceState | None], num_layers: int
+) -> tuple[StateGroup, ...]:
+    """Return slices as layers with a state of their own take them.
+
+    Args:
+        slices: of the sequences.
+        states: of each of these before its slice; None: it begins there.
+        num_layers: of the stage.
+    """
+    together: dict[object, list[tuple[PackedSlice, SequenceState | None]]] = {}
+    for part, state in zip(slices, states, strict=True):
+        key = part.row if part.num_tokens > 1 else ("going on" if state else "beginning")
+        together.setdefault(key, []).append((part, state))
+    groups = []
+    for both in together.values():
+        begun = tuple(state for _, state in both if state is not None)
+        parts = tuple(part for part, _ in both)
+        groups.append(StateGroup(parts, begun or None, [{} for _ in range(num_layers)]))
+    return tuple(groups)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
@@ -17,7 +18,8 @@ from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
-from distributed_llm.worker.kv.manifest import KVManifest
+from distributed_llm.worker.kv.held import HeldSequences
+from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.failures import (
@@ -27,13 +29,14 @@ from distributed_llm.worker.model.failures import (
 )
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.logits import Mask
-from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
 from distributed_llm.worker.model.sampler import RowsFailed
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
 from distributed_llm.worker.model.weights import check_weights, load_stage_model
+from distributed_llm.worker.tensor_frames import DTYPE_NAMES
 
 _MAX_RELEASED = 10_000
 """Released sequences that are remembered to recognise late tasks; no task is later than that."""
@@ -93,11 +96,21 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
+        own = slice(layers.start, layers.stop)
+        of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
+        self._held_sequences = HeldSequences(self._cache, of_states)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
-        self._forward = Forward(stage_model, checkpoint.num_layers, device, dtype)
-        self._warm_up()
+        self._forward = Forward(
+            stage_model,
+            checkpoint.num_layers,
+            device,
+            dtype,
+            keeps_kv=keeps_kv(checkpoint.config)[own],
+            keeps_state=[nbytes > 0 for nbytes in of_states],
+        )
+        self._warm_up(of_states)
 
     @classmethod
     def load(
@@ -232,8 +245,8 @@ class Stage:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of memory that the KV cache takes now."""
-        return self._cache.nbytes
+        """Bytes of memory that the KV cache and states of layers take now."""
+        return self._held_sequences.nbytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -246,12 +259,17 @@ class Stage:
         return self._cache.windowed_bytes_per_token
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes that one state of one sequence takes, in all layers that have one of their own."""
+        return self._held_sequences.state_bytes
+
+    @property
     def window(self) -> int:
         """Positions that the widest of the layers with a window see; 0 if there are none."""
         return max(self._cache.windows)
 
     def limit_kv(self, max_bytes: int) -> None:
-        """Refuse steps from now on with which the KV cache would exceed `max_bytes`."""
+        """Refuse steps with which KV cache and states would exceed `max_bytes` from now on."""
         self._cache.max_bytes = max_bytes
 
     def num_computed_tokens(self, sequence_id: SequenceId) -> int:
@@ -266,6 +284,9 @@ class Stage:
         masks: Masks | None = None,
     ) -> StageOutput:
         """Compute one step and add its positions to the KV cache.
+
+        Layers with a state of their own can only go on from where one stands: where the last step
+        of the sequence ended or began, at a snapshot, or at the end of a prefix that has one.
 
         May be repeated with the same arguments, after success as after failure. All errors except
         those of the computation itself are raised before anything changes.
@@ -291,19 +312,19 @@ class Stage:
         self.inputs.check(sequences, token_ids, hidden_states, masks)
         self._check_released(sequences)
         self._check_positions(sequences)
-        self._cache.admit(sequences)
+        self._held_sequences.admit(sequences)
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode():
             output = self._compute(sequences, step, token_ids, hidden_states, masks)
-        for part in step.slices:
-            self._cache.commit(part.sequence_id, part.start + part.num_tokens)
+        made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
+        self._held_sequences.commit(sequences, made)
         return output
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Free the KV cache of these sequences; later steps must not name them."""
         for sequence_id in sequence_ids:
-            self._cache.free([sequence_id])
+            self._held_sequences.free([sequence_id])
             self._samplings.pop(sequence_id, None)
             self._released[sequence_id] = None
             if len(self._released) > _MAX_RELEASED:
@@ -315,7 +336,7 @@ class Stage:
 
     def reset(self) -> None:
         """Free the KV cache of all sequences, whose ids may then be used again."""
-        self._cache.free(self._cache.sequence_ids)
+        self._held_sequences.free(self._cache.sequence_ids)
         self._samplings.clear()
         self._released.clear()
 
@@ -324,7 +345,7 @@ class Stage:
 
         Freeing a gigabyte at once takes as long as several steps.
         """
-        return [*self._held.tensors(), *self._cache.buffers()]
+        return [*self._held.tensors(), *self._held_sequences.tensors]
 
     def kv_manifest(self) -> KVManifest:
         """Return a description of the KV cache's content; not to be called in a step."""
@@ -334,8 +355,10 @@ class Stage:
         """Return an exporter of the KV cache of these layers; steps may go on.
 
         Raises:
+            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
+        self._refuse_states()
         return KVExporter(self._cache, self.layers, layers)
 
     def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
@@ -346,8 +369,10 @@ class Stage:
             max_bytes: of memory for the importer.
 
         Raises:
+            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
+        self._refuse_states()
         start = self.layers.start
         if layers.start < start or layers.stop > self.layers.stop:
             raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
@@ -370,18 +395,38 @@ class Stage:
 
         Raises:
             KVIncomplete: positions have not arrived; nothing was changed.
-            KVTransferError: a layer has no source; nothing was changed.
+            KVTransferError: a layer has no source, or some of this stage's layers have a state of
+                their own; nothing was changed.
             ValueError: this stage holds sequences already.
         """
+        self._refuse_states()
         assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
 
-    def _warm_up(self) -> None:
-        """Compute one token and drop it, to learn what the KV cache is like and prepare kernels."""
+    def _refuse_states(self) -> None:
+        if self.state_bytes:
+            raise KVTransferError(
+                f"some of {layers_text(self.layers)} have a state of their own beside keys and "
+                "values, which is not sent to other workers; sequences are to be computed again"
+            )
+
+    def _warm_up(self, of_states: Sequence[int]) -> None:
+        """Compute one token and drop it, to learn what the KV cache is like and prepare kernels.
+
+        Args:
+            of_states: bytes that the state of a sequence should take in each layer.
+
+        Raises:
+            StageError: a layer's state takes others.
+        """
         token_ids, hidden_states = self.inputs.made_up(1)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
         self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
-        self._cache.windows = [step.windows[layer] for layer in range(len(self.layers))]
+        self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
+        (group,) = step.groups
+        measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
+        if measured != list(of_states):
+            raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
@@ -398,20 +443,11 @@ class Stage:
             raise MissingPositionsError(missing)
 
     def _have(self, part: SequenceSlice) -> int | None:
-        """Return how many positions are held if these are too few for the slice; else None."""
+        """Return where computing can go on if what is held does not do for the slice; else None."""
         told = part.sampling is not None or part.sequence_id in self._samplings
         if self._last and part.sample and not told:
             return 0  # whoever restarts the sequence sends the parameters again
-        prefix = part.prefix
-        if prefix is None or part.sequence_id in self._cache:
-            have = self._cache.length(part.sequence_id)
-            if have < part.start:
-                return have
-            known = part.sequence_id in self._cache
-            return None if not known or self._cache.sees(part.sequence_id, part.start) else 0
-        if self._cache.length(prefix.sequence_id) < prefix.length:
-            return 0
-        return None if self._cache.sees(prefix.sequence_id, prefix.length) else 0
+        return self._held_sequences.have(part)
 
     def _remember(self, sequences: Sequence[SequenceSlice]) -> None:
         """Remember sampling parameters, and release the prefixes that are taken."""
@@ -429,9 +465,16 @@ class Stage:
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
             slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
             row = stop
-        appended = [0] * len(self.layers)
+        begun = [self._held_sequences.state_at(s.sequence_id, s.start) for s in slices]
+        num_layers = len(self.layers)
         return PackedStep(
-            self._cache, self.layers.start, tuple(slices), appended, self._coarse_layers
+            self._cache,
+            self.layers.start,
+            tuple(slices),
+            [0] * num_layers,
+            self._coarse_layers,
+            grouped(slices, begun, num_layers),
+            [0] * num_layers,
         )
 
     def _compute(

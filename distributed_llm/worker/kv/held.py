@@ -1,0 +1,96 @@
+"""What a stage holds of sequences: keys and values of positions, and states of layers."""
+
+from collections.abc import Iterable, Sequence
+
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.types import SequenceId
+from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.states import SequenceState, StateStore, StateTensors
+
+
+class HeldSequences:
+    """The KV cache and the states of one stage, of which a step changes both or none.
+
+    Args:
+        cache: of all layers; it also counts positions where no layer keeps any.
+        state_bytes: by layer, what the state of one sequence takes; 0: it keeps none.
+    """
+
+    def __init__(self, cache: KVCache, state_bytes: Sequence[int]) -> None:
+        self._cache = cache
+        self._states = StateStore()
+        self.state_bytes = sum(state_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys, values and states take."""
+        return self._cache.nbytes + self._states.nbytes
+
+    @property
+    def tensors(self) -> list[object]:
+        """All buffers, each once."""
+        return [*self._cache.buffers(), *self._states.tensors()]
+
+    def have(self, part: SequenceSlice) -> int | None:
+        """Return None if all is held that a slice goes on from, else where computing can go on.
+
+        Computing can go on from any position that is held, but where layers have a state of their
+        own: there only from where one stands.
+        """
+        known = part.sequence_id in self._cache
+        prefix = None if known else part.prefix
+        whose, start = (
+            (part.sequence_id, part.start)
+            if prefix is None
+            else (prefix.sequence_id, prefix.length)
+        )
+        have = self._cache.length(whose)
+        stands = self.state_at(whose, start) is not None or not self.state_bytes or not start
+        if have >= start and stands:
+            in_cache = whose in self._cache
+            return None if not in_cache or self._cache.sees(whose, start) else 0
+        if prefix is not None:
+            return 0
+        return self._states.newest(whose, min(have, start)) if self.state_bytes else have
+
+    def state_at(self, sequence_id: SequenceId, position: int) -> SequenceState | None:
+        """Return the state of a sequence at a position, if one stands there."""
+        return self._states.at(sequence_id, position)
+
+    def admit(self, step: Sequence[SequenceSlice]) -> None:
+        """Check that a step fits, and create its new sequences; see `KVCache.admit`.
+
+        Raises:
+            KVCacheFull: the step does not fit; nothing was changed.
+        """
+        states = self._states.number_after(step) if self.state_bytes else 0
+        begins = [part for part in step if part.prefix and part.sequence_id not in self._cache]
+        self._cache.admit(step, states * self.state_bytes)
+        self._states.begin(step)
+        for part in begins:
+            assert part.prefix is not None
+            self._states.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
+
+    def commit(
+        self,
+        step: Sequence[SequenceSlice],
+        groups: Iterable[tuple[Sequence[SequenceId], Sequence[StateTensors]]],
+    ) -> None:
+        """Have a step count as held: every layer of it succeeded.
+
+        Args:
+            step: what was computed.
+            groups: sequences whose states were made together, and the tensors of each layer.
+        """
+        parts = {part.sequence_id: part for part in step}
+        if self.state_bytes:
+            for sequence_ids, layers in groups:
+                self._states.commit([parts[whose] for whose in sequence_ids], layers)
+        for part in step:
+            self._cache.commit(part.sequence_id, part.start + part.num_tokens)
+
+    def free(self, sequence_ids: Iterable[SequenceId]) -> None:
+        """Drop all that is held of these sequences; ignore unknown ones."""
+        dropped = tuple(sequence_ids)
+        self._cache.free(dropped)
+        self._states.free(dropped)

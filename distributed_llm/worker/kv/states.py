@@ -1,0 +1,215 @@
+"""States of layers that are no softmax attention: what they keep of sequences, at some positions.
+
+A state cannot be cut back like keys and values: computing goes on only from a position where one
+stands. Of each sequence stand the state that was committed last, the one that its step began with,
+and those that were asked for (*snapshots*), for as long as the sequence is held. A sequence that
+begins with positions of another one shares that one's state there, and keeps it as a snapshot.
+
+States are immutable. A step makes new ones, and nothing changes before it is committed, so it may
+fail half way or run twice. Then states behind its start are dropped: another text follows.
+
+States that one step made for several sequences lie in the same tensors, where the next step finds
+them together. Once less than half of them is held, those are copied, and the tensors are freed.
+"""
+
+from collections.abc import Iterable, Sequence
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.types import SequenceId
+
+StateTensors = dict[str, Tensor]
+"""Tensors of one layer's states by what they are; [rows, ...], a row for each sequence."""
+
+
+class StateBatch:
+    """States of several sequences that were made together.
+
+    Attributes:
+        layers: tensors of each layer of the stage; empty where a layer has no state.
+        rows: sequences.
+    """
+
+    __slots__ = ("__weakref__", "held", "layers", "rows")
+
+    def __init__(self, layers: Sequence[StateTensors], rows: int) -> None:
+        self.layers = tuple(layers)
+        self.rows = rows
+        self.held: WeakSet[SequenceState] = WeakSet()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    def states(self, positions: Sequence[int]) -> list["SequenceState"]:
+        """Return the states of all rows, at these positions."""
+        return [SequenceState(self, row, position) for row, position in enumerate(positions)]
+
+    def alone(self, row: int) -> "StateBatch":
+        """Return a copy of one row."""
+        copies = [
+            {name: tensor[row : row + 1].clone() for name, tensor in layer.items()}
+            for layer in self.layers
+        ]
+        return StateBatch(copies, 1)
+
+
+class SequenceState:
+    """The state of one sequence in all layers of a stage.
+
+    Attributes:
+        batch: with the tensors.
+        row: in these.
+        position: of the sequence, which comes next.
+    """
+
+    __slots__ = ("__weakref__", "batch", "position", "row")
+
+    def __init__(self, batch: StateBatch, row: int, position: int) -> None:
+        self.batch = batch
+        self.row = row
+        self.position = position
+        batch.held.add(self)
+
+    def move_out(self) -> None:
+        """Copy the tensors, so that those of others may be freed."""
+        self.batch, self.row = self.batch.alone(self.row), 0
+        self.batch.held.add(self)
+
+
+def joined(states: Sequence[SequenceState], layer: int) -> StateTensors:
+    """Return the tensors of several states in one layer, not to be written: a row for each."""
+    batch = states[0].batch
+    if len(states) == batch.rows and all(
+        state.batch is batch and state.row == row for row, state in enumerate(states)
+    ):
+        return batch.layers[layer]
+    return {
+        name: torch.cat([s.batch.layers[layer][name][s.row : s.row + 1] for s in states])
+        for name in batch.layers[layer]
+    }
+
+
+class _Held:
+    """What stands of one sequence."""
+
+    __slots__ = ("committed", "former", "snapshots")
+
+    def __init__(self) -> None:
+        self.committed: SequenceState | None = None
+        self.former: SequenceState | None = None
+        self.snapshots: dict[int, SequenceState] = {}
+
+    def states(self) -> Iterable[SequenceState]:
+        yield from self.snapshots.values()
+        yield from (state for state in (self.committed, self.former) if state is not None)
+
+
+class StateStore:
+    """The states of all sequences of a stage."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[SequenceId, _Held] = {}
+        self._batches: WeakSet[StateBatch] = WeakSet()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all states take."""
+        return sum(batch.nbytes for batch in self._batches)
+
+    def at(self, sequence_id: SequenceId, position: int) -> SequenceState | None:
+        """Return the state of a sequence at a position, if one stands there."""
+        held = self._sequences.get(sequence_id)
+        states = held.states() if held else ()
+        return next((state for state in states if state.position == position), None)
+
+    def newest(self, sequence_id: SequenceId, most: int) -> int:
+        """Return the last position up to `most` where a state stands; 0: before the first one."""
+        held = self._sequences.get(sequence_id)
+        states = held.states() if held else ()
+        return max((s.position for s in states if s.position <= most), default=0)
+
+    def number_after(self, step: Sequence[SequenceSlice]) -> int:
+        """Return how many states are held once a step is committed, shared ones once.
+
+        Args:
+            step: positions to compute; each sequence once. A state stands where each begins.
+        """
+        parts = {part.sequence_id: part for part in step}
+        taken = {part.prefix.sequence_id for part in step if part.prefix and part.prefix.take}
+        kept: set[int] = set()
+        for sequence_id, held in self._sequences.items():
+            part = parts.get(sequence_id)
+            if part is not None:
+                kept.update(id(s) for s in held.snapshots.values() if s.position <= part.start)
+            elif sequence_id not in taken:
+                kept.update(map(id, held.states()))
+        begun = (self._start_of(part) for part in step)
+        kept.update(id(state) for state in begun if state is not None)
+        return len(kept) + len(step)
+
+    def _start_of(self, part: SequenceSlice) -> SequenceState | None:
+        whose = part.sequence_id
+        if part.prefix is not None and whose not in self._sequences:
+            whose = part.prefix.sequence_id
+        return self.at(whose, part.start)
+
+    def share(self, child: SequenceId, parent: SequenceId, position: int) -> None:
+        """Have a new sequence begin with another one's state at a position."""
+        state = self.at(parent, position)
+        if state is not None and child not in self._sequences:
+            self._sequences[child] = held = _Held()
+            held.committed = held.snapshots[position] = state
+
+    def begin(self, step: Sequence[SequenceSlice]) -> None:
+        """Drop what stood before the committed state, for sequences that go on from that.
+
+        All stages have computed what led there, or the step would not begin with it.
+        """
+        for part in step:
+            held = self._sequences.get(part.sequence_id)
+            if held and held.committed and held.committed.position == part.start:
+                held.former = None
+        self._free_batches()
+
+    def commit(self, parts: Sequence[SequenceSlice], layers: Sequence[StateTensors]) -> None:
+        """Have the states that a step has made for some sequences stand where it ends.
+
+        Args:
+            parts: what the step computed of these sequences.
+            layers: tensors of each layer, with a row for each of them.
+        """
+        batch = StateBatch(layers, len(parts))
+        self._batches.add(batch)
+        ends = [part.start + part.num_tokens for part in parts]
+        for part, state in zip(parts, batch.states(ends), strict=True):
+            begun = self.at(part.sequence_id, part.start)
+            held = self._sequences.setdefault(part.sequence_id, _Held())
+            held.former, held.committed = begun, state
+            kept = held.snapshots.items()
+            held.snapshots = {at: snapshot for at, snapshot in kept if at <= part.start}
+            if part.snapshot:
+                held.snapshots[state.position] = state
+        self._free_batches()
+
+    def free(self, sequence_ids: Iterable[SequenceId]) -> None:
+        """Drop all states of these sequences; ignore unknown ones."""
+        for sequence_id in sequence_ids:
+            self._sequences.pop(sequence_id, None)
+        self._free_batches()
+
+    def _free_batches(self) -> None:
+        """Copy what is held of batches that mostly are not, which frees them."""
+        for batch in list(self._batches):
+            if 0 < 2 * len(batch.held) < batch.rows:
+                for state in list(batch.held):
+                    state.move_out()
+                    self._batches.add(state.batch)
+
+    def tensors(self) -> list[object]:
+        """Return all tensors."""
+        return [t for batch in self._batches for layer in batch.layers for t in layer.values()]
