@@ -23,6 +23,7 @@ from distributed_llm.worker.model.chunk_attention import (
     parts_of,
 )
 from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.kernels import kernels_for_many_rows
 from distributed_llm.worker.model.latents import LatentExpansion
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.token_attention import attend_tokens
@@ -77,8 +78,9 @@ def _attend_tokens(
     expansion: LatentExpansion,
 ) -> Tensor:
     """Compute attention of the step's single tokens."""
-    absorbed = expansion.absorbed(query)
-    return expansion.values_of(attend_tokens(step, layer, absorbed, shared, latents, scoring))
+    with kernels_for_many_rows():
+        absorbed = expansion.absorbed(query)
+        return expansion.values_of(attend_tokens(step, layer, absorbed, shared, latents, scoring))
 
 
 def _attend_chunk(

@@ -71,8 +71,9 @@ class LatentExpansion(nn.Module):
         Returns:
             [tokens, heads, value_dim].
         """
-        matrices = self._by_head()[:, self.key_dim :].transpose(1, 2)
-        return torch.bmm(attended.transpose(0, 1), matrices).transpose(0, 1)
+        # In this order the large matrix is read row by row, as it lies in memory.
+        columns = attended.permute(1, 2, 0)
+        return torch.bmm(self._by_head()[:, self.key_dim :], columns).permute(2, 0, 1)
 
     def expanded(self, shared: Tensor, latents: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all heads, with zeros behind them where they are shorter.

@@ -20,6 +20,9 @@ _FEW_BYTES = 1024 * 1024
 _MAX_ROUNDED = 16.0
 """Scores that bfloat16 holds well enough: it rounds them by 1/32 at most."""
 
+_LARGE = 2**16
+"""Numbers of a matrix for which one more call weighs little."""
+
 _MUCH_FASTER = 1.2
 _ROUNDS = 5
 
@@ -89,8 +92,8 @@ def row_scores(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     of_keys, of_values = queries.tensor_split((keys.shape[-1],), dim=-1)
     if not of_values.shape[-1]:
         return torch.matmul(queries, keys.transpose(1, 2))
-    scores = torch.bmm(of_values, values.transpose(1, 2))
-    scores = torch.baddbmm(scores, of_keys, keys.transpose(1, 2))
+    scores = _products(of_values, values.transpose(1, 2))
+    scores += _products(of_keys, keys.transpose(1, 2))
     if not rounds_too_much(scores):
         return scores
     return row_scores(queries.float(), keys.float(), values.float())
@@ -118,11 +121,27 @@ def weighted(scores: Tensor, values: Tensor, softcap: float | None, *, with_lse:
         scores = scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, float("-inf"))
     if not with_lse:
         weights = torch.softmax(scores.transpose(1, 2), dim=-1).to(values.dtype)
-        return Partial(torch.bmm(weights, values), None)
+        return Partial(_products(weights, values), None)
     weights = torch.softmax(scores.transpose(1, 2), dim=-1, dtype=torch.float32)
     # The largest weight is exp(largest score - lse).
     lse = scores.amax(dim=1).float() - weights.amax(dim=-1).log()
-    return Partial(torch.bmm(weights.to(values.dtype), values), lse)
+    return Partial(_products(weights.to(values.dtype), values), lse)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return [n, rows, columns], the product of each of n pairs of matrices.
+
+    Large ones are multiplied one after the other on a CPU: of many at once, in other dtypes than
+    float32, oneDNN copies what does not lie in one piece, and what is transposed it reads slowly.
+    """
+    count, rows, columns = len(left), left.shape[1], right.shape[2]
+    large = right[0].numel() >= _LARGE and left.device.type == "cpu"
+    if not large or left.dtype == torch.float32:
+        return torch.bmm(left, right)
+    products = left.new_empty((count, rows, columns))
+    for one, two, product in zip(left, right, products, strict=True):
+        torch.mm(one, two, out=product)
+    return products
 
 
 def products_are_faster(dtype: torch.dtype, shape: tuple[int, ...], queries: int) -> bool:
