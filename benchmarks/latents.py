@@ -149,9 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
-    parser.add_argument(
-        "--tokens", type=int, default=8, help="that ours decodes; transformers half"
-    )
+    parser.add_argument("--tokens", type=int, default=8, help="ours; theirs half as many")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -154,6 +154,7 @@ class LocalCluster:
             "coordinator": self.address,
             "insecure": self._insecure,
             "max_memory": self._share_bytes,
+            "device": "fastest",  # "auto" may be several workers
             **settings,
         }
         _check("worker", settings)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -68,26 +69,31 @@ def worker(
     insecure: Insecure = False,
     exit_with_parent: WithParent = False,
 ) -> None:
-    """Serve layers with this machine, for a coordinator here or one that it has joined."""
+    """Serve layers with this machine, for a coordinator here or one that it has joined.
+
+    On a machine with several GPUs it starts a worker for each; --device cuda:1 drives just one.
+    """
+    options: dict[str, Any] = {
+        "coordinator": coordinator,
+        "threads": threads,
+        "max_memory": max_memory,
+        "offload": offload,
+        "slowdown": slowdown,
+        "model": model,
+        "cache_limit": cache_limit,
+    }
+    of_one: dict[str, Any] = {"name": name, "peer_bind": peer_bind, "device": device}
     settings = settings_of(
         config,
         {
-            "worker.coordinator": coordinator,
-            "worker.name": name,
-            "worker.peer_bind": peer_bind,
-            "worker.device": device,
-            "worker.threads": threads,
-            "worker.max_memory": max_memory,
-            "worker.offload": offload,
-            "worker.slowdown": slowdown,
-            "worker.model": model,
-            "worker.cache_limit": cache_limit,
+            **{f"worker.{key}": value for key, value in {**options, **of_one}.items()},
             "worker.connect_timeout_s": 0.0 if wait else None,
             "worker.insecure": insecure or None,
         },
     )
     start_process(settings.worker.log_level, exit_with_parent)
-    _work(settings)
+    flags = [*(["--wait"] if wait else []), *(["--insecure"] if insecure else [])]
+    _work(settings, ["worker", *options_as_words({"config": config, **options}), *flags])
 
 
 def join(
@@ -179,12 +185,24 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _work(settings: "Settings") -> None:
+def _work(settings: "Settings", words: Sequence[str]) -> None:
+    """Work as the settings say, until that ends; where there are several GPUs, by a child for each.
+
+    Args:
+        words: of `dllm`, that start such a child.
+    """
     limit_active_waiting(os.environ)
     # KV cache buffers of many sizes would leave holes in a GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # collecting among a million new objects takes a third of the time of the imports
-    from distributed_llm.worker.work import work
+    from distributed_llm.gpus.run import run_workers
+    from distributed_llm.gpus.workers import gpus_of, workers_for
+    from distributed_llm.worker.devices import present
+    from distributed_llm.worker.work import name_of, work
 
     gc.enable()
-    raise typer.Exit(asyncio.run(work(settings.worker)))
+    wanted = settings.worker
+    if gpus := gpus_of(wanted.device, present()):
+        workers = workers_for(gpus, name_of(wanted), wanted.peer_bind)
+        raise typer.Exit(asyncio.run(run_workers(workers, words)))
+    raise typer.Exit(asyncio.run(work(wanted)))

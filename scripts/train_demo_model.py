@@ -263,7 +263,12 @@ def save(
     output.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(tokenizer, output)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True, temperature=0.6, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
+        do_sample=True,
+        temperature=0.6,
+        top_k=0,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
     )
     model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type]
     (output / "model.safetensors").chmod(0o644)

@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every model family, made in place; nothing is downloaded."""
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+)
+
+from tests.mixtures import (
+    EXPERTS,
+    LATENT,
+    MIXED,
+    MIXTURES,
+    ROPE_BY_KIND,
+    SCALED_LIKE_GRANITE,
+    WINDOWS,
 )
 
 HIDDEN_SIZE = 32
@@ -30,36 +41,14 @@ _COMMON: Mapping[str, Any] = {
     "eos_token_id": None,
 }
 _NO_GQA = {"num_key_value_heads": 4}
-_MIXED = ["sliding_attention", "full_attention"]
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_LATENTS = {
-    **_NO_GQA,
-    "kv_lora_rank": 24,
-    "q_lora_rank": 20,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
-_ROUTED = {
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 40.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
+_DECODER = {**_NO_GQA, "is_decoder": True}
+_PER_LAYER = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+)
 _SHARED_EXPERT = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -82,7 +71,7 @@ _DELTA_NET = {
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
-    "gpt2": {},
+    "gpt2": _NO_GQA,
     "mistral": {"sliding_window": 6},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"head_dim": 16},
@@ -94,7 +83,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "decoder_sparse_step": 2,
         "mlp_only_layers": [3],
     },
-    "mixtral": {**_EXPERTS, "sliding_window": 6},
+    "mixtral": {**EXPERTS, "sliding_window": 6},
     "gemma": {"head_dim": 16},
     "gemma2": {
         "head_dim": 16,
@@ -106,23 +95,18 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": {
         "head_dim": 16,
         "sliding_window": 5,
-        "layer_types": _MIXED,
+        "layer_types": MIXED,
         "query_pre_attn_scalar": 16,
     },
     "phi3": {"sliding_window": 7},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
+    "gpt_neox": _NO_GQA,
+    "opt": {**_NO_GQA, "ffn_dim": 48, "word_embed_proj_dim": 24},
     "olmo2": {},
-    "granite": {
-        "embedding_multiplier": 2.0,
-        "logits_scaling": 1.5,
-        "residual_multiplier": 0.7,
-        "attention_multiplier": 0.3,
-    },
-    "granitemoe": {**_EXPERTS, "attention_multiplier": 0.3},
+    "granite": SCALED_LIKE_GRANITE,
+    "granitemoe": {**EXPERTS, "attention_multiplier": 0.3},
     "cohere": {"logit_scale": 0.5},
-    "cohere2": {"logit_scale": 0.5, "sliding_window": 5, "layer_types": _MIXED, "head_dim": 8},
-    "gpt_oss": {**_EXPERTS, "head_dim": 16, "sliding_window": 5, "layer_types": _MIXED},
+    "cohere2": {"logit_scale": 0.5, "sliding_window": 5, "layer_types": MIXED, "head_dim": 8},
+    "gpt_oss": {**EXPERTS, "head_dim": 16, "sliding_window": 5, "layer_types": MIXED},
     "starcoder2": {"sliding_window": 6},
     "phi": {"partial_rotary_factor": 0.5},
     "olmo": {"clip_qkv": 2.0},
@@ -130,7 +114,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},
     "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
     "ernie4_5": {"head_dim": 8},
-    "exaone4": {"sliding_window": 5, "layer_types": _MIXED},
+    "exaone4": {"sliding_window": 5, "layer_types": MIXED},
     "gpt_bigcode": {"multi_query": True},
     "hunyuan_v1_dense": {"head_dim": 8},
     "stablelm": {"partial_rotary_factor": 0.5},
@@ -146,18 +130,70 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
-    "deepseek_v2": {
-        **_LATENTS,
-        **_ROUTED,
-        "q_lora_rank": None,
-        "topk_method": "group_limited_greedy",
-        "rope_parameters": _YARN,
+    "olmo3": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
+    "ministral": {"sliding_window": 5, "layer_types": MIXED, "head_dim": 16},
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
-    "deepseek_v3": {**_LATENTS, **_ROUTED, "rope_parameters": {**_YARN, "mscale_all_dim": 1.0}},
-    "minicpm3": {**_LATENTS, "v_head_dim": 24, "dim_model_base": 48},
-    "youtu": _LATENTS,
-    "glm4_moe_lite": {**_LATENTS, **_ROUTED, "n_group": 1, "topk_group": 1, "v_head_dim": 20},
-    "axk1": {**_LATENTS, **_ROUTED, "rope_parameters": _YARN},
+    "nanochat": {},
+    "granite_swa": {
+        **SCALED_LIKE_GRANITE,
+        "sliding_window": 5,
+        "layer_types": MIXED,
+        "layer_rope_theta": [10000.0, 100.0, 10000.0],
+    },
+    "bitnet": {},
+    "vaultgemma": {
+        **WINDOWS,
+        "head_dim": 16,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "minicpm3": {**LATENT, "dim_model_base": 16, "scale_emb": 4},
+    "youtu": LATENT,
+    "internlm3": {"head_dim": 16, "bias": True, "qkv_bias": True},
+    "iquestcoder": {"head_dim": 16},
+    "persimmon": _NO_GQA,
+    "hyperclovax": {**SCALED_LIKE_GRANITE, "head_dim": 16},
+    "biogpt": _NO_GQA,
+    "cwm": {**WINDOWS, "bos_token_id": 1, "rope_parameters": ROPE_BY_KIND["sliding_attention"]},
+    "jais2": {"head_dim": 8},
+    "modernbert-decoder": {
+        **_NO_GQA,
+        "local_attention": 10,
+        "layer_types": MIXED,
+        "rope_parameters": ROPE_BY_KIND,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1),
+    },
+    "gpt-sw3": _NO_GQA,
+    "bert": _DECODER,
+    "bert-generation": _DECODER,
+    "electra": _DECODER,
+    "ernie": _DECODER,
+    "ctrl": {**_NO_GQA, "dff": 48, "n_positions": 256},
+    "cohere_compass_text": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size_mlp": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 6,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+    },
     "qwen3_next": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
     "qwen3_5_text": {"head_dim": 16, **_DELTA_NET},
     "qwen3_5_moe_text": {"head_dim": 16, **_DELTA_NET, **_SHARED_EXPERT},
@@ -172,9 +208,14 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "v_head_dim": 6,
         "num_key_value_heads": 4,
         "moe_intermediate_size": 24,
-        **_EXPERTS,
+        **EXPERTS,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {
+        "layer_types": ["conv", "full_attention", "sliding_attention", "conv"],
+        "head_dim": 8,
+        "sliding_window": 5,
+    },
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention"],
         "num_dense_layers": 1,
@@ -186,7 +227,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
         "shared_intermediate_size": 24,
-        **_EXPERTS,
+        **EXPERTS,
         **_MAMBA,
     },
     "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA},
@@ -214,10 +255,27 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 8,
         "block_size": 4,
-        **_EXPERTS,
+        **EXPERTS,
     },
+    **MIXTURES,
 }
 """What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
+
+REPRESENTATIVES: Mapping[str, str] = {
+    "llama": "plain layers",
+    "gpt2": "transposed matrices, learned positions, a tied head",
+    "opt": "projections around the layers",
+    "gemma2": "norms that add one, scaled embeddings, windows, soft caps",
+    "gpt_oss": "experts with biases, sinks",
+    "qwen3_moe": "experts in some layers, norms of heads",
+    "granitemoe": "experts whose matrices are stacked in the files",
+    "deepseek_v2": "latent attention, groups of experts, shared ones, a dense first layer",
+    "mimo_v2_flash": "layers whose attention is of different sizes",
+    "dbrx": "one matrix for queries, keys and values, sizes of other names",
+    "phi": "biases everywhere, also of the head; a norm and a feed-forward side by side",
+    "modernbert-decoder": "a head of several layers",
+}
+"""Families that cover what loading and sharing weights can meet, with what each of them adds."""
 
 
 def build_model(
@@ -231,15 +289,19 @@ def build_model(
         settings: more values of the configuration.
     """
     values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
-    for name in ("layer_types", "no_rope_layers"):
+    for name in _PER_LAYER:
         if name in values:
             repeated = values[name] * num_layers
             values[name] = repeated[:num_layers]
     if tie is not None:
         values["tie_word_embeddings"] = tie
     config = CONFIG_MAPPING[family](**copy.deepcopy(values))
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
+def random_model(kind: Any, config: Any, seed: int = 0) -> PreTrainedModel:
+    """Return a float32 model of this class with random weights, whose outputs vary."""
     torch.manual_seed(seed)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -277,6 +339,9 @@ def make_checkpoint(
         settings.setdefault("bos_token_id", made.bos_token_id)
     model = build_model(family, num_layers=num_layers, tie=tie, seed=seed, **settings)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if model.config.model_type != family:  # gpt-sw3, which is gpt2
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": family}))
     return folder
 
 

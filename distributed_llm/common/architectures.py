@@ -8,65 +8,122 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.model_sizes import rope_parameters, rope_type
+from distributed_llm.common.layer_windows import layer_sections
+from distributed_llm.common.model_sizes import num_layers, rope_parameters, rope_type
+from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
     {
+        "afmoe",
         "apertus",
         "arcee",
+        "aria_text",
         "axk1",
         "bamba",
+        "beam",
+        "bert",
+        "bert-generation",
+        "biogpt",
+        "bitnet",
         "cohere",
         "cohere2",
+        "cohere2_moe",
+        "cohere_compass_text",
+        "ctrl",
+        "cwm",
+        "dbrx",
         "deepseek_v2",
         "deepseek_v3",
+        "dots1",
+        "electra",
+        "ernie",
         "ernie4_5",
+        "ernie4_5_moe",
         "exaone4",
+        "exaone_moe",
         "falcon_h1",
+        "flex_olmo",
+        "flint",
         "gemma",
         "gemma2",
         "gemma3_text",
         "glm",
         "glm4",
+        "glm4_moe",
         "glm4_moe_lite",
+        "gpt-sw3",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_ocr_text",
         "gpt2",
         "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
         "granite",
+        "granite_swa",
         "granitemoe",
+        "granitemoe_swa",
         "granitemoehybrid",
+        "granitemoeshared",
         "helium",
         "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
         "jamba",
+        "jetmoe",
         "kimi_linear",
+        "kolibri1",
+        "laguna",
         "lfm2",
         "lfm2_moe",
+        "lfm3",
         "llama",
+        "mellum",
+        "mimo_v2_flash",
         "minicpm3",
+        "llama4_text",
         "minimax",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
         "mistral",
+        "mistral4",
         "mixtral",
+        "modernbert-decoder",
+        "nanochat",
         "nemotron",
         "nemotron_h",
         "olmo",
         "olmo2",
+        "olmo3",
         "olmo_hybrid",
         "olmoe",
         "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phimoe",
         "qwen2",
+        "qwen2_5_vl_text",
         "qwen2_moe",
+        "qwen2_vl_text",
         "qwen3",
         "qwen3_5_moe_text",
         "qwen3_5_text",
         "qwen3_moe",
+        "qwen3_vl_moe_text",
+        "qwen3_vl_text",
         "qwen3_next",
         "seed_oss",
         "smollm3",
+        "solar_open",
         "stablelm",
         "starcoder2",
+        "vaultgemma",
         "youtu",
     }
 )
@@ -82,8 +139,20 @@ _OWN_STATE = (
 )
 _EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
-_MULTIMODAL = "it wraps a language model together with one for pictures or sound"
-_CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
+_POSITION_BIAS = "its attention adds a bias of its own to the scores"
+_OWN_MASK = "its attention makes a mask of its own from what it sees"
+_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
+_LOOPS = "its layers run several times for each token"
+_BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
+_POSITIONS = (
+    "it numbers positions from its padding token on, and transformers does that in a forward pass "
+    "but not when it generates"
+)
+_UNMASKED = "its tokens see those after them, which are not there yet when generating"
+_WINDOW_IN_MASK = "its sliding window is expressed in the mask"
+_READS_PICTURES = "its layers read pictures or sound, and only text is served"
+_SEES_PROMPT = "the tokens of its prompts see those after them"
+_CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 _SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -94,27 +163,56 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "gpt_neo",
         "codegen",
         "openai-gpt",
-        "ctrl",
         "xlnet",
-        "transfo-xl",
+        "big_bird",
+        "gpt_neox_japanese",
+        "megatron-bert",
+        "reformer",
+        "rembert",
+        "roformer",
+        "xglm",
+        "xlm",
     ),
     _OWN_STATE: (
+        "bailing_hybrid",
         "falcon_mamba",
         "mamba",
         "mamba2",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rwkv",
         "xlstm",
+        "zaya",
     ),
     _EMBEDDING_AGAIN: ("zamba", "zamba2"),
-    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
-    _MULTIMODAL: ("gemma3", "gemma4", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl"),
-    _CHUNKED: ("llama4", "llama4_text"),
-    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text", "cpmant"),
+    _ENCODER: (
+        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
+        *("musicgen", "musicgen_melody"),
+    ),
+    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
+    _SEES_PROMPT: ("paligemma",),
+    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text"),
+    _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
+    _OWN_MASK: ("doge",),
+    _TWICE: ("diffllama", "longcat_flash"),
+    _LOOPS: ("hrm_text",),
+    _BYTES: ("blt",),
+    _POSITIONS: (
+        "camembert",
+        "data2vec-text",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
 }
 _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
+
+_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+"""Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
 
@@ -130,17 +228,27 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModel: with what, why and what to do.
     """
+    reason = why_refused(config)
+    if reason is not None:
+        model_type = repr(str(config.get("model_type")))
+        if PART_OF in config:  # which people know
+            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
+        raise UnsupportedModel(
+            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
+        )
+
+
+def why_refused(config: Mapping[str, Any]) -> str | None:
+    """Return why a model of this config is known to be computed wrongly when split, if it is."""
     model_type = str(config.get("model_type"))
-    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
+    reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
     if reason is None and "auto_map" in config and not _transformers_has(model_type):
-        reason = (
+        return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
             "is never run"
         )
-    if reason is not None:
-        raise UnsupportedModel(
-            f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
-        )
+    return reason
 
 
 def _transformers_has(model_type: str) -> bool:
@@ -156,8 +264,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
     if config.get("is_encoder_decoder"):
         yield _ENCODER
-    if "text_config" in config:
-        yield _MULTIMODAL
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         yield _ALIBI
     if config.get("reorder_and_upcast_attn"):
@@ -165,8 +271,12 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("add_cross_attention"):
         yield _ENCODER
     if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
-        yield "its tokens see those after them, which are not there yet when generating"
-    if config.get("attention_chunk_size"):
+        yield _UNMASKED
+    if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
+        yield _UNMASKED
+    if _has_window_in_mask(config):
+        yield _WINDOW_IN_MASK
+    if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
@@ -176,3 +286,14 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
                 f"its rotary position encoding ({kind}) changes with the longest sequence of "
                 "a batch, so that an answer would depend on who else is asking"
             )
+
+
+def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
+    """Return whether attention is told only by the mask that it has a window."""
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    match config.get("model_type"):
+        case "qwen2_moe":
+            return bool(config.get("use_sliding_window"))
+        case "phimoe":  # published with one that is as long as the texts may be
+            return isinstance(window, int) and isinstance(length, int) and 0 < window < length
+    return False

@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,27 @@ from distributed_llm.common.other_formats import (
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
-from distributed_llm.common.tensor_index import tensors_by_index
+from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.text_config import PART_OF, TIED
+from distributed_llm.common.text_names import LAYER_NAME, TextNames, layers_by_prefix, text_names
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
-_LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
-    r"|(token|position)_embd)(\.|$)"
+    r"|(token|position)_embd|transformer\.w)(\.|$)"
 )
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
-_HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
+_NEVER_TIED_NAME = re.compile(
+    r"(^|\.)(wpe|embed_positions|project_in|embeddings_project|position_embd"
+    r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
+)
+_HEAD_NAME = re.compile(
+    r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+)
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 
@@ -66,8 +72,8 @@ class Checkpoint:
 
     Args:
         folder: holds config.json, the tokenizer and the safetensors files.
-        config: the content of config.json.
-        tensors: every tensor of the files, by its name in the checkpoint.
+        config: the content of config.json; if it describes other parts as well, of its text model.
+        tensors: every tensor of the text model, by its name in the files.
         files: the folder of the files with tensors, if it is another one.
     """
 
@@ -108,19 +114,28 @@ class Checkpoint:
         return sum(math.prod(w.shape) for w in self.weights.values() if not self.is_spare(w.name))
 
     @cached_property
+    def _text(self) -> TextNames:
+        is_part = PART_OF in self.config
+        return text_names(self.tensors, self.num_layers, is_part=is_part)
+
+    @cached_property
     def weights(self) -> Mapping[str, StoredWeight]:
-        """Every weight of the files, by its name; some are made of several tensors.
+        """Every weight of the files, by its name in the text model; some are of several tensors.
 
         Raises:
             CheckpointError: tensors are missing, or do not fit each other.
             UnsupportedModel: the weights are quantized in a way that is not known.
         """
         try:
-            return stored_weights(self.config, self.tensors)
+            found = stored_weights(self.config, self.tensors)
         except NotRead as exc:
             raise UnsupportedModel(f"The model in {self.place} {quantized(str(exc))}") from None
         except CheckpointError as exc:
             raise CheckpointError(f"{self.place}: {exc}") from exc
+        if not self._text.removed:
+            return found
+        named = [replace(weight, name=self._text.of(name)) for name, weight in found.items()]
+        return {weight.name: weight for weight in named}
 
     @cached_property
     def num_layers(self) -> int:
@@ -173,7 +188,7 @@ class Checkpoint:
         """
         if self._layer_prefix is not None:
             return self._layer_prefix
-        layers = _layers_by_prefix(self.tensors).values()
+        layers = layers_by_prefix(map(self._text.of, self.tensors)).values()
         wanted = set(range(self.num_layers))
         best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
         raise CheckpointError(
@@ -185,28 +200,39 @@ class Checkpoint:
     @cached_property
     def _layer_prefix(self) -> str | None:
         wanted = set(range(self.num_layers))
-        layers = _layers_by_prefix(self.tensors)
+        layers = layers_by_prefix(map(self._text.of, self.tensors))
         whole = (prefix for prefix, numbers in layers.items() if numbers >= wanted)
         return min(whole, key=lambda prefix: len(layers[prefix]), default=None)
 
     def is_spare(self, name: str) -> bool:
-        """Return whether tensor `name` belongs to a layer beyond those that config.json names."""
-        match = _LAYER_NAME.match(name)
-        return (
+        """Return whether tensor `name` belongs to a layer beyond those that config.json names.
+
+        Or to a module of its own that does what such layers do.
+
+        Args:
+            name: in the files, or in the text model.
+        """
+        match = LAYER_NAME.match(self._text.of(name))
+        return is_draft(name) or (
             match is not None
             and int(match["layer"]) >= self.num_layers
             and match["prefix"] == self._layer_prefix
         )
 
     def layer_of(self, name: str) -> int | None:
-        """Return the layer that tensor `name` belongs to, or None if it is outside the layers."""
-        match = _LAYER_NAME.match(name)
+        """Return the layer that tensor `name` belongs to, or None if it is outside the layers.
+
+        Args:
+            name: in the files, or in the text model.
+        """
+        match = LAYER_NAME.match(self._text.of(name))
         return int(match["layer"]) if match and match["prefix"] == self.layer_prefix else None
 
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        has_head = any(_HEAD_NAME.search(name) for name in self.tensors)
+        outside = (n for n in map(self._text.of, self.tensors) if not LAYER_NAME.match(n))
+        has_head = any(map(_HEAD_NAME.search, outside))
         return not has_head or self.lone_head is not None
 
     @cached_property
@@ -330,13 +356,14 @@ def checkpoint_of(
     tensors: Mapping[str, TensorInfo],
     files: Path | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint with these tensors, without those of layers that the model lacks.
+    """Return the checkpoint with those of these tensors that the model has.
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
+    Others are the text model of one for pictures or sound as well, whose other parts are left out.
 
     Args:
         folder: of config.json, and of the files with tensors.
-        config: content of config.json.
+        config: content of config.json, as `read_config` returns it.
         tensors: all that the files hold.
         files: the folder of the files with tensors, if it is another one.
 
@@ -344,27 +371,38 @@ def checkpoint_of(
         CheckpointError: tensors are missing, or do not fit each other.
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    checkpoint = Checkpoint(folder, config, tensors, files)
-    spare = {name for name in tensors if checkpoint.is_spare(name)}
+    names = text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
+    of_text = {name: tensor for name, tensor in tensors.items() if names.holds(name)}
+    if PART_OF in config:
+        config = {**config, TIED: _lacks_head(map(names.of, of_text))}
+    checkpoint = Checkpoint(folder, config, of_text, files)
+    spare = {name for name in of_text if checkpoint.is_spare(name)}
     if not spare:
         return _checked(checkpoint)
     logger.warning(
         "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
-    kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
+    kept = {name: tensor for name, tensor in of_text.items() if name not in spare}
     return _checked(Checkpoint(folder, config, kept, files))
+
+
+def _lacks_head(names: Iterable[str]) -> bool:
+    """Return whether the files hold only one of embedding and head, so that both are that.
+
+    Of a text model, what config.json says of it is not what counts: there are several places for
+    it, and classes of transformers differ in which they heed.
+    """
+    has_head = has_embedding = False
+    for name in names:
+        if LAYER_NAME.match(name):
+            continue
+        has_head |= _HEAD_NAME.search(name) is not None
+        has_embedding |= _EMBEDDING_NAME.search(name) is not None
+    return not (has_head and has_embedding)
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint, of whose weights it is known what they are."""
     _ = checkpoint.weights
     return checkpoint
-
-
-def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:
-    layers: dict[str, set[int]] = {}
-    for name in names:
-        if match := _LAYER_NAME.match(name):
-            layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
-    return layers

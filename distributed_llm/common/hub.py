@@ -34,12 +34,13 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     reason_of_listing,
 )
+from distributed_llm.common.tensor_index import of_text
 from distributed_llm.common.types import LayerRange
 
 _TEXT_FILES = (
     *(CONFIG_NAME, GENERATION_NAME, *SETTINGS_BESIDE),
     *TOKENIZER_NAMES,
-    "adapter_config.json",
+    *("additional_chat_templates/*.jinja", "adapter_config.json"),
 )
 _TENSORS_NAME = "distributed_llm_tensors.json"
 _SHOWN_CHARS = 100
@@ -138,8 +139,7 @@ def checkpoint_on_hub(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint of the snapshot in `folder`; its weights may not be downloaded yet."""
     if not (folder / CONFIG_NAME).exists():
         raise CheckpointError(f"{name} {_reason_of_repository(name, folder)}")
-    read_config(folder)  # the reason to refuse a model may stand there
-    absent = _absent_weights(folder)
+    absent = _absent_weights(folder, read_config(folder))
     if not absent:
         return open_checkpoint(folder)
     try:
@@ -200,19 +200,20 @@ def _paths_on_hub(name: str, folder: Path) -> list[str]:
 
 def snapshot_here(folder: Path, layers: LayerRange) -> Checkpoint | None:
     """Return the checkpoint of a snapshot if it has the weights of `layers`; ask nobody."""
-    if not _absent_weights(folder):
+    config = read_config(folder)
+    if not _absent_weights(folder, config):
         return open_checkpoint(folder)
     tensors = _kept_tensors(folder)
     if tensors is None:
         return None
-    needed = _files(checkpoint_of(folder, read_config(folder), tensors).tensors_of(layers))
+    needed = _files(checkpoint_of(folder, config, tensors).tensors_of(layers))
     if not all((folder / file).exists() for file in needed):
         return None
     return _with_headers(folder, tensors)
 
 
-def _absent_weights(folder: Path) -> list[str]:
-    """Return the files with weights that the snapshot lacks, as far as it tells.
+def _absent_weights(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the files with weights of the text model that the snapshot lacks, as far as it tells.
 
     One that another program made, or with the weights of all layers, lacks none.
     """
@@ -221,7 +222,8 @@ def _absent_weights(folder: Path) -> list[str]:
     if not (folder / INDEX_NAME).exists():
         return [SINGLE_NAME]
     weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    files = of_text(weight_map, config) if isinstance(weight_map, dict) else {}
+    names = {str(name) for name in files.values()}
     return sorted(n for n in names if _WEIGHT_FILE.fullmatch(n) and not (folder / n).exists())
 
 

@@ -15,6 +15,7 @@ KEEPS_LATENTS: frozenset[str] = frozenset(
         "glm4_moe_lite",
         "kimi_linear",
         "minicpm3",
+        "mistral4",
         "youtu",
     }
 )

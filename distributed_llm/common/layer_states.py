@@ -98,6 +98,8 @@ def _kind_by_default(config: Config, model_type: str, layer: int, count: int) ->
         case "lfm2":
             attending = config.get("full_attn_idxs")
             return "positions" if attending is None or layer in attending else "state"
+        case "lfm3":
+            return "positions" if layer % 4 == 2 or (layer and layer % 4 == 0) else "state"
         case "minimax":
             return "state" if layer % 2 else "positions"
         case "kimi_linear":

@@ -1,9 +1,14 @@
-"""Which layers of a model see the last positions only, as its config.json tells."""
+"""Which layers of a model see a part of the positions only, as its config.json tells.
+
+Some see the last positions (a *window*). Others cut the text into *sections* of the same length
+("attention_chunk_size"), and see what stands before a token in its own.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 _SLIDING = "sliding_attention"
+_SECTIONS = "chunked_attention"
 
 _ALL_LAYERS = frozenset({"ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
 """Model types in which a window is that of all layers, if nothing else is told."""
@@ -18,8 +23,12 @@ Files of today tell the type of each layer.
 """
 
 
+_SECTIONS_BUT_EVERY: Mapping[str, int] = {"llama4_text": 4}
+"""Model types with sections in which every n-th layer sees everything, as in `_ALL_BUT_EVERY`."""
+
+
 def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """Return how many positions a token sees in each layer, itself included; 0: all.
+    """Return how many positions a token sees at most in each layer, itself included; 0: all.
 
     Where config.json is not understood, all layers count as seeing everything: they take no more
     memory than that. Workers find out by themselves.
@@ -28,6 +37,35 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
         config: the content of config.json.
         num_layers: of the model.
     """
+    sections = layer_sections(config, num_layers)
+    return sections if any(sections) else _sliding_windows(config, num_layers)
+
+
+def layer_sections(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Return how long the sections are that each layer cuts the text into; 0: it does not.
+
+    Args:
+        config: the content of config.json.
+        num_layers: of the model.
+    """
+    size = config.get("attention_chunk_size")
+    if type(size) is not int or size < 1:
+        return (0,) * num_layers
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(types) >= num_layers:
+        return tuple(size * (kind == _SECTIONS) for kind in types[:num_layers])
+    every = _SECTIONS_BUT_EVERY.get(str(config.get("model_type")))
+    if every is None:
+        return (0,) * num_layers
+    with_positions = config.get("no_rope_layers")  # 1 where a layer has rotary positions
+    if isinstance(with_positions, list) and len(with_positions) >= num_layers:
+        return tuple(size * bool(has) for has in with_positions[:num_layers])
+    own_every = config.get("no_rope_layer_interval")
+    every = own_every if type(own_every) is int and own_every > 0 else every
+    return tuple(size * bool((layer + 1) % every) for layer in range(num_layers))
+
+
+def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     window = config.get("sliding_window")
     if type(window) is not int or window < 1 or config.get("use_sliding_window") is False:
         return (0,) * num_layers

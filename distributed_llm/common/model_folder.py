@@ -19,6 +19,7 @@ from distributed_llm.common.other_formats import (
 )
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import check_method
+from distributed_llm.common.text_config import text_config
 
 GENERATION_NAME = "generation_config.json"
 TOKENIZER_NAMES = (
@@ -31,11 +32,12 @@ _MAX_FOLDERS = 100
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json.
+    """Return the content of config.json; if it describes other parts as well, of its text model.
 
     Raises:
         CheckpointError: there is no such file, or it is no config.
-        UnsupportedModel: it says that the weights are quantized in a way that is not known.
+        UnsupportedModel: it says that the weights are quantized in a way that is not known, or not
+            of which type the text model is.
     """
     names = listing(folder)
     if CONFIG_NAME not in names:
@@ -43,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_NAME)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder} {reason_of_config(config, names)}")
-    config |= _settings_beside(folder, config, names)
+    config = text_config(config | _settings_beside(folder, config, names))
     try:
         check_method(config)
     except NotRead as exc:

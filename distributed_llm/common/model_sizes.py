@@ -18,6 +18,9 @@ _MAX_POSITIONS = 2**31 - 1
 _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_HEADS = ("num_attention_heads", "n_head", "attention_heads", "n_heads")
+
 _SIZES = (
     *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
     *("intermediate_size", "moe_intermediate_size"),
@@ -32,6 +35,12 @@ Of longrope ("su"), `max_position_embeddings` is the scaled length by definition
 
 _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 """Model types whose `max_position_embeddings` is the scaled length though the scaling is linear."""
+
+_TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
+"""Model types that have twice as many heads of keys in layers with a window.
+
+If config.json tells of no windows, all layers count as having one.
+"""
 
 
 def check_sizes(config: Config) -> None:
@@ -54,12 +63,12 @@ def num_layers(config: Config) -> int:
         listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
         if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
             return len(listed)
-    return positive(config, "num_hidden_layers", "n_layer", "num_layers", most=_MAX_LAYERS)
+    return positive(config, *_LAYERS, most=_MAX_LAYERS)
 
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers."""
-    return positive(config, "hidden_size", "n_embd")
+    return positive(config, "hidden_size", "n_embd", "d_model")
 
 
 def context_length(config: Config) -> int:
@@ -89,6 +98,9 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
         sizes = latent_sizes(config)
         dims, kv_heads = (sizes.shared_dim, sizes.rank), 1
     one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    if config.get("model_type") in _TWICE_IN_WINDOWS:
+        kinds = config.get("layer_types") or ["sliding_attention"] * num_layers(config)
+        return tuple(one * (1 + (kind == "sliding_attention")) for kind in kinds)
     return (one,) * num_layers(config)
 
 
@@ -116,15 +128,25 @@ class HeadSizes(NamedTuple):
 
 def head_sizes(config: Config) -> HeadSizes:
     """Return the heads of attention; of latent attention, as they are when it is expanded."""
-    heads = positive(config, "num_attention_heads", "n_head")
+    if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
+        heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
+        return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
+    heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
         return HeadSizes(heads, heads, key_dim, positive(config, "v_head_dim"))
-    kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
+    kv_heads = int(_kv_heads(config) or heads)
     if config.get("multi_query") is True:
         kv_heads = 1  # GPT BigCode
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
-    return HeadSizes(heads, kv_heads, dim, dim)
+    return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
+
+
+def _kv_heads(config: Config) -> Any:
+    """Return how many heads of keys a configuration names, if it does."""
+    attention = config.get("attn_config")  # DBRX, MPT
+    inner = attention.get("kv_n_heads") if isinstance(attention, Mapping) else None
+    return config.get("num_key_value_heads") or config.get("num_kv_heads") or inner
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:

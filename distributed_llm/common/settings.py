@@ -113,7 +113,8 @@ Objective = Literal["auto", "throughput", "latency"]
 Device = Annotated[
     str,
     _shape(
-        r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", "should be auto, cpu, cuda, cuda:1, mps or xpu"
+        r"auto|fastest|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?",
+        "should be auto, fastest, cpu, cuda, cuda:1, mps or xpu",
     ),
 ]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
@@ -338,7 +339,9 @@ class WorkerSettings(_Section):
         default="", description="What this worker is called; empty: after this machine."
     )
     device: Device = Field(
-        default="auto", description="auto (the fastest there is), cpu, cuda, cuda:1, mps, xpu."
+        default="auto",
+        description="auto (the fastest there is; of several GPUs all, each by a worker of its "
+        "own), fastest (just one), cpu, cuda, cuda:1, mps, xpu.",
     )
     threads: Whole = Field(
         default=0,
@@ -349,7 +352,7 @@ class WorkerSettings(_Section):
     max_memory: Size = Field(
         default=None,
         description="Memory to use at most: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s, a "
-        "plain number is bytes; empty: what is free.",
+        "plain number is bytes; empty: what is free. Of each GPU, where there are several.",
     )
     offload: Size = Field(
         default=None,

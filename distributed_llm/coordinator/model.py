@@ -46,12 +46,14 @@ class TokenizerFacts:
         end_token: token id with which its texts end; None if it has none.
         special_tokens: how special tokens are written, by their names in transformers.
         chat_template: which it uses for conversations without tools; None if it has none.
+        tool_template: which it uses for those with tools, if that is another one.
     """
 
     available: bool = False
     end_token: TokenId | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    tool_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class ServedModel:
             has_tokenizer=self.tokenizer.available,
             special_tokens=self.tokenizer.special_tokens,
             chat_template=self.tokenizer.chat_template,
+            tool_template=self.tokenizer.tool_template,
         )
 
     @property

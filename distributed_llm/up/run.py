@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from distributed_llm.child_words import GROUP_MARK, LogReader, text_of
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.addresses import addresses_for_others, ip_of
 from distributed_llm.common.errors import AddressInUse, ConnectionFailed, DistributedLLMError
@@ -39,7 +40,6 @@ from distributed_llm.up.events import (
     TellToEnd,
 )
 from distributed_llm.up.invitation import address_flag, invitation
-from distributed_llm.up.log_reader import LogReader
 from distributed_llm.up.supervisor import Supervisor
 
 _LOOK_EVERY_S = 0.1
@@ -108,6 +108,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._supervisor = Supervisor()
         self._children: dict[Child, LocalProcess] = {}
+        self._worker_log: LogReader | None = None
         self._done: asyncio.Future[int] = self._loop.create_future()
         self._address = ""  # at which the coordinator is asked
         self._api_bind = wanted.api_bind
@@ -144,6 +145,8 @@ class _Run:
         """Notice children that end, and the time."""
         while True:
             for name, child in list(self._children.items()):
+                if name == "worker":
+                    self._tell_of_gpus()
                 child.trim_log(_MAX_LOG_BYTES)
                 if (code := child.exit_code) is not None:
                     self._apply(Ended(name, code, child.last_words()))
@@ -153,6 +156,12 @@ class _Run:
             if self._loop.time() >= self._supervisor.next_deadline():
                 self._perform(self._supervisor.on_timer(now=self._loop.time()))
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    def _tell_of_gpus(self) -> None:
+        """Tell what the worker's log says about the workers of single GPUs, if there are such."""
+        for text in map(text_of, self._worker_log.new_lines() if self._worker_log else ()):
+            if text and text.startswith(GROUP_MARK):
+                self._apply(Logged(text))
 
     async def _follow(self) -> None:
         """Wait until the coordinator listens, and follow what it says then."""
@@ -169,14 +178,16 @@ class _Run:
             insecure = self._wanted.insecure
             addresses = addresses_for_others(bound)
             lines = await invitation(client, self._address, addresses, insecure=insecure)
-            log = LogReader(self._children["coordinator"].log)
+            path = self._children["coordinator"].log
+            log = LogReader(path, start=path.stat().st_size)
             self._apply(Listens(lines))
             while True:
                 status = None
                 with contextlib.suppress(ConnectionFailed):  # if it has ended, `_watch` sees it
                     status = await client.status()
-                for text in log.new_lines():
-                    self._apply(Logged(text))
+                for text in map(text_of, log.new_lines()):
+                    if text:
+                        self._apply(Logged(text))
                 if status:
                     self._apply(Seen(status))
                 await asyncio.sleep(_ASK_EVERY_S)
@@ -221,6 +232,7 @@ class _Run:
         match action:
             case StartWorker():
                 self._start("worker", [*self._wanted.worker, "--coordinator", self._address])
+                self._worker_log = LogReader(self._children["worker"].log)
             case StartApi():
                 self._api_bind = self._api_bind or free_bind()
                 where = ["--coordinator", self._address, "--bind", self._api_bind]

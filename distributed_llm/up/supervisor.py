@@ -11,6 +11,7 @@ import math
 from enum import Enum, auto
 from typing import assert_never
 
+from distributed_llm.child_words import ended_text
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.states import StateTable
 from distributed_llm.up.events import (
@@ -31,7 +32,7 @@ from distributed_llm.up.events import (
     TellToEnd,
 )
 from distributed_llm.up.pauses import Pauses
-from distributed_llm.up.texts import ended_text, headline
+from distributed_llm.up.texts import headline
 
 SHOW_AFTER_S = 3.0
 """Time after the first worker joined in which model and API are waited for before it is told."""

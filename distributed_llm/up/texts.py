@@ -1,6 +1,5 @@
 """What `dllm up` says: sentences, made of facts. Pure."""
 
-import signal
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -127,27 +126,3 @@ def _moment(then: datetime, now: datetime) -> str:
     days = (then.date() - now.date()).days
     day = {0: "today", 1: "tomorrow"}.get(days, f"{then:%A}")
     return f"{day} {then:%H:%M}"
-
-
-def ended_text(who: str, code: int, then: str, said: str) -> str:
-    """Return why a child ended, and what follows.
-
-    Args:
-        who: which child.
-        code: exit code, or minus the number of the signal that ended it.
-        then: what follows.
-        said: its last words; maybe none.
-    """
-    words = f". It said: {said}" if said else ""
-    return f"{who} ended ({_code_text(code)}); {then}{words}"
-
-
-def _code_text(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = "; if the memory of this machine ran out, give the worker less with --max-memory"
-    return f"{name}{hint if name == 'SIGKILL' else ''}"

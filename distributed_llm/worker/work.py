@@ -74,7 +74,7 @@ async def work(settings: WorkerSettings) -> int:
         "as set" if settings.threads else cores.reason,
     )
     worker = Worker(
-        settings.name or enrolled_name(settings.coordinator) or machine_name(),
+        name_of(settings),
         capabilities,
         address=settings.coordinator,
         addresses=addresses,
@@ -93,6 +93,15 @@ async def work(settings: WorkerSettings) -> int:
         max_transfer_rate=settings.max_transfer_rate,
     )
     return exit_code(await worker.run())
+
+
+def name_of(settings: WorkerSettings) -> str:
+    """Return what a worker is called: as is settled, or after its machine.
+
+    Raises:
+        ConfigError: the key file is damaged, or others can read it.
+    """
+    return settings.name or enrolled_name(settings.coordinator) or machine_name()
 
 
 def _with_disk(capabilities: Capabilities, offload_bytes: int) -> Capabilities:

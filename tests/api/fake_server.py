@@ -50,7 +50,9 @@ class FakeClient:
         return SimpleNamespace(name="app", role=Role.CLIENT, model=MODEL)
 
     async def _model(self) -> Any:
-        return SimpleNamespace(name=MODEL, chat_template=self.template, context_length=2048)
+        return SimpleNamespace(
+            name=MODEL, chat_template=self.template, tool_template=None, context_length=2048
+        )
 
     async def _status(self) -> Any:
         return SimpleNamespace(epoch=1)

@@ -209,7 +209,7 @@ CHAT_ERRORS: list[tuple[dict[str, Any], str, str]] = [
         "chat_template_kwargs",
         "invalid_value",
     ),
-    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "unsupported_parameter"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
     ({"response_format": {"type": "xml"}}, "response_format", "unsupported_parameter"),
 ]

@@ -61,7 +61,7 @@ class Attention:
             self.cache.begin(SequenceId(number), start, as_token_ids([0] * count))
             slices.append(PackedSlice(SequenceId(number), start, row, count))
             row += count
-        step = PackedStep(self.cache, LAYER, tuple(slices), [0], self.coarse)
+        step = PackedStep(self.cache, LAYER, tuple(slices), [0], coarse=self.coarse)
         with torch.inference_mode(), running(step):
             output, _ = packed_attention(
                 self.module,

@@ -1,11 +1,8 @@
 """Split models answer what transformers answers: for every family, token for token.
 
-The reference is transformers alone: `generate`, and a whole forward, on each prompt by itself.
+The reference is transformers alone: `generate`, and a whole forward, on each text by itself.
 """
 
-from collections.abc import Sequence
-from functools import cache
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +10,29 @@ import pytest
 import torch
 
 from distributed_llm.common.architectures import VERIFIED, check_architecture
-from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
-from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
-from tests.model.driver import CPU, Pipeline
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, build_model, make_checkpoint
+from tests.model.driver import CPU, GREEDY, Pipeline, load_stages
+from tests.wholes import WHOLES
 
 LENGTHS = (23, 3, 12)
 """Lengths of the prompts: longer than, shorter than and twice the sliding windows in FAMILIES."""
-CHUNKS = (5, 2, 4)
-NEW_TOKENS = 8
-NUM_LAYERS = 4
+CHUNKS = (8, 1, 4)
+SHARED = 16
+"""Positions that a fourth text has in common with the first prompt; a chunk ends there."""
+NEW_TOKENS = 6
+NUM_LAYERS = {"nemotron_h": 4}
+"""Where it takes more than 3 layers to have one of each kind."""
 NO_TOKENS = as_token_ids(())
-SPLITS = ([4], [1, 3], [2, 1, 1], [1, 1, 1, 1])
+HOT = tuple(Sampling(temperature=2.0, seed=seed) for seed in (1, 2))
+"""They tell nearly equal logits apart."""
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     **{family: (family, {}) for family in FAMILIES},
@@ -53,110 +56,128 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "deepseek_v3-one-query-matrix": (
         "deepseek_v3",
-        {"q_lora_rank": None, "rope_interleave": False},
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 40.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
     ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family, settings = VARIANTS[request.param]
-    path = tmp_path_factory.mktemp(request.param)
-    return make_checkpoint(path, family, num_layers=NUM_LAYERS, **settings)  # type: ignore[arg-type]
+def numbers(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[int] = torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist()
+    return found
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in LENGTHS]
+PROMPTS = [numbers(length, length) for length in LENGTHS]
+CHILD = [*PROMPTS[0][:SHARED], *numbers(4, 1)]
 
 
-@pytest.fixture(scope="module")
-def generated(whole: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Return what `generate` adds to each prompt."""
-    return [
-        whole.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
+def generated(whole: Any, prompt: list[int]) -> list[int]:
+    """Return what `generate` adds to a prompt."""
+    answer: list[int] = whole.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    return answer
+
+
+class Expected:
+    """What transformers makes of the texts: the prompts, and the one that shares a prefix."""
+
+    def __init__(self, whole: Any) -> None:
+        self.prompts = [*PROMPTS, CHILD]
+        self.answers = [generated(whole, prompt) for prompt in self.prompts]
+        texts = [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
+        with torch.inference_mode():
+            self._logits = [whole(torch.tensor([t]), use_cache=False).logits[0] for t in texts]
+
+    def sampled(self, ends: list[tuple[int, int]], sampling: Sampling) -> list[int]:
+        """Return what follows the first `length` tokens of text `number`, for each (both)."""
+        rows = torch.stack([self._logits[number][length - 1] for number, length in ends])
+        lengths = [length for _, length in ends]
+        found = sample(rows, [sampling] * len(ends), lengths, [NO_TOKENS] * len(ends))
+        return [int(token) for token in found]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
+    """Greedy and sampled; in 1 to 3 stages; texts of different lengths, in chunks, and shared."""
+    family, settings = VARIANTS[variant]
+    count = NUM_LAYERS.get(family, 3)
+    made: Any = {"num_layers": count, **settings}
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, family, **made))
+    made.pop("max_shard_size", None)
+    expected = Expected(build_model(family, **made))
+    whole, halves = load_stages(checkpoint, [count]), load_stages(checkpoint, [1, count - 1])
+    check_kv_bytes(whole[0], checkpoint)
+    check_tokens("1 stage", whole, expected, ())
+    check_tokens("2 stages", halves, expected, HOT)
+    halves[0].reset()
+    rest = [
+        Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=torch.float32)
+        for i in range(1, count)
     ]
+    check_tokens("a stage for each layer", [halves[0], *rest], expected, ())
+    assert len({token for answer in expected.answers for token in answer}) > 1
 
 
-class Stages:
-    """Stages of one checkpoint: what several splits have in common is loaded once."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._load = cache(
-            lambda layers: Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
-        )
-
-    def pipeline(self, split: Sequence[int]) -> Pipeline:
-        """Return stages of `split[i]` layers each, with nothing in their KV cache."""
-        edges = (0, *accumulate(split))
-        assert edges[-1] == NUM_LAYERS
-        stages = [self._load(LayerRange(*pair)) for pair in pairwise(edges)]
-        for stage in stages:
-            stage.reset()
-        return Pipeline(stages)
+def check_kv_bytes(stage: Stage, checkpoint: Checkpoint) -> None:
+    planned = sum(checkpoint.layer_kv_bytes("float32"))
+    assert stage.kv_bytes_per_token == planned, "planned bytes of KV cache"
+    assert stage.state_bytes == sum(checkpoint.layer_state_bytes("float32")), "planned states"
+    windows = layer_windows(checkpoint.config, checkpoint.num_layers)
+    assert stage._cache.windows == windows, "planned windows of layers"
 
 
-@pytest.fixture(scope="module")
-def stages(checkpoint: Checkpoint) -> Stages:
-    return Stages(checkpoint)
-
-
-def test_keys_and_values_are_counted_as_they_are_kept(
-    stages: Stages, checkpoint: Checkpoint
+def check_tokens(
+    name: str, stages: list[Stage], expected: Expected, samplings: tuple[Sampling, ...]
 ) -> None:
-    config = dict(checkpoint.config)
-    if config["model_type"] in ("gpt2", "gpt_neox", "opt"):
-        del config["num_key_value_heads"]  # never in their files; here all families are given it
-    told = Checkpoint(checkpoint.folder, config, {})
-    planned = sum(told.layer_kv_bytes("float32"))
-    (stage,) = stages.pipeline([NUM_LAYERS]).stages
-    assert stage.kv_bytes_per_token == planned
-    assert stage.state_bytes == sum(told.layer_state_bytes("float32"))
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"{len(split)}stages")
-def test_greedy_tokens_equal_those_of_generate(
-    stages: Stages, generated: list[list[int]], prompts: list[list[int]], split: list[int]
-) -> None:
-    pipeline = stages.pipeline(split)
-    pipeline.prefill(prompts, [len(prompt) - 1 for prompt in prompts])
+    """Compare chunks of prompts, then a text that shares a prefix, then answers."""
+    pipeline = Pipeline(stages)
+    most = [len(prompt) - 1 for prompt in PROMPTS]
+    while chunks := [
+        (i, start, min(stop, most[i]))
+        for i, start, stop in pipeline.next_chunks(PROMPTS, CHUNKS)
+        if start < most[i]
+    ]:
+        for sampling in (*samplings, GREEDY):
+            ends = [(i, stop) for i, _, stop in chunks]
+            found = pipeline.run(chunks, sampling, snapshot=True)
+            assert found == expected.sampled(ends, sampling), f"{name}: chunks {chunks}, {sampling}"
+    child = pipeline.share(0, SHARED, CHILD[SHARED:])
+    pipeline.run([(child, SHARED, len(CHILD) - 1)], None)
+    answers = expected.answers
     for step in range(NEW_TOKENS):
-        assert pipeline.decode() == [tokens[step] for tokens in generated]
-    assert len({token for tokens in generated for token in tokens}) > 2
-
-
-def test_chunks_of_prompts_mixed_with_each_other_give_the_whole_forward(
-    stages: Stages, whole: Any, prompts: list[list[int]]
-) -> None:
-    """Sample after every chunk, and not only the likeliest: it tells nearly equal logits apart."""
-    pipeline = stages.pipeline([1, 2, 1])
-    with torch.inference_mode():
-        logits = [
-            whole(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts
-        ]
-    seen = set()
-    while chunks := pipeline.next_chunks(prompts, CHUNKS):
-        rows = torch.stack([logits[sequence][stop - 1] for sequence, _, stop in chunks])
-        stops = [stop for _, _, stop in chunks]
-        for sampling in (Sampling(), *(Sampling(temperature=2.0, seed=seed) for seed in (1, 2))):
-            expected = sample(rows, [sampling] * len(rows), stops, [NO_TOKENS] * len(rows))
-            assert pipeline.run(chunks, sampling) == expected.tolist()
-            seen.update(expected.tolist())
-    assert len(seen) > 10
+        chunks = [(i, pipeline.done[i], len(text)) for i, text in enumerate(pipeline.texts)]
+        ends = [(i, stop) for i, _, stop in chunks]
+        for sampling in samplings:
+            found = pipeline.run(chunks, sampling)
+            assert found == expected.sampled(ends, sampling), f"{name}: token {step}, {sampling}"
+        found = pipeline.run(chunks)
+        wanted = [answer[step] for answer in answers]
+        assert found == wanted, f"{name}: greedy token {step} of long, short, middle, shared text"
+        for text, token in zip(pipeline.texts, found, strict=True):
+            text.append(token)
 
 
 def test_every_family_here_is_called_verified_and_no_other() -> None:
-    assert {family for family, _ in VARIANTS.values()} == VERIFIED
+    parts = {text for text, _, _ in WHOLES.values()}
+    assert {family for family, _ in VARIANTS.values()} | parts == VERIFIED
 
 
 @pytest.mark.parametrize(
@@ -172,15 +193,34 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("recurrent_gemma", {}),
         ("zamba2", {}),
         ("t5", {}),
-        ("gemma3", {"text_config": {}}),
+        ("mllama", {}),
+        ("gemma", {"part_of": "paligemma"}),
         ("gpt2", {"reorder_and_upcast_attn": True}),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64}),
+        ("phimoe", {"sliding_window": 64, "max_position_embeddings": 128}),
+        ("bert", {}),
+        ("roberta", {"is_decoder": True}),
+        ("diffllama", {}),
         ("phi3", {"rope_scaling": {"type": "longrope"}}),
         ("llama", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, object]) -> None:
-    with pytest.raises(UnsupportedModel, match=f"'{family}' is not supported: .+Use "):
+    with pytest.raises(UnsupportedModel, match=f"'{family}',? is not supported: .+Use "):
         check_architecture({"model_type": family, **settings})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {"is_decoder": True}),
+        ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 64}),
+        ("phimoe", {"sliding_window": 131072, "max_position_embeddings": 131072}),
+        ("phi", {"auto_map": {"AutoModelForCausalLM": "modeling.Phi"}}),
+    ],
+)
+def test_what_is_known_to_be_right_is_not_refused(family: str, settings: dict[str, object]) -> None:
+    check_architecture({"model_type": family, **settings})
 
 
 def test_a_type_that_transformers_does_not_know_is_refused() -> None:

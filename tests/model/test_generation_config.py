@@ -1,9 +1,11 @@
 """generation_config.json is followed token for token as transformers follows it."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -13,6 +15,9 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
 from distributed_llm.coordinator.requests.parameters import resolve
+from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.candidates import candidates, scaled_rows
+from distributed_llm.worker.model.logits import process
 from distributed_llm.worker.model.stage import Stage
 from tests.model.driver import Pipeline, load_stages
 
@@ -39,11 +44,19 @@ def _stages() -> list[Stage]:
     return load_stages(_checkpoint(), [4, 4])
 
 
-def ours(values: dict[str, Any], prompt: list[int], **params: Any) -> list[int]:
+def ours(
+    values: dict[str, Any],
+    prompt: list[int],
+    config: Mapping[str, Any] | None = None,
+    **params: Any,
+) -> list[int]:
     """Return the answer as a coordinator and its workers make it."""
     checkpoint = _checkpoint()
     defaults = generation_defaults(
-        {}, values, context_length=checkpoint.context_length, vocab_size=checkpoint.vocab_size
+        config or {},
+        values,
+        context_length=checkpoint.context_length,
+        vocab_size=checkpoint.vocab_size,
     )
     limits = resolve(
         SamplingParams.from_arguments(params),
@@ -165,7 +178,7 @@ def test_every_case_is_tested() -> None:
 
 def test_requests_may_set_the_useful_ones() -> None:
     said = plain(1)
-    values = {
+    values: dict[str, Any] = {
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[said[0]], said[1:3]],
         "suppress_tokens": said[3:5],
@@ -173,3 +186,85 @@ def test_requests_may_set_the_useful_ones() -> None:
     for prompt in PROMPTS:
         wanted = theirs({"max_new_tokens": NEW_TOKENS, **values}, prompt)
         assert ours({}, prompt, max_new_tokens=NEW_TOKENS, **values) == wanted
+
+
+# ------------------------------------------------------------------ values that are off
+
+
+OFF: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"do_sample": None, "temperature": 0.6, "top_k": 2, "top_p": 0.1}, {}),
+    ({"do_sample": False, "temperature": 0.0, "top_k": -1, "top_p": 7}, {"do_sample": False}),
+    ({"do_sample": False, "temperature": None, "top_k": None, "top_p": None}, {}),
+    ({"repetition_penalty": None, "no_repeat_ngram_size": None, "bad_words_ids": None}, {}),
+    ({"do_sample": True}, {"do_sample": True}),
+    ({"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 0}),
+    ({"do_sample": True, "top_k": -1}, {"do_sample": True, "top_k": 0}),
+    ({"do_sample": True, "top_k": None}, {"do_sample": True, "top_k": None}),
+    (
+        {"do_sample": True, "temperature": None, "top_k": 7, "top_p": None, "min_p": None},
+        {"do_sample": True, "top_k": 7},
+    ),
+    (
+        {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 1.0, "typical_p": 1.0},
+        {"do_sample": True, "temperature": 0.6, "top_k": 0, "top_p": 1.0, "typical_p": 1.0},
+    ),
+    (
+        {"do_sample": True, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1},
+        {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
+    ),
+    ({"do_sample": True, "temperature": 0}, {"do_sample": False}),
+    ({"do_sample": True, "temperature": 0.0, "top_k": -1}, {"do_sample": False}),
+]
+"""Files, and the values that mean the same to transformers where it does not take those."""
+
+
+@pytest.mark.parametrize(("values", "means"), OFF, ids=[str(values) for values, _ in OFF])
+def test_values_that_are_off_mean_what_they_mean_to_transformers(
+    values: dict[str, Any], means: dict[str, Any]
+) -> None:
+    prompt = PROMPTS[1]
+    config = GenerationConfig(pad_token_id=0, max_new_tokens=1, **means)  # type: ignore[no-untyped-call]
+    ids = torch.tensor([prompt])
+    made = _reference_model().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    defaults = generation_defaults({}, values, context_length=512, vocab_size=10**6)
+    (sampling,) = resolve(
+        SamplingParams(), defaults, prompt_tokens=len(prompt), kv_tokens=1024, seed=0
+    ).sampling
+    scores = made.logits[0][0].numpy().copy()
+    process(scores, sampling, len(prompt), as_token_ids(prompt))
+    if sampling.is_greedy:
+        assert not means.get("do_sample")
+        assert scores.argmax() == made.sequences[0, -1]
+        return
+    (row,) = scaled_rows(torch.from_numpy(scores[None]), [sampling])
+    left = candidates(row)
+    probabilities = torch.softmax(made.scores[0][0], dim=0).numpy()
+    assert sorted(left.token_ids) == probabilities.nonzero()[0].tolist()
+    np.testing.assert_allclose(left.probabilities, probabilities[left.token_ids], rtol=1e-4)
+
+
+# ------------------------------------------------------------------ tokens that end an answer
+
+
+def test_any_of_several_ends_ends_an_answer() -> None:
+    """Which of them comes first depends on the prompt."""
+    said = [plain(number) for number in range(len(PROMPTS))]
+    ends = [said[0][5], said[1][7], said[2][9]]
+    most = {"max_new_tokens": NEW_TOKENS}
+    wanted = [theirs({**most, "eos_token_id": ends}, prompt) for prompt in PROMPTS]
+    assert {answer[-1] for answer in wanted} >= set(ends[:2])
+    in_either: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"eos_token_id": ends}, {"eos_token_id": said[0][2]}),  # whose ends do not count then
+        ({}, {"eos_token_id": ends}),
+        ({"eos_token_id": None}, {"eos_token_id": ends}),
+    ]
+    for values, config in in_either:
+        assert [ours({**most, **values}, prompt, config) for prompt in PROMPTS] == wanted

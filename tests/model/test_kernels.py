@@ -24,7 +24,7 @@ from distributed_llm.worker.model.kernels.packed import RowLinear
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model
-from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tests.checkpoints import REPRESENTATIVES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 64}
@@ -164,7 +164,7 @@ def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_packed_stages_give_what_others_give(
     tmp_path: Path, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,11 @@ from tests.model.workers import Cluster, workers
 
 NUM_LAYERS = 3
 TOKEN_BYTES = NUM_LAYERS * (24 + 8) * 4
-FAMILIES = ("youtu", "minicpm3")
+SIZES = {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "youtu": {**SIZES, "v_head_dim": 16},
+    "minicpm3": {**SIZES, "v_head_dim": 24, "dim_model_base": 48},
+}
 """Values shorter than keys, and longer ones."""
 TEXT = torch.randint(VOCAB_SIZE, (75,), generator=torch.Generator().manual_seed(3)).tolist()
 STOPS = (20, 21, 40, 41, 60, 75)
@@ -39,7 +43,7 @@ STOPS = (20, 21, 40, 41, 60, 75)
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
-    return make_checkpoint(path, request.param, num_layers=NUM_LAYERS)
+    return make_checkpoint(path, request.param, num_layers=NUM_LAYERS, **FAMILIES[request.param])
 
 
 def last_states(checkpoint: Checkpoint, **settings: Any) -> Tensor:

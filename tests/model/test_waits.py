@@ -1,6 +1,7 @@
 """How often a step waits for its device; counted on torch's device without numbers, `meta`.
 
 There a value cannot be read: whatever would wait for a GPU raises, but for what is counted here.
+A tensor that is sent to a GPU waits too, unless it is said not to.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.worker import devices
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.tensor_frames import frame_of
 from tests.checkpoints import make_checkpoint
@@ -29,7 +31,7 @@ DECODE = [(6, 1), (10, 1), (7, 1)]
 
 
 class Waits(TorchFunctionMode):
-    """Counts copies from the device and conditions on its values; both give ones."""
+    """Counts copies to and from the device and conditions on its values; the last two give ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +46,16 @@ class Waits(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else None
+        given = [str(one) for one in (*args[1:], *kwargs.values()) if not isinstance(one, Tensor)]
         if not isinstance(tensor, Tensor) or tensor.device != META:
+            makes = func in (torch.tensor, torch.as_tensor, Tensor.to)
+            if makes and str(META) in given and not kwargs.get("non_blocking"):
+                self.names.append("send")
             return func(*args, **kwargs)
         if func is Tensor.__bool__:
             self.names.append("bool")
             return True
-        to_cpu = func is Tensor.cpu or (
-            func is Tensor.to and "cpu" in map(str, (*args[1:], *kwargs.values()))
-        )
+        to_cpu = func is Tensor.cpu or (func is Tensor.to and "cpu" in given)
         if not to_cpu:
             return func(*args, **kwargs)
         self.names.append("copy")
@@ -104,3 +108,43 @@ def test_a_step_waits_once_but_on_the_last_stage(
     stage = Stage.load(checkpoint, LayerRange(layer, layer + 1), device=META, dtype=dtype)
     for parts in (PREFILL, MIXED, DECODE):
         assert waits_of(stage, parts, checkpoint.hidden_size) == expected
+
+
+# ------------------------------------------------------------------ memory that is pinned
+
+
+def test_a_gpu_reads_what_it_is_sent_out_of_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[Tensor] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    tensor = torch.ones(2)
+    assert devices.sent(tensor, META).device == META
+    assert not pinned, "no GPU"
+    monkeypatch.setattr(devices, "_backend", lambda device: torch.cuda)
+    assert devices.sent(tensor, META).device == META
+    assert devices.sent(tensor, torch.device("cpu")) is tensor
+    assert pinned == [tensor]
+
+
+def test_a_gpu_writes_results_into_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Pinned:
+        def copy_(self, tensor: Tensor) -> str:
+            made.append(tensor)
+            return "there"
+
+    def empty(shape: Any, **options: Any) -> Pinned:
+        made.append((tuple(shape), options))
+        return Pinned()
+
+    here, there = torch.ones(2), torch.ones(3, device=META, dtype=torch.float16)
+    monkeypatch.setattr(devices, "_backend", lambda device: torch.cuda)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert devices.fetched(here) is here
+    assert devices.fetched(there) == "there"
+    assert made == [((3,), {"dtype": torch.float16, "pin_memory": True}), there]

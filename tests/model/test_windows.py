@@ -23,15 +23,17 @@ NUM_LAYERS = 3
 GENERATOR = torch.Generator().manual_seed(5)
 PROMPTS = [torch.randint(VOCAB_SIZE, (n,), generator=GENERATOR).tolist() for n in (200, 75, 9)]
 TEXTS = [torch.randint(VOCAB_SIZE, (300,), generator=GENERATOR).tolist() for _ in range(2)]
-FAMILIES = ("mistral", "gemma2", "gpt_oss")
-"""All layers have a window; or some, with soft caps or with sinks."""
+FAMILIES = ("mistral", "gemma2", "gpt_oss", "llama4_text")
+"""All layers have a window; or some, with soft caps or with sinks; or some cut into sections."""
+SETTINGS = {"llama4_text": {"attention_chunk_size": 7, "no_rope_layer_interval": 3}}
 OTHERS = ("qwen2", "mixtral", "gemma3_text", "phi3", "cohere2", "starcoder2", "exaone4", "llama")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
-    return make_checkpoint(path, request.param, num_layers=NUM_LAYERS)
+    settings = SETTINGS.get(request.param, {})
+    return make_checkpoint(path, request.param, num_layers=NUM_LAYERS, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["slabs", "exact"])
@@ -94,10 +96,8 @@ def test_what_config_tells_is_what_layers_do(family: str, tmp_path: Path) -> Non
     if family not in ("gpt_oss", "llama"):  # gpt_oss has always told
         config = AutoConfig.for_model(**before)
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 4
-        windows = tuple(
-            (getattr(config, "sliding_window", None) or 0) * (one == "sliding_attention")
-            for one in kinds
-        )
+        size = getattr(config, "attention_chunk_size", None) or config.sliding_window or 0
+        windows = tuple(size * (one in ("sliding_attention", "chunked_attention")) for one in kinds)
         assert layer_windows(before, 4) == windows
 
 

@@ -185,7 +185,10 @@ FILES = {
     "memory without unit": ("worker:\n  max_memory: 6\n", ":2: worker.max_memory: should be"),
     "memory with nonsense": ("worker:\n  max_memory: 6GiB!\n", "not a size; write a number"),
     "log level": ("worker:\n  log_level: loud\n", ":2: worker.log_level: should be 'debug', "),
-    "device": ("worker:\n  device: cuda:x\n", "should be auto, cpu, cuda, cuda:1, mps or xpu"),
+    "device": (
+        "worker:\n  device: cuda:x\n",
+        "should be auto, fastest, cpu, cuda, cuda:1, mps or xpu",
+    ),
     "name": ("worker:\n  name: a b\n", "should be up to 64 letters"),
     "line break": ('worker:\n  model: "a\\nb"\n', "should be one line of text"),
     "duplicate key": (

@@ -161,7 +161,8 @@ def test_ends_in_the_config_are_that_files() -> None:
 
 @pytest.mark.parametrize("name", ["epsilon_cutoff", "eta_cutoff", "typical_p", "top_p"])
 def test_one_is_off(name: str) -> None:
-    (sampling,) = limits_of(defaults_of({"do_sample": True, name: 1.0}), seed=7).sampling
+    values = {"do_sample": True, "top_k": 0, name: 1.0}
+    (sampling,) = limits_of(defaults_of(values), seed=7).sampling
     assert sampling == Sampling(temperature=1.0, seed=7, prompt_tokens=10, eos_from=10)
 
 

@@ -303,9 +303,13 @@ def test_a_worker_does_not_trust_what_the_coordinator_names(
 
 
 def test_the_coordinator_fetches_no_weights_and_no_code(fake: FakeHub) -> None:
+    template = "additional_chat_templates/tool_use.jinja"
+    (fake.folder / template).parent.mkdir()
+    (fake.folder / template).write_text("{{ tools }}")
     source, checkpoint = model_names.resolve_for_coordinator(f"{NAME}@main")
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
-    assert sorted(set(fake.bodies)) == sorted(["config.json", INDEX_NAME, "tokenizer.json"])
+    texts = [template, "config.json", INDEX_NAME, "tokenizer.json"]
+    assert sorted(set(fake.bodies)) == sorted(texts)
     assert weights_in(checkpoint.folder) == []
     assert checkpoint.num_layers == 4
     whole = open_checkpoint(fake.folder)
@@ -352,6 +356,41 @@ def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.Monk
     )
     assert on_worker(source, LayerRange(0, 2)) == theirs
     assert fake.requests == []
+
+
+PICTURES = "model-00004-of-00004.safetensors"
+
+
+def with_pictures(fake: FakeHub) -> None:
+    """Have the model on the hub read pictures too: its text model is what it was, a file is new."""
+    pictures = {f"visual.blocks.{i}.mlp.weight": np.zeros((8, 8), np.float32) for i in range(6)}
+    save_file(pictures, fake.folder / PICTURES)
+    index = fake.folder / INDEX_NAME
+    weight_map = json.loads(index.read_text())["weight_map"] | dict.fromkeys(pictures, PICTURES)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    config = {"model_type": "qwen2_vl", "text_config": {**CONFIG, "num_key_value_heads": 2}}
+    (fake.folder / "config.json").write_text(json.dumps(config))
+
+
+def test_of_a_model_for_pictures_only_files_of_the_text_model_are_fetched(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_pictures(fake)
+    layers = LayerRange(0, 4)
+    source, ours = model_names.resolve_for_coordinator(NAME)
+    assert {tensor.file for tensor in ours.tensors.values()} == set(SHARDS)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
+    theirs = on_worker(source, layers)
+    assert weights_in(theirs.folder) == SHARDS
+    assert theirs.model_type == ours.model_type == "qwen2_vl_text"
+    everything = model_names.fingerprints(source, ours, layers)
+    prints = model_names.fingerprints(source, theirs, layers)
+    assert theirs.digest(layers, prints) == ours.digest(layers, everything)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "third machine"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    as_others_cache_it(fake)
+    _, third = model_names.resolve_for_coordinator(NAME)
+    assert third.tensors == theirs.tensors
 
 
 def as_others_cache_it(fake: FakeHub, *, without: tuple[str, ...] = ()) -> Path:

@@ -23,6 +23,7 @@ FILES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"hybrid_override_pattern": "M-M*EM", "num_hidden_layers": 6},
     "lfm2": {"num_hidden_layers": 5, "full_attn_idxs": [2, 4]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "conv", "full_attention"]},
+    "lfm3": {"num_hidden_layers": 9},
     "minimax": {"num_hidden_layers": 5},
     "kimi_linear": {
         "num_hidden_layers": 4,

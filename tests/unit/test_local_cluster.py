@@ -1,10 +1,29 @@
 """What `LocalCluster` refuses before anything is served."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distributed_llm import ConfigError, LocalCluster
+from distributed_llm import ConfigError, LocalCluster, local_cluster
+
+
+def test_each_of_its_workers_is_one_on_a_machine_with_several_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def process(name: str, words: Any, environment: dict[str, str], *_: Any) -> str:
+        started.append(environment)
+        return name
+
+    monkeypatch.setattr(local_cluster, "LocalProcess", process)
+    cluster = LocalCluster(workers=0)
+    monkeypatch.setattr(cluster, "_folder", tmp_path, raising=False)
+    monkeypatch.setattr(cluster, "_fork_server", None, raising=False)
+    cluster.add_worker()
+    cluster.add_worker(device="cuda:1")
+    assert [one["DLLM_WORKER__DEVICE"] for one in started] == ["fastest", "cuda:1"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,11 @@ def test_only_text_is_served(part: dict[str, Any]) -> None:
     assert "Only text" in error.message
 
 
+def test_what_a_template_may_know_reaches_it() -> None:
+    given = {"date_string": "1 May", "documents": [{"title": "Tea"}], "enable_thinking": False}
+    assert turn(chat_template_kwargs=given).template_arguments == given
+
+
 @pytest.mark.parametrize(
     ("choice", "told"),
     [(None, "auto"), ("auto", "auto"), ("none", "none"), ("required", "required"), (NAMED, "look")],
@@ -141,7 +146,6 @@ def test_tools(choice: Any, told: str) -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"enable_thinking": [1]}}, "chat_template_kwargs"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"base_url": "http://x"}, "base_url"),

@@ -189,6 +189,8 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
     [
         (["cpu"], "auto", "cpu"),
         (["cuda:0", "cuda:1", "cpu"], "auto", "cuda:0"),
+        (["cuda:0", "cuda:1", "cpu"], "fastest", "cuda:0"),
+        (["cpu"], "fastest", "cpu"),
         (["cuda:0", "cuda:1", "cpu"], "cuda", "cuda:0"),
         (["cuda:0", "cuda:1", "cpu"], "cuda:1", "cuda:1"),
         (["cuda:0", "cpu"], "cpu", "cpu"),

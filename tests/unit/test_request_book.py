@@ -291,8 +291,9 @@ def test_a_prompt_with_no_token_of_the_model_is_refused(strange: int) -> None:
         actions = bench.book.tokenized(Tokenized(tokenize.key, prompt))
         sent = [one.message for one in actions if isinstance(one, Send)]
         failures = [one.message for one in sent if isinstance(one, RequestFailed)]
-        expected = [f"Token id {strange} is not in the model's vocabulary of {VOCAB}."]
-        assert failures == (expected if refused else [])
+        assert len(failures) == refused
+        said = f"Token id {strange} is not in the model's vocabulary of {VOCAB}. A tokenizer may"
+        assert all(failure.startswith(said) for failure in failures)
 
 
 def test_log_probabilities_are_freed_when_they_are_sent() -> None:

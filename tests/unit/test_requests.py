@@ -30,9 +30,9 @@ from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
-    named_tokens,
     resolve,
     text_rules,
+    unknown_token,
     wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
@@ -307,7 +307,9 @@ def test_stop_tokens_end_the_answer_besides_eos_and_even_without() -> None:
     assert limits_of(stop_token_ids=[7, 2]).end_token_ids == (2, 7)
     assert limits_of(stop_token_ids=7, ignore_eos=True).end_token_ids == (7,)
     assert sampling_of(min_new_tokens=2, stop_token_ids=[7]).eos_token_ids == (2, 7)
-    assert named_tokens(params_of(stop_token_ids=[7])) == (7,)
+    assert unknown_token((), params_of(stop_token_ids=[7]), 8) is None
+    error = unknown_token((), params_of(stop_token_ids=[7]), 7)
+    assert str(error) == "Token id 7 is not in the model's vocabulary of 7. Give others."
     answer = answer_of(limits_of(stop_token_ids=[7]))
     answer.append(7, None, now=1.0)
     assert answer.finish_reason == "stop"

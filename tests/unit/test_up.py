@@ -1,5 +1,6 @@
 """What `dllm up` decides: when its processes start, start again and end, and what is told."""
 
+import asyncio
 import json
 import math
 import shlex
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distributed_llm.up import texts
+from distributed_llm.child_words import GROUP_MARK, LogReader, ended_text, text_of
+from distributed_llm.up import run, texts
 from distributed_llm.up.events import (
     Action,
     Child,
@@ -27,7 +29,7 @@ from distributed_llm.up.events import (
     StartWorker,
     TellToEnd,
 )
-from distributed_llm.up.log_reader import LogReader
+from distributed_llm.up.run import Wanted
 from distributed_llm.up.supervisor import SHOW_AFTER_S, Supervisor, UpState
 from tests.wire.test_status_command import status, worker
 
@@ -140,19 +142,51 @@ def test_what_the_coordinator_logs_is_told(running: Supervisor) -> None:
     assert running.handle(Logged("worker mac joined"), now=2.0) == [Progress("worker mac joined")]
 
 
+def test_what_becomes_of_the_workers_of_single_gpus_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    wanted = Wanted(
+        coordinator=(),
+        worker=(),
+        api=(),
+        api_bind=None,
+        bind="127.0.0.1:0",
+        insecure=True,
+        logs=tmp_path,
+        keys=None,
+        progress=told.append,
+        show=lambda lines: None,
+    )
+    log = tmp_path / "worker.log"
+    log.write_text(
+        f"12:00:00 WARNING {GROUP_MARK}a has ended\n12:00:01 INFO    GPU\na | 12:00:01 INFO b\n"
+    )
+
+    async def tell() -> None:
+        running = run._Run(wanted)
+        running._tell_of_gpus()
+        running._worker_log = LogReader(log)
+        for _ in range(2):
+            running._tell_of_gpus()
+
+    asyncio.run(tell())
+    assert told == ["GPUs: a has ended"]
+
+
 def test_new_lines_of_a_log_are_read_once_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("12:00:00 INFO    before\n")
-    log = LogReader(path)
+    log = LogReader(path, start=path.stat().st_size)
     assert log.new_lines() == []
     with path.open("a") as file:
         file.write("12:00:01 INFO    one\nTraceback: none\n12:00:01 WARNING two: ü\n12:00:02 INF")
-    assert log.new_lines() == ["one", "two: ü"]
+    lines = log.new_lines()
+    assert lines == ["12:00:01 INFO    one", "Traceback: none", "12:00:01 WARNING two: ü"]
+    assert list(map(text_of, lines)) == ["one", None, "two: ü"]
     with path.open("a") as file:
         file.write("O    three\n")
-    assert log.new_lines() == ["three"]
+    assert log.new_lines() == ["12:00:02 INFO    three"]
     path.write_text("12:00:03 INFO    after\n")
-    assert log.new_lines() == ["after"], "it was emptied meanwhile"
+    assert log.new_lines() == ["12:00:03 INFO    after"], "it was emptied meanwhile"
     with path.open("a") as file:
         file.write("12:00:04 INFO    line\n" * 10_000)
     assert 2000 < len(log.new_lines()) < 4000, "the end of what is too much"
@@ -287,8 +321,8 @@ def test_how_the_api_is_used_is_said_in_commands_to_copy() -> None:
 
 
 def test_how_a_signal_is_called() -> None:
-    assert "SIGKILL" in texts.ended_text("it", -9, "", "")
-    assert "memory" in texts.ended_text("it", -9, "", "")
-    assert "memory" not in texts.ended_text("it", -15, "", "")
-    assert "signal 99" in texts.ended_text("it", -99, "", "")
-    assert "(exit code 3)" in texts.ended_text("it", 3, "", "")
+    assert "SIGKILL" in ended_text("it", -9, "", "")
+    assert "memory" in ended_text("it", -9, "", "")
+    assert "memory" not in ended_text("it", -15, "", "")
+    assert "signal 99" in ended_text("it", -99, "", "")
+    assert "(exit code 3)" in ended_text("it", 3, "", "")

@@ -192,7 +192,9 @@ def _text(block: Mapping[str, Any], param: str) -> str:
         case {"type": "text", "text": str(text)}:
             return text
         case {"type": "image" | "document" | "search_result" | "container_upload" as kind}:
-            raise unsupported(param, f"A block of type {kind!r} is no text; this model reads text.")
+            raise unsupported(
+                param, f"A block of type {kind!r} is no text; this model reads only text."
+            )
         case {"type": str(kind)}:
             raise invalid(
                 f"A block of type {kind!r:.60} is unknown here, or has a wrong field.", param

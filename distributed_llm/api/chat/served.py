@@ -22,6 +22,10 @@ class Described(Protocol):
     def chat_template(self) -> str | None:
         """Jinja text that writes out conversations; None if there is none."""
 
+    @property
+    def tool_template(self) -> str | None:
+        """Jinja text that writes out those with tools, if that is another one."""
+
 
 class ModelClient(Protocol):
     """What is asked about the model; an `AsyncDistributedClient`."""
@@ -55,6 +59,6 @@ async def served_model(client: ModelClient) -> Served:
         ConnectionFailed: the coordinator cannot be reached, or was lost.
     """
     name = (await client.identity()).model
-    template = (await client.model()).chat_template or ""
-    formats = await asyncio.to_thread(detect_formats, template)
-    return Served(name, formats, template)
+    model = await client.model()
+    formats = await asyncio.to_thread(detect_formats, model.chat_template, model.tool_template)
+    return Served(name, formats, model.chat_template or "")

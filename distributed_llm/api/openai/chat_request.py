@@ -16,13 +16,11 @@ from distributed_llm.api.openai.sampling import NAMES, Integer, SamplingFields, 
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
-_TEMPLATE_ARGUMENTS = frozenset(
-    {
-        *("enable_thinking", "thinking", "preserve_thinking", "clear_thinking"),
-        *("thinking_budget", "reasoning_effort"),
-    }
+_SWITCHES = (
+    *("enable_thinking", "thinking", "preserve_thinking", "clear_thinking"),
+    *("thinking_budget", "reasoning_effort"),
 )
-"""Arguments that a request may give to the chat template, where that knows them."""
+"""Arguments of chat templates that say how to think; they are no lists or objects."""
 
 
 ToolChoice = Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})]
@@ -112,15 +110,9 @@ def _params(body: ChatRequest) -> dict[str, Any]:
 
 def _template_arguments(body: ChatRequest, formats: Formats, template: str) -> dict[str, Any]:
     given = dict(body.chat_template_kwargs or {})
-    for name, value in given.items():
-        if name not in _TEMPLATE_ARGUMENTS:
-            raise unsupported(
-                "chat_template_kwargs",
-                f"chat_template_kwargs cannot have {name!r:.60}; it may have "
-                f"{', '.join(sorted(_TEMPLATE_ARGUMENTS))}, where the model's template knows them.",
-            )
-        if not isinstance(value, bool | int | float | str):
-            raise invalid(f"{name} cannot be {value!r:.60}.", "chat_template_kwargs")
+    for name in _SWITCHES:
+        if name in given and not isinstance(given[name], bool | int | float | str):
+            raise invalid(f"{name} cannot be {given[name]!r:.60}.", "chat_template_kwargs")
     return {**_effort(body.reasoning_effort, formats, template), **given}
 
 

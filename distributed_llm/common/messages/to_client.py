@@ -347,6 +347,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
         special_tokens: how the special tokens are written that the tokenizer names, by their names
             in transformers: `{"bos_token": "<s>", "eos_token": "</s>"}`.
         chat_template: Jinja text that writes out conversations; None if there is none.
+        tool_template: Jinja text that writes out those with tools, if that is another one.
     """
 
     name: str
@@ -363,6 +364,7 @@ class ModelInfo(Value, frozen=True, kw_only=True):
     has_tokenizer: bool
     special_tokens: dict[str, str]
     chat_template: str | None
+    tool_template: str | None
 
 
 class ModelDescribed(Message, frozen=True, kw_only=True, tag="model_described"):

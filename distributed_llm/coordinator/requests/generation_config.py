@@ -1,6 +1,7 @@
 """What generation_config.json says: defaults of generation, and what of it is not followed. Pure.
 
-As in transformers, the parameters of sampling apply only if `do_sample` is true.
+As in transformers, the parameters of sampling apply only if `do_sample` is true, and a file that
+samples without a word about `top_k` samples from 50 tokens.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,12 @@ from distributed_llm.common.sampling_params import MAX_EOS, CheckpointParams, Sa
 from distributed_llm.coordinator.model import GenerationDefaults
 
 _FILE = "generation_config.json"
+
+_USUAL_TOP_K = 50
+"""What transformers takes for `top_k` where a file does not say."""
+
+_NO_TOP_K = -1
+"""How files written for vLLM switch `top_k` off; to transformers that is 0."""
 
 _TokenIds = Annotated[list[int], Meta(max_length=MAX_EOS)]
 
@@ -125,8 +132,9 @@ def generation_defaults(
 ) -> GenerationDefaults:
     """Return the generation defaults of a checkpoint.
 
-    Values pass the limits of values from users. End-of-sequence ids outside the vocabulary (some
-    files have -1) are ignored.
+    Values pass the limits of values from users. All end-of-sequence ids of generation_config.json
+    end an answer, or those of config.json if it names none; ids outside the vocabulary (some files
+    have -1) are ignored.
 
     Args:
         config: content of config.json.
@@ -135,12 +143,15 @@ def generation_defaults(
     Raises:
         CheckpointError: a value in one of the files is out of range; with the file's name.
     """
-    eos_file = _FILE if "eos_token_id" in generation_config else "config.json"
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
-    eos_ids = _checked(_listed(eos), _TokenIds, eos_file, "eos_token_id")
+    named = generation_config.get("eos_token_id") is not None
+    eos_file, eos_source = (_FILE, generation_config) if named else ("config.json", config)
+    eos_ids = _checked(_listed(eos_source.get("eos_token_id")), _TokenIds, eos_file, "eos_token_id")
     samples = bool(generation_config.get("do_sample"))
     names = [*_REQUEST_PARAMS, *(_REQUEST_WARPERS if samples else ())]
-    values = {"temperature": 1.0 if samples else 0.0, **_given(generation_config, names)}
+    usual = {"temperature": 1.0, "top_k": _USUAL_TOP_K} if samples else {"temperature": 0.0}
+    values = {**usual, **_given(generation_config, names)}
+    if values.get("top_k") == _NO_TOP_K:
+        values["top_k"] = 0
     try:
         params = SamplingParams.from_arguments(values)
     except InvalidRequest as exc:

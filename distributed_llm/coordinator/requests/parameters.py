@@ -66,7 +66,21 @@ def wrong_prompt(
     return None
 
 
-def named_tokens(params: SamplingParams) -> tuple[int, ...]:
+def unknown_token(
+    prompt: Sequence[int], params: SamplingParams, vocab_size: int
+) -> InvalidRequest | None:
+    """Return an error if prompt or parameters name a token that the model does not have."""
+    why = "A tokenizer may have more tokens than its model; leave out what this one stands for."
+    for used, hint in ((prompt, why), (_named_tokens(params), "Give others.")):
+        if used and not 0 <= min(used) <= max(used) < vocab_size:  # fast: a prompt may be long
+            strange = next(token for token in used if not 0 <= token < vocab_size)
+            return InvalidRequest(
+                f"Token id {strange} is not in the model's vocabulary of {vocab_size}. {hint}"
+            )
+    return None
+
+
+def _named_tokens(params: SamplingParams) -> tuple[int, ...]:
     """Return the token ids that a request's parameters name."""
     words = (token for word in params.bad_words_ids or () for token in word)
     ends = (params.eos_token_id or (), params.stop_token_ids)

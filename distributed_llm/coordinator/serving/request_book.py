@@ -50,9 +50,9 @@ from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     Limits,
     embedding_limits,
-    named_tokens,
     resolve,
     text_rules,
+    unknown_token,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
@@ -208,13 +208,8 @@ class RequestBook:
         request = self._find(event.key)
         if request is None:
             return []
-        vocab = self._defaults.vocab_size
-        used = (*event.token_ids, *named_tokens(request.params))
-        if used and not 0 <= min(used) <= max(used) < vocab:  # fast, for a prompt may be long
-            strange = next(token for token in used if not 0 <= token < vocab)
-            error = InvalidRequest(
-                f"Token id {strange} is not in the model's vocabulary of {vocab}."
-            )
+        vocab_size = self._defaults.vocab_size
+        if error := unknown_token(event.token_ids, request.params, vocab_size):
             return self.fail(event.key, error)
         try:
             limits = self._limits(request, len(event.token_ids))

@@ -1,7 +1,7 @@
 """A conversation written out by the chat template of the checkpoint."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,6 +11,9 @@ from jinja2 import Environment
 
 from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.messages import Chat, ChatMessage, ToolCall
+
+_Turns = list[dict[str, Any]]
+"""A conversation as templates know it."""
 
 _FIXED_CHARS = 65536
 """Characters that a chat template may add to any conversation."""
@@ -47,6 +50,12 @@ def plain_template(tokenizer: Any) -> str | None:
         return None
 
 
+def tool_template(tokenizer: Any) -> str | None:
+    """Return the template for conversations with tools; None if there is none of its own."""
+    templates = tokenizer.chat_template
+    return templates.get("tool_use") if isinstance(templates, dict) else None
+
+
 def render_chat(tokenizer: Any, chat: Chat) -> str:
     """Return a conversation as text, ready for the assistant's answer.
 
@@ -67,17 +76,21 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
     tools = _tools(chat)
     arguments = _arguments(chat)
     try:
-        known = _Vocabulary.of(tokenizer.get_chat_template(tools=tools or None))
+        template = _template(tokenizer, tools, arguments)
+        known = _Vocabulary.of(template)
         _check_known(known, tools, arguments)
-        turns = [_turn(message, known) for message in chat.messages]
-        text = str(
-            tokenizer.apply_chat_template(
-                turns,
-                tools=tools or None,
-                add_generation_prompt=True,
-                tokenize=False,
-                **arguments,
-            )
+        text = _written(
+            _ways(chat, known),
+            lambda turns: str(
+                tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools or None,
+                    chat_template=template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    **arguments,
+                )
+            ),
         )
     except InvalidRequest:
         raise
@@ -91,6 +104,61 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
             "conversation; it is broken. Send the prompt as text."
         )
     return text
+
+
+def _template(tokenizer: Any, tools: list[Any], arguments: Mapping[str, Any]) -> str:
+    """Return the template for a conversation: of several, the one that is named for what it has."""
+    named = isinstance(tokenizer.chat_template, dict) and "rag" in tokenizer.chat_template
+    if named and not tools and "documents" in arguments:
+        return str(tokenizer.get_chat_template("rag"))
+    return str(tokenizer.get_chat_template(tools=tools or None))
+
+
+def _ways(chat: Chat, known: "_Vocabulary") -> list[_Turns]:
+    """Return what a conversation may look like to a template, the usual way first.
+
+    A few templates want the arguments of calls as text (DeepSeek's). Others know no system: its
+    words are put before those of the user's first message, as the makers of such models advise.
+    """
+    ways = [[_turn(message, known, _call) for message in chat.messages]]
+    if any(message.tool_calls for message in chat.messages):
+        ways.append([_turn(message, known, _call_with_text) for message in chat.messages])
+    return [*ways, *(merged for turns in ways if (merged := _without_system(turns)))]
+
+
+def _written(ways: Sequence[_Turns], write: Callable[[_Turns], str]) -> str:
+    """Return a conversation as a template writes it.
+
+    The first way counts that it does not refuse, and in which it does not leave the system out. A
+    template that leaves it out in any way may as well write it in other letters.
+
+    Args:
+        write: renders turns by the template, which may fail in any way.
+    """
+    begins = ways[0][0]
+    said = str(begins["content"]).strip() if begins["role"] == "system" else ""
+    texts, failures = [], []
+    for turns in ways:
+        try:
+            text = write(turns)
+        except Exception as exc:
+            failures.append(exc)
+            continue
+        if said in text:
+            return text
+        texts.append(text)
+    if texts:
+        return texts[0]
+    raise failures[0]
+
+
+def _without_system(turns: _Turns) -> _Turns | None:
+    """Return turns in which the user says what the system says; None if they are not such."""
+    match turns:
+        case [{"role": "system"} as system, {"role": "user"} as user, *others]:
+            texts = (str(system["content"]), str(user["content"]))
+            return [{**user, "content": "\n\n".join(filter(str.strip, texts))}, *others]
+    return None
 
 
 def _tools(chat: Chat) -> list[dict[str, Any]]:
@@ -163,10 +231,15 @@ def _check_known(known: _Vocabulary, tools: list[Any], arguments: Mapping[str, A
         )
 
 
-def _turn(message: ChatMessage, known: _Vocabulary) -> dict[str, Any]:
+def _turn(
+    message: ChatMessage, known: _Vocabulary, call_of: Callable[[ToolCall], dict[str, Any]]
+) -> dict[str, Any]:
     """Return a message as templates know them: only with the fields that it has.
 
     To templates that were written before there were developers they are the system.
+
+    Args:
+        call_of: returns a call as the template wants it.
     """
     role: str = message.role
     if role == "developer" and role not in known.strings:
@@ -176,12 +249,20 @@ def _turn(message: ChatMessage, known: _Vocabulary) -> dict[str, Any]:
         if text := getattr(message, name):
             turn[name] = text
     if message.tool_calls:
-        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+        turn["tool_calls"] = [call_of(call) for call in message.tool_calls]
     return turn
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
     arguments = _decode(f"arguments of the call of {call.name}", call.arguments, {})
+    return _named_call(call, arguments)
+
+
+def _call_with_text(call: ToolCall) -> dict[str, Any]:
+    return _named_call(call, call.arguments or "{}")
+
+
+def _named_call(call: ToolCall, arguments: Any) -> dict[str, Any]:
     function = {"name": call.name, "arguments": arguments}
     return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
 

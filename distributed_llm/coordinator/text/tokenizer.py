@@ -1,24 +1,25 @@
 """Text to token ids and back: prompts, chat templates, and the text of tokens.
 
-`tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch: 60 MB and a
-second less than `AutoTokenizer`, which converts folders with only older files (vocab.json,
-merges.txt). Nothing in a checkpoint is executed except its chat template, in the sandbox of
-transformers. A `Tokenizer` may be used from any thread.
+Nothing in a checkpoint is executed except its chat template, in the sandbox of transformers. A
+`Tokenizer` may be used from any thread.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed_llm.common.errors import CheckpointError, InvalidRequest
+from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.messages import MAX_SPELLING, Chat, Spelling
-from distributed_llm.common.model_files import read_json
 from distributed_llm.coordinator.model import TokenizerFacts
-from distributed_llm.coordinator.text.chat_template import plain_template, render_chat, short
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+from distributed_llm.coordinator.text.chat_template import (
+    plain_template,
+    render_chat,
+    tool_template,
+)
+from distributed_llm.coordinator.text.tokenizer_files import (
+    has_tokenizer,
+    read_tokenizer,
+    why_no_template,
 )
 
 NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, without {}."
@@ -28,9 +29,14 @@ NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, w
 class Tokenizer:
     """The tokenizer of a checkpoint; without one, only prompts of token ids can be served."""
 
-    def __init__(self, hugging_face: Any | None) -> None:
-        """Wrap a fast tokenizer of transformers. Use `load` or `open` instead."""
+    def __init__(self, hugging_face: Any | None, why_no_chat: str = "") -> None:
+        """Wrap a fast tokenizer of transformers. Use `load` or `open` instead.
+
+        Args:
+            why_no_chat: why it has no chat template, and what to do about that.
+        """
         self._hugging_face = hugging_face
+        self._why_no_chat = why_no_chat
         self._backend = None if hugging_face is None else hugging_face.backend_tokenizer
         self._special: dict[int, str] = {}
         self._bytes: dict[int, int] = {}
@@ -49,37 +55,20 @@ class Tokenizer:
         """Return the tokenizer in `folder`.
 
         Raises:
-            CheckpointError: there is no tokenizer, it is broken, or it needs to run its own code.
+            CheckpointError: there is no tokenizer, it is broken, it needs to run its own code, or
+                a package that is not installed.
         """
-        if not _has_tokenizer(folder):
-            raise CheckpointError(
-                f"There is no tokenizer in {folder}. Copy tokenizer.json and tokenizer_config.json "
-                "of the model there."
-            )
-        _refuse_code(folder)
-        try:
-            loaded = _load(folder)
-        except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
-            raise CheckpointError(
-                f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
-                "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
-                ".save_pretrained(folder) writes one where sentencepiece is installed."
-            ) from exc
-        if getattr(loaded, "backend_tokenizer", None) is None:
-            raise CheckpointError(
-                f"The tokenizer in {folder} ({type(loaded).__name__}) is not one of the "
-                "'tokenizers' package. Use a version of the model that has a tokenizer.json."
-            )
-        return cls(loaded)
+        return cls(read_tokenizer(folder), why_no_template(folder))
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
         """Return the tokenizer in `folder`, or one for token ids only if the folder has none.
 
         Raises:
-            CheckpointError: the tokenizer is broken, or it needs to run its own code.
+            CheckpointError: the tokenizer is broken, it needs to run its own code, or a package
+                that is not installed.
         """
-        return cls.load(folder) if _has_tokenizer(folder) else cls(None)
+        return cls.load(folder) if has_tokenizer(folder) else cls(None)
 
     @property
     def available(self) -> bool:
@@ -101,6 +90,7 @@ class Tokenizer:
             end_token=self.end_token,
             special_tokens={name: token for name, token in named if isinstance(token, str)},
             chat_template=plain_template(self._hugging_face),
+            tool_template=tool_template(self._hugging_face),
         )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -124,6 +114,8 @@ class Tokenizer:
         """
         if self._hugging_face is None:
             raise InvalidRequest(NO_TOKENIZER.format("a chat"))
+        if self._why_no_chat and not self._hugging_face.chat_template:
+            raise InvalidRequest(self._why_no_chat)
         text = render_chat(self._hugging_face, chat)
         return self._encode(text, add_special_tokens=False)
 
@@ -248,32 +240,6 @@ class Tokenizer:
         # Unlike `encode`, this lets other threads run; and it leaves out offsets.
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
-
-
-def _refuse_code(folder: Path) -> None:
-    path = folder / "tokenizer_config.json"
-    auto_map = read_json(path).get("auto_map") if path.exists() else None
-    if (folder / "tokenizer.json").exists():
-        return  # read by a class of transformers, whatever code is named
-    if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
-        raise CheckpointError(
-            f"{path} asks to run code of its own (auto_map). Code from checkpoints is never run; "
-            "use a version of the model whose tokenizer is part of transformers."
-        )
-
-
-def _load(folder: Path) -> Any:
-    if (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    from transformers import AutoTokenizer  # loads torch
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _byte_letters(backend: Any) -> dict[str, int]:

@@ -64,7 +64,7 @@ def measure(
     """Measure this machine; takes about 0.4 s and 128 MiB.
 
     Args:
-        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
+        device: "auto" or "fastest" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
         threads: CPU threads to measure with; torch's own setting is restored afterwards.
         max_memory_bytes: limit for the worker; never more than 80 % of what is free are used.
         shares: stands for the cores of these threads, as in `Cores`.
@@ -114,13 +114,13 @@ def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> P
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device that `device` names; "auto" is the first GPU, else the CPU.
+    """Return the torch device of a setting; "auto" and "fastest": the first GPU, else the CPU.
 
     Raises:
         ConfigError: there is no such device; the message lists those there are.
     """
     present = devices.present()
-    if device == "auto":
+    if device in ("auto", "fastest"):
         return torch.device(present[0])
     name = f"{device}:0" if device in ("cuda", "xpu") else device
     if name not in present:

@@ -26,30 +26,17 @@ from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.empty_model import model_config, new_model
 from distributed_llm.worker.model.sampler import sample
+from distributed_llm.worker.model.small_config import LONG_TEXT, shrink_config
 
 logger = logging.getLogger(__name__)
 
-_SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "sliding_window": 5,
-}
-"""Sizes of the small model, by transformers' names; those that its configuration has are set."""
-
-_MAX_LAYERS = 6
 _NO_TOKENS = as_token_ids(())
 _WEIGHT_STD = 0.15  # the usual 0.02 gives every token nearly the same logits
-_PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79), (2, 7, 18, 28), (16, 18, 0, 33, 98, 87, 49))
+_PROMPTS = (
+    tuple((37 * position + position**2) % 100 for position in range(LONG_TEXT)),
+    (2, 7, 18, 28),
+    (16, 18, 0, 33, 98, 87, 49),
+)
 _NEW_TOKENS = 6
 # Sampled tokens reveal differences between logits that have the same maximum.
 _SAMPLINGS = (Sampling(), *(Sampling(temperature=2.0, seed=seed) for seed in range(4)))
@@ -120,38 +107,6 @@ def _unsupported(model_type: str, why: str) -> UnsupportedModel:
         f"The model type {model_type!r} is not supported: {why}. Use a model of a kind that is "
         f"known to work: {', '.join(sorted(VERIFIED))}."
     )
-
-
-def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json for a small model of the same structure."""
-    small = dict(model_config(config).to_dict())
-    attribute_map = model_config(config).attribute_map
-    heads = config.get(attribute_map.get("num_attention_heads", "num_attention_heads"), 1)
-    layers = _layers_to_keep(small)
-    old_layers = int(small[attribute_map.get("num_hidden_layers", "num_hidden_layers")])
-    for name, value in list(small.items()):
-        if name.endswith("_token_id"):
-            small[name] = None
-        elif "layer" in name and isinstance(value, list) and len(value) == old_layers:
-            small[name] = value[:layers]
-    sizes = {**_SIZES, "num_hidden_layers": layers}
-    if "qk_rope_head_dim" in small:
-        del sizes["head_dim"]  # latent attention derives it from other sizes
-    if kv_heads := small.get("num_key_value_heads"):
-        every_head = kv_heads == heads or "kv_lora_rank" in small
-        sizes["num_key_value_heads"] = 4 if every_head else 2
-    for name, size in sizes.items():
-        own_name = attribute_map.get(name, name)
-        if small.get(own_name) is not None:
-            small[own_name] = size
-    return small
-
-
-def _layers_to_keep(config: Mapping[str, Any]) -> int:
-    """Return how many leading layers contain every kind of layer; between 2 and `_MAX_LAYERS`."""
-    kinds = config.get("layer_types") or [None]
-    shown = 1 + max(kinds.index(kind) for kind in set(kinds))
-    return int(min(max(shown, 2), _MAX_LAYERS))
 
 
 def _small_model(config: Mapping[str, Any]) -> PreTrainedModel:

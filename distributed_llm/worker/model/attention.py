@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.latent_attention import attend_latents
 from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
+from distributed_llm.worker.model.sections import attend_sections
 from distributed_llm.worker.model.token_attention import attend_tokens
 
 ATTENTION_NAME = "distributed_llm"
@@ -63,8 +65,9 @@ def packed_attention(
     layer = int(module.layer_idx) - step.first_layer  # type: ignore[arg-type]
     step.appended[layer] += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux)
-    step.windows[layer] = scoring.window
+    section = step.sections[layer] if step.sections else 0
+    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section)
+    step.windows[layer] = scoring.most_seen
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])
@@ -86,9 +89,13 @@ def _attend_both(
     for part in step.chunks:
         rows = slice(part.row, part.row + part.num_tokens)
         held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
-        attended[rows] = attend_chunk(step, query[:, rows], held, scoring, value.shape[-1])
+        inputs = (query[:, rows], held, scoring, value.shape[-1])
+        if scoring.section:
+            attended[rows] = attend_sections(step, part.start, *inputs)
+        else:
+            attended[rows] = attend_chunk(step, *inputs)
     if step.single:
-        chosen = torch.tensor([part.row for part in step.single], device=query.device)
+        chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         attended[chosen] = attend_tokens(
             step, layer, query[:, chosen], key[:, chosen], value[:, chosen], scoring
         )

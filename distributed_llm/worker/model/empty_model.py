@@ -17,7 +17,11 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
+from distributed_llm.common.text_config import PART_OF
 from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
+from distributed_llm.worker.model.temperature import tell_positions
+from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
 
 _WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
 _QUOTED = re.compile(r"[`'](\w+)[`']")
@@ -41,13 +45,14 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             "model: code that comes with checkpoints is never run."
         )
     kind = CONFIG_MAPPING[model_type]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and model_type not in WITHOUT_HEAD:
         raise UnsupportedModel(
             f"The model type {model_type!r} is no decoder language model. Use one that generates "
             "text, such as llama, qwen3 or mistral."
         )
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
-    values = {name: value for name, value in config.items() if name not in QUANTIZATION_NAMES}
+    left_out = {*QUANTIZATION_NAMES, PART_OF}
+    values = {name: value for name, value in config.items() if name not in left_out}
     for name in ("dtype", "torch_dtype"):
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")
@@ -85,7 +90,8 @@ def _no_model(model_type: str) -> CheckpointError:
 
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
     """Return a model of this configuration, with weights as transformers initialises them."""
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    of_config: Any = type(config)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     return model
 
@@ -122,7 +128,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config = model_config(checkpoint.config)
     try:
         with torch.device("meta"):
-            return new_model(config, dtype, attn_implementation=ATTENTION_NAME)
+            model = new_model(config, dtype, attn_implementation=ATTENTION_NAME)
     except ValueError as exc:
         raise UnsupportedModel(
             f"transformers cannot run the model type {checkpoint.model_type!r} with the attention "
@@ -130,3 +136,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from exc
     except Exception as exc:
         raise _no_model(checkpoint.model_type) from exc
+    tell_positions(model)
+    tell_of_sorted_experts(model)
+    return model

@@ -23,6 +23,9 @@ from distributed_llm.worker.model.quantized.linear import QuantLinear
 _TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
 """What a module says of itself if other functions may compute for it."""
 
+PACKED_AS = "packed_as"
+"""Attribute of a module that a subclass of `PackedExperts` always replaces: that class."""
+
 
 _Product = Callable[[Tensor], Tensor]
 
@@ -106,7 +109,8 @@ class PackedExperts(nn.Module):
             _take_layers(experts, stacks.up, stacks.transposed, up, dtype),
             _take_layers(experts, stacks.down, stacks.transposed, down, dtype),
         ]
-        return cls(experts, *layers)
+        kind: type[PackedExperts] = getattr(experts, PACKED_AS, cls)
+        return kind(experts, *layers)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return [tokens, hidden_size]: for each token, the weighted sum of its experts' outputs.
@@ -117,16 +121,27 @@ class PackedExperts(nn.Module):
             top_k_weights: [tokens, k].
         """
         tokens, k = top_k_index.shape
-        groups = grouped_rows(top_k_index.reshape(-1).tolist(), self._fewest_rows)
-        device, gating = hidden_states.device, self.gating
-        states = hidden_states[torch.tensor(groups.rows, device=device) // k]
+        groups = self.groups(top_k_index.reshape(-1).tolist())
+        device = hidden_states.device
+        states = self.computed(groups, hidden_states[torch.tensor(groups.rows, device=device) // k])
+        outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
+        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+    def groups(self, chosen: Sequence[int]) -> "RowGroups":
+        """Return choices, sorted by expert.
+
+        Args:
+            chosen: by choice, the expert.
+        """
+        return grouped_rows(chosen, self._fewest_rows)
+
+    def computed(self, groups: "RowGroups", states: Tensor) -> Tensor:
+        """Return what experts make of the rows of `groups`, [rows, hidden_size]."""
+        gating = self.gating
         states = _products(self._up, groups, states)
         states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
         states = _products(self._down, groups, states)
-        if gating.has_post_expert_norm:
-            states = gating.post_expert_norm(states)
-        outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
-        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+        return gating.post_expert_norm(states) if gating.has_post_expert_norm else states
 
 
 @dataclass(frozen=True)
@@ -186,7 +201,8 @@ def pack_experts(model: nn.Module) -> None:
             continue
         module = model.get_submodule(name)
         matrices = [module.get_parameter(stack)[0] for stack in (stacks.up, stacks.down)]
-        if not any(type(_linear(matrix, None)) is nn.Linear for matrix in matrices):
+        is_faster = not any(type(_linear(matrix, None)) is nn.Linear for matrix in matrices)
+        if is_faster or hasattr(module, PACKED_AS):
             dtype = matrices[0].dtype
             del matrices
             parent, _, attribute = name.rpartition(".")

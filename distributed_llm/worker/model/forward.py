@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
@@ -95,17 +96,17 @@ class Forward:
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {
-            "input_ids": token_ids.to(self._device, torch.int64)[None],
-            "position_ids": torch.cat(positions).to(self._device)[None],
+            "input_ids": sent(token_ids.to(torch.int64), self._device)[None],
+            "position_ids": sent(torch.cat(positions), self._device)[None],
             "use_cache": False,
         }
         if hidden_states is not None:
-            self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
+            self._hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
                 if rows:
-                    kept = torch.tensor(rows, device=self._device)
+                    kept = sent(torch.tensor(rows), self._device)
                     output = self._model(**inputs, logits_to_keep=kept).logits
                 else:
                     self._decoder(**inputs)

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +45,7 @@ from distributed_llm.worker.model.quantized.linear import QuantLinear, share_sta
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
+from distributed_llm.worker.model.text_classes import conversions_of
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class ModelLoader:
         self._keeps_latents = keeps_latents(checkpoint.config)
         self._device = device
         self._dtype = dtype
-        self._mapping = cast(Sequence[Any], get_model_conversion_mapping(model))
+        self._mapping = conversions_of(model)
         self._shell = _shell_of(model, path)
         self._kept_in_float32 = tuple(model._get_dtype_plan(dtype))
         self._unknown: set[str] = set()
@@ -283,10 +283,22 @@ class ModelLoader:
             info = self._of_layers(info)
         self._refuse_problems(model, info, number)
         info.unexpected_keys.clear()
+        self._mark_outer(model)
         # Ties the head to the embedding, and computes buffers that no file holds (rotary
         # frequencies). It would also initialise missing weights, but none are missing.
         PreTrainedModel._finalize_model_loading(model, load_config, info)
         model.train(False).requires_grad_(False)
+
+    def _mark_outer(self, model: PreTrainedModel) -> None:
+        """Keep transformers from initialising weights of modules that are absent, by their parent.
+
+        What is in the layers, or holds them, may have buffers to compute.
+        """
+        for name, module in model.named_modules():
+            inside = f"{name}.".startswith(f"{self._path}.")
+            beside = not inside and not self._path.startswith(f"{name}.")
+            if not name or (beside and not module._parameters and not module._buffers):
+                cast(Any, module)._is_hf_initialized = True
 
     def _refuse_problems(self, model: PreTrainedModel, info: Any, number: int | None) -> None:
         where = self._where if number is None else f"{self._where}, layer {number}"

@@ -55,9 +55,11 @@ class PackedStep:
         coarse: layers of which products would round the scores too much; kept from step to step.
         groups: all slices, as layers with a state of their own take them.
         updated: how many times each layer of the stage has made new states.
+        sections: of the layers, as in `Scoring`; empty: no layer has any.
         single: the slices of one token.
         chunks: the other slices.
-        windows: of the layers that have run, as in `Scoring`.
+        windows: of the layers that have run: positions that a token sees at most, itself included;
+            0 is all.
         made: what one layer has made for others to use again, by what it was made from.
     """
 
@@ -68,6 +70,7 @@ class PackedStep:
     coarse: set[int] = field(default_factory=set)
     groups: tuple[StateGroup, ...] = ()
     updated: list[int] = field(default_factory=list)
+    sections: tuple[int, ...] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)
@@ -109,12 +112,26 @@ class Scoring:
         window: positions that a token attends to, itself included; 0 is all.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
+        section: positions of the sections that the text is cut into, from its start on; a token
+            attends to none before its own. 0: the text is not cut.
     """
 
     scale: float
     window: int
     softcap: float | None
     sinks: Tensor | None
+    section: int = 0
+
+    @property
+    def most_seen(self) -> int:
+        """Positions that a token attends to at most, itself included; 0 is all."""
+        return self.window or self.section
+
+    def first_seen(self, position: int) -> int:
+        """Return the first position that the token at `position` attends to."""
+        if self.section:
+            return position - position % self.section
+        return max(0, position + 1 - self.window) if self.window else 0
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import DistributedLLMError, InvalidRequest, StageError
 from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import TokenIds
 from distributed_llm.worker.model.candidates import Candidates, candidates, scaled_rows
 from distributed_llm.worker.model.logits import FloatRow, Mask, changes, process
@@ -124,7 +125,7 @@ def log_probabilities(
         likeliest, best first.
     """
     logprobs = torch.log_softmax(_rows(logits, rows).float(), dim=-1)
-    picked = token_ids[list(rows)].to(logprobs.device, torch.int64)[:, None]
+    picked = sent(token_ids[list(rows)].to(torch.int64), logprobs.device)[:, None]
     likeliest = _largest(logprobs, min(count, logprobs.shape[-1]))
     ids = torch.cat([picked, likeliest], dim=-1)
     every_value = torch.zeros(len(logits), ids.shape[-1], dtype=torch.float32)
@@ -246,7 +247,7 @@ def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
     """Return these rows, in ascending order; the tensor itself if these are all."""
     if len(rows) == len(values):
         return values
-    return values.index_select(0, torch.tensor(rows, dtype=torch.int64, device=values.device))
+    return values.index_select(0, sent(torch.tensor(rows, dtype=torch.int64), values.device))
 
 
 def _best(scores: FloatRow, position: int) -> int:

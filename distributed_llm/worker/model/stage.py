@@ -10,12 +10,14 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_states import keeps_kv
+from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
+from distributed_llm.worker.devices import fetched
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
@@ -97,6 +99,7 @@ class Stage:
         self._dtype = dtype
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
+        self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
         self._held_sequences = HeldSequences(self._cache, of_states)
         self._coarse_layers: set[int] = set()
@@ -475,6 +478,7 @@ class Stage:
             self._coarse_layers,
             grouped(slices, begun, num_layers),
             [0] * num_layers,
+            self._sections,
         )
 
     def _compute(
@@ -488,7 +492,7 @@ class Stage:
         if not self._last:
             output = self._forward.run(step, token_ids, hidden_states, [])
             assert output is not None
-            output = output.cpu()  # before it is looked at: one wait for the device is enough
+            output = fetched(output)  # before it is looked at: one wait for the device is enough
             last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
             self._check_finite(output[last_rows], step.slices, "hidden states")
             return StageOutput(hidden_states=output)

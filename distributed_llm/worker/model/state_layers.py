@@ -5,21 +5,24 @@ ones to it. Here each is called once for the single tokens of all sequences, as 
 for each chunk, with a cache that holds the states of these sequences alone.
 
 Mixers are known by their code: it gives new states to a cache. Most can go on from a state with a
-chunk. Those that do not hand their state to the function that computes a chunk would begin anew;
-they are given the tokens of such a chunk one after the other.
+chunk. Those that do not hand their state to the function that computes a chunk would begin anew:
+where that is Mamba's scan, ours goes on from it; others are refused.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from types import CodeType
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed_llm.common.errors import StageError
+from distributed_llm.common.errors import StageError, UnsupportedModel
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
+from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
+from distributed_llm.worker.model.selective_scan import going_on_from, scan_from_states
 
 _UPDATES = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches that take new states."""
@@ -29,6 +32,18 @@ _CACHES = ("cache_params", "past_key_values")
 
 _INITIAL = {"initial_state", "initial_states"}
 """Parameters by which functions that compute chunks get a state."""
+
+_CONVOLUTIONS = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "causal_conv1d_update": causal_conv1d_update,
+}
+"""What mixers on CPUs call instead of transformers' functions of these names."""
+
+RECURRENCE = "recurrence"
+"""Name of the state of a mixer's first recurrence; later ones have their numbers behind it."""
+
+_SCAN = "mamba_selective_scan"
+"""What some of those call that do not hand their state on."""
 
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose weights mixers multiply by themselves, so that they stay as they are."""
@@ -43,15 +58,26 @@ class StateLayer(nn.Module):
 
     Args:
         mixer: of transformers.
+
+    Raises:
+        UnsupportedModel: it cannot go on from a state with a chunk.
     """
 
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
-        code = _code_of(mixer)
-        parameters = inspect.signature(inspect.unwrap(type(mixer).forward)).parameters
+        forward = _forward_of(mixer)
+        parameters = inspect.signature(forward).parameters
         self._cache = next(name for name in _CACHES if name in parameters)
-        self._takes_chunks = _goes_on_with_chunks(code)
+        if not _goes_on_with_chunks(forward.__code__):
+            raise UnsupportedModel(
+                f"{type(mixer).__name__} begins anew with every chunk of a text, so that "
+                "models with it cannot be served. Use another one."
+            )
+        scan = forward.__globals__.get(_SCAN)
+        ours = {_SCAN: scan_from_states(scan)} if scan else {}
+        self._elsewhere = _with_globals(forward, ours)
+        self._on_cpu = _with_globals(forward, {**ours, **_CONVOLUTIONS})
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Return what the mixer makes of the packed hidden states [1, tokens, hidden_size].
@@ -80,16 +106,13 @@ class StateLayer(nn.Module):
     def _run(self, group: StateGroup, layer: int, states: Tensor, kwargs: dict[str, Any]) -> Any:
         """Compute [sequences, tokens, hidden_size], and keep the new states."""
         given = group.given(layer)
-        pieces = [states]
-        if given is not None and not self._takes_chunks:
-            pieces = list(torch.split(states, 1, dim=1))
-        outputs = []
-        for piece in pieces:
-            cache = MixerCache(given)
-            outputs.append(self.mixer(hidden_states=piece, **{**kwargs, self._cache: cache}))
-            given = cache.made
-        group.made[layer] = given or {}
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        compute = self._on_cpu if states.device.type == "cpu" else self._elsewhere
+        cache = MixerCache(given)
+        told = {**kwargs, self._cache: cache}
+        with going_on_from(given.get(RECURRENCE) if given else None):
+            output = compute(self.mixer, hidden_states=states, **told)
+        group.made[layer] = cache.made
+        return output
 
 
 class MixerCache:
@@ -122,7 +145,7 @@ class MixerCache:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return the state of a recurrence, which may be written; None at the beginning."""
-        return self._writable(f"recurrence{state_idx}")
+        return self._writable(RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}")
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
         """Return the state of a recurrence, as MiniMax's attention asks for it."""
@@ -159,7 +182,7 @@ class MixerCache:
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Take the new state of a recurrence."""
-        self.made[f"recurrence{state_idx}"] = recurrent_states
+        self.made[RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}"] = recurrent_states
         return recurrent_states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
@@ -187,13 +210,23 @@ def wrap_mixers(model: nn.Module) -> None:
 
 def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
-        if not isinstance(module, StateLayer) and _UPDATES.intersection(_code_of(module).co_names):
+        forward = inspect.unwrap(type(module).forward)
+        if isinstance(forward, FunctionType) and _UPDATES.intersection(forward.__code__.co_names):
             yield module
 
 
-def _code_of(module: nn.Module) -> CodeType:
-    forward: Callable[..., Any] = inspect.unwrap(type(module).forward)
-    return forward.__code__
+def _forward_of(mixer: nn.Module) -> FunctionType:
+    forward = inspect.unwrap(type(mixer).forward)
+    assert isinstance(forward, FunctionType)
+    return forward
+
+
+def _with_globals(forward: FunctionType, ours: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a copy of a function that finds ours where it looks for transformers' functions."""
+    found = {**forward.__globals__, **ours}
+    copy = FunctionType(forward.__code__, found, closure=forward.__closure__)
+    copy.__defaults__, copy.__kwdefaults__ = forward.__defaults__, forward.__kwdefaults__
+    return copy
 
 
 def _goes_on_with_chunks(code: CodeType) -> bool:
@@ -201,7 +234,7 @@ def _goes_on_with_chunks(code: CodeType) -> bool:
     if "set_linear_cache" in code.co_names or "update_recurrent_state" not in code.co_names:
         return True
     names = (name for const in code.co_consts if isinstance(const, tuple) for name in const)
-    return not _INITIAL.isdisjoint(names)
+    return _SCAN in code.co_names or not _INITIAL.isdisjoint(names)
 
 
 def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
@@ -210,7 +243,7 @@ def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     stop = last.row + last.num_tokens
     if len(group.parts) == 1 or stop - first.row == len(group.parts):
         return slice(first.row, stop)
-    return torch.tensor([part.row for part in group.parts], device=device)
+    return sent(torch.tensor([part.row for part in group.parts]), device)
 
 
 def _assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.kernels.native.attention import Part, attend, can_attend
@@ -54,7 +55,7 @@ def attend_tokens(
         [tokens, heads, value_dim].
     """
     own = [(part.sequence_id, part.start) for part in step.single]
-    readings = readings_of(step, scoring.window)
+    readings = readings_of(step, scoring)
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     coding = step.cache.coding
@@ -80,7 +81,7 @@ def attend_tokens(
         kernels = _Kernels(scoring, step.coarse, layer, scoring.sinks is not None, rows)
         part = kernels.attend_one(readings[0], held[0], queries)
     else:
-        schedule = schedule_of(step, readings, held, scoring.window)
+        schedule = schedule_of(step, readings, held, scoring)
         merges = schedule.places is not None and len(schedule.places) > 1
         with_lse = merges or scoring.sinks is not None
         kernels = _Kernels(scoring, step.coarse, layer, with_lse, rows)
@@ -135,7 +136,7 @@ class _Kernels:
         """Compute one run: [results, kv_heads, group, value_dim]."""
         assert held is not None
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
-        chosen = queries.index_select(0, run.queries.to(queries.device))
+        chosen = queries.index_select(0, sent(run.queries, queries.device))
         if run.rows is None:
             there = held.cut(run.first, run.stop)
             keys, values = there.keys[None], there.values[None]
@@ -265,11 +266,11 @@ def _in_order(parts: Sequence[Partial], places: Tensor | None) -> Partial:
     if places is None:
         return Partial(attended, lse)
     if len(places) == 1:
-        chosen = places[0].to(attended.device)
+        chosen = sent(places[0], attended.device)
         return Partial(attended[chosen], None if lse is None else lse[chosen])
     assert lse is not None
     # A token with fewer parts than others is given parts that weigh nothing.
     attended = torch.cat([attended, attended.new_zeros((1, *attended.shape[1:]))])
     lse = torch.cat([lse, lse.new_full((1, *lse.shape[1:]), float("-inf"))])
-    chosen = places.to(attended.device)
+    chosen = sent(places, attended.device)
     return merged(attended[chosen], lse[chosen])

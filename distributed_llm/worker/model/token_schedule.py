@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.worker.kv.segments import KVBuffers, Segment
-from distributed_llm.worker.model.packed_step import PackedStep
+from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 
 _CALL_BYTES = 1024 * 1024
 """Keys and values that are read in the time that one more call takes, bytes."""
@@ -70,9 +70,9 @@ class Schedule:
     places: Tensor | None
 
 
-def readings_of(step: PackedStep, window: int) -> list[Reading]:
-    """Return what the single tokens of a step read in layers of this window."""
-    made_from = "readings", window
+def readings_of(step: PackedStep, scoring: Scoring) -> list[Reading]:
+    """Return what the single tokens of a step read in layers that see what these do."""
+    made_from = "readings", scoring.window, scoring.section
     made = step.made.get(made_from)
     if made is None:
         readers: dict[tuple[int, int, int], list[int]] = {}
@@ -82,7 +82,7 @@ def readings_of(step: PackedStep, window: int) -> list[Reading]:
             for segment, following in itertools.pairwise((*chain, None)):
                 assert segment is not None
                 stop = (following.start if following else part.start + 1) - segment.start
-                first = max(0, part.start + 1 - window - segment.start) if window else 0
+                first = max(0, scoring.first_seen(part.start) - segment.start)
                 if first < stop:
                     readers.setdefault((segment.number, first, stop), []).append(number)
                     segments[segment.number] = segment
@@ -94,11 +94,14 @@ def readings_of(step: PackedStep, window: int) -> list[Reading]:
 
 
 def schedule_of(
-    step: PackedStep, readings: Sequence[Reading], held: Sequence[KVBuffers | None], window: int
+    step: PackedStep,
+    readings: Sequence[Reading],
+    held: Sequence[KVBuffers | None],
+    scoring: Scoring,
 ) -> Schedule:
     """Return which readings of a layer are computed together; layers that are alike share it."""
     slabs: dict[int, int] = {}  # numbered as they appear, for each layer has its own
-    signature: list[object] = [window]
+    signature: list[object] = [scoring.window, scoring.section]
     for buffers in held:
         assert buffers is not None
         if buffers.row is None:

@@ -44,18 +44,30 @@ from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
+_EMBED_IN_PLACE = frozenset({"ctrl"})
+"""Model types that scale embeddings in place."""
+
 
 class AbsentEmbedding(nn.Module):
     """Stands for an embedding of another stage; its output is replaced or discarded."""
 
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, size: int, dtype: torch.dtype, device: torch.device, *, writable: bool
+    ) -> None:
         super().__init__()
-        self._zero = torch.zeros((1, 1, 1), dtype=dtype)
+        self._zero = torch.zeros((1, 1, 1), dtype=dtype, device=device)
         self._size = size
+        self._writable = writable
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor where that of an embedding would be, which tells models the device."""
+        return self._zero
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros [1, tokens, size]; all are the same element in memory."""
-        return self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        """Return zeros [1, tokens, size]; unless writable, all are one element in memory."""
+        zeros = self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
+        return zeros.clone(memory_format=torch.contiguous_format) if self._writable else zeros
 
 
 class AbsentModule(nn.Module):
@@ -115,7 +127,7 @@ def load_stage_model(
     numbers = _missing_layers(layers, shared)
     empty_layers = _take_layers(model, path, numbers)
     _cut_config(model.config, checkpoint.num_layers, layers)
-    _drop_unneeded(model, checkpoint, layers, shared)
+    _drop_unneeded(model, checkpoint, layers, shared, device)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names)
     own = []
     with ReadingAhead(locate or checkpoint_place(checkpoint), on_read) as tensors:
@@ -138,7 +150,7 @@ def load_stage_model(
             if number in on_disk:
                 move_to_disk(own[-1], offload_folder())
         loader.load_outer(entries.get(None, []), matrices)
-    _drop_tied_embedding(model, layers)
+    _drop_tied_embedding(model, layers, device)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
@@ -172,7 +184,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     names = WeightNames(checkpoint, whole, path)
     shared = SharedModules(checkpoint, layers, tied, None, names.parameter)
     empty_layers = _take_layers(model, path, range(checkpoint.num_layers))
-    _drop_unneeded(model, checkpoint, layers, shared)
+    _drop_unneeded(model, checkpoint, layers, shared, torch.device("meta"))
     entries, _ = _entries(checkpoint, layers, tied, shared, names)
     reader = WeightReader(TensorReader(checkpoint_place(checkpoint), lambda nbytes: None))
     loader = ModelLoader(
@@ -244,7 +256,11 @@ def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -
 
 
 def _drop_unneeded(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: LayerRange, shared: SharedModules
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    shared: SharedModules,
+    device: torch.device,
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
     first, last = layers.start == 0, layers.stop == checkpoint.num_layers
@@ -253,18 +269,21 @@ def _drop_unneeded(
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
+    dropped: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        if not own:
+        if not own or name.startswith(dropped):
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
-            _replace(model, name, _absent(module))
+            _replace(model, name, _absent(module, device, model.config.model_type))
+            dropped = (*dropped, f"{name}.")
 
 
-def _absent(module: nn.Module) -> nn.Module:
+def _absent(module: nn.Module, device: torch.device, model_type: str) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return AbsentEmbedding(module.embedding_dim, module.weight.dtype)
+        writable = model_type in _EMBED_IN_PLACE
+        return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device, writable=writable)
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
@@ -345,14 +364,14 @@ def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
     return [layer for layer in range(layers.start, layers.stop) if not shared.has_layer(layer)]
 
 
-def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
+def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, device: torch.device) -> None:
     """Remove the embedding that the head is tied to from a stage that only needs the head."""
     if layers.start == 0:
         return
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            _replace(model, name, _absent(module))
+            _replace(model, name, _absent(module, device, model.config.model_type))
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:

@@ -60,19 +60,23 @@ class Formats:
 
 
 @lru_cache(maxsize=16)
-def detect_formats(chat_template: str | None) -> Formats:
+def detect_formats(chat_template: str | None, tool_template: str | None = None) -> Formats:
     """Return how a model writes that has this chat template.
 
     The template is rendered, in a sandbox, to see how it begins an answer.
+
+    Args:
+        tool_template: the one for conversations with tools, if the model has one of its own.
     """
-    if not chat_template or len(chat_template) > _MAX_TEMPLATE_CHARS:
+    if not chat_template or len(chat_template) + len(tool_template or "") > _MAX_TEMPLATE_CHARS:
         return Formats()
     reasoning = next((marks for marks in _REASONING if marks[1] in chat_template), None)
     switch = next((name for name in _SWITCHES if re.search(rf"\b{name}\b", chat_template)), None)
-    listed = "[TOOL_CALLS]" in chat_template
-    tagged = "<tool_call>" in chat_template
+    calling = tool_template or chat_template
+    listed = "[TOOL_CALLS]" in calling
+    tagged = "<tool_call>" in calling
     plain = not (listed or tagged) and (
-        "<|python_tag|>" in chat_template or re.search(r'"parameters\\?":', chat_template)
+        "<|python_tag|>" in calling or re.search(r'"parameters\\?":', calling)
     )
     return Formats(
         reasoning=reasoning,

@@ -1,0 +1,1 @@
+"""A worker for each GPU of this machine, where `dllm worker` finds several."""

@@ -1,0 +1,60 @@
+"""Convolutions of each channel with a few of its latest columns, as mixers of hybrids call them.
+
+On CPUs torch computes such a convolution channel by channel, which takes longer than all the rest
+of a small layer. As a sum of as many products as the window has columns, it is as quick as reading.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.activations import ACT2FN
+
+
+def causal_conv1d_update(
+    hidden_states: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Return the convolution of new columns behind those of a window, which moves on.
+
+    Args:
+        hidden_states: [sequences, channels, tokens].
+        conv_state: [sequences, channels, columns]; written.
+        weight: [channels, width].
+        bias: [channels].
+        activation: transformers' name of what is applied to the result.
+    """
+    columns = torch.cat([conv_state, hidden_states], dim=-1)
+    conv_state.copy_(columns[..., -conv_state.shape[-1] :])
+    tokens = hidden_states.shape[-1]
+    needed = columns[..., -(tokens + weight.shape[-1] - 1) :]
+    return _convolved(needed, weight, bias, activation)
+
+
+def causal_conv1d_fn(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **kwargs: object,
+) -> Tensor:
+    """Return the convolution of columns [sequences, channels, tokens] that nothing precedes."""
+    return _convolved(pad(hidden_states, (weight.shape[-1] - 1, 0)), weight, bias, activation)
+
+
+def _convolved(
+    columns: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """Return a column for each but the first width - 1; sums are made in float32."""
+    width = weight.shape[-1]
+    tokens = columns.shape[-1] - width + 1
+    by_column = weight.float()[:, :, None]
+    total = columns[..., :tokens].float() * by_column[:, 0]
+    for number in range(1, width):
+        total.addcmul_(columns[..., number : number + tokens].float(), by_column[:, number])
+    if bias is not None:
+        total += bias[:, None]
+    rounded = total.to(columns.dtype)
+    return rounded if activation is None else ACT2FN[activation](rounded)

@@ -1,0 +1,32 @@
+"""The list of models in the docs is that of the tables, and says of every type what is true."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from distributed_llm.common.architectures import VERIFIED
+from tests.wholes import WHOLES
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "list_models.py"))
+
+
+@pytest.mark.parametrize(("path", "made"), [("docs/models.md", "models"), ("README.md", "readme")])
+def test_it_is_up_to_date(path: str, made: str) -> None:
+    """If not: run scripts/list_models.py."""
+    assert (ROOT / path).read_text(encoding="utf-8") == SCRIPT[made]()
+
+
+def test_every_type_is_split_or_refused_or_tried() -> None:
+    states = {name: SCRIPT["state_of"](name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    split = {name for name, state in states.items() if not state.startswith(("no", "tried", "te"))}
+    assert split == VERIFIED & states.keys()
+    on_condition = {name for name in split if states[name] != "yes"}
+    assert on_condition == {"bert", "bert-generation", "electra", "ernie"}
+    assert states["gemma3"] == SCRIPT["TEXT"]
+    assert SCRIPT["WHOLES"] == WHOLES.keys()
+    assert states["qwen3"] == "yes"
+    assert "encoder-decoder" in states["bart"]
+    assert "picks some of the positions" in states["deepseek_v32"]
