@@ -14,7 +14,7 @@ from distributed_llm.worker.kv.slabs import SlabPool
 from distributed_llm.worker.model import chunk_attention, partial_attention, token_attention
 from distributed_llm.worker.model.attention import packed_attention
 from distributed_llm.worker.model.kernels import native
-from distributed_llm.worker.model.kernels.native.attention import Part, attend
+from distributed_llm.worker.model.kernels.native.attention import Part, attend, places_of
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring, running
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 64}
@@ -215,7 +215,7 @@ def test_long_heads_in_the_library(positions: int) -> None:
     newest = 2 + positions
     key, value = (each[:, newest, None].expand(-1, 3, -1).clone() for each in (keys, values))
     keys[:, newest] = values[:, newest] = float("nan")  # they are to be written
-    actual = attend(query, key, value, [of_one] * 3, scale=0.2, softcap=None, sinks=None)
+    actual = attend(query, key, value, places_of([of_one] * 3), scale=0.2, softcap=None, sinks=None)
     there = slice(3, 3 + positions)
     shared = (each[:, there].double().repeat_interleave(7, 0) for each in (keys, values))
     whole_keys, whole_values = shared
@@ -231,7 +231,9 @@ def test_a_query_that_is_no_number_gives_none() -> None:
     held = KVBuffers(torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 9, 8).bfloat16())
     part = Part(*held.addresses, 9, *held.strides)
     own = torch.randn(2, 2, 8).bfloat16()
-    output = attend(query, own, own, [[part], [part]], scale=1.0, softcap=None, sinks=None)
+    output = attend(
+        query, own, own, places_of([[part], [part]]), scale=1.0, softcap=None, sinks=None
+    )
     assert output[0, 1].isnan().all()
     assert output[0, [0, 2, 3]].isfinite().all()
     assert output[1].isfinite().all()

@@ -27,7 +27,7 @@ from distributed_llm.worker.model import chunk_attention, decoded_rows, token_at
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.failures import SequencesFailed
 from distributed_llm.worker.model.kernels import native
-from distributed_llm.worker.model.kernels.native.attention import Part, attend
+from distributed_llm.worker.model.kernels.native.attention import Part, attend, places_of
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline
@@ -169,7 +169,7 @@ def test_the_library_keeps_what_torch_would(kv_dtype: KVDtype) -> None:
     addresses, strides = held.addresses, held.strides
     parts = [[Part(*addresses, position + 1, *strides)] for position in range(300)]
     attend(
-        *(torch.zeros(8, 300, 64).bfloat16(), keys, values, parts),
+        *(torch.zeros(8, 300, 64).bfloat16(), keys, values, places_of(parts)),
         kept=kv_dtype,
         rotation=coding.rotation(64, keys.device),
         scale=1.0,

@@ -11,6 +11,7 @@ from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.packed_step import PackedStep, running
+from distributed_llm.worker.model.recorded_layers import record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
 
 
@@ -52,6 +53,11 @@ class Forward:
             last=stage_model.numbers.stop == num_layers,
             new_event=event_type(device),
             after_layer=None,
+        )
+        record_layers(
+            stage_model.layers,
+            [kv and not state for kv, state in zip(keeps_kv, keeps_state, strict=True)],
+            *(device, dtype),
         )
 
     @property

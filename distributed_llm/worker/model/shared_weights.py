@@ -102,6 +102,7 @@ class SharedModules:
         layer_copy = copy.copy(self._donor.layers[layer - self._donor.numbers.start])
         for name in _HOOKS:
             setattr(layer_copy, name, OrderedDict())
+        vars(layer_copy).pop("forward", None)  # of the other stage
         return layer_copy
 
     def has(self, name: str) -> bool:

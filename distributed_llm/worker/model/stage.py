@@ -415,6 +415,8 @@ class Stage:
     def _warm_up(self, of_states: Sequence[int]) -> None:
         """Compute one token and drop it, to learn what the KV cache is like and prepare kernels.
 
+        That happens twice: modules learn from the first time, and layers are recorded the second.
+
         Args:
             of_states: bytes that the state of a sequence should take in each layer.
 
@@ -422,8 +424,10 @@ class Stage:
             StageError: a layer's state takes others.
         """
         token_ids, hidden_states = self.inputs.made_up(1)
-        step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
-        self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
+        for _ in range(2):
+            one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
+            step = self._begin([one], token_ids)
+            self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
         (group,) = step.groups

@@ -17,7 +17,13 @@ from torch import Tensor
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
-from distributed_llm.worker.model.kernels.native.attention import Part, attend, can_attend
+from distributed_llm.worker.model.kernels.native.attention import (
+    Part,
+    attend,
+    can_attend,
+    places_of,
+)
+from distributed_llm.worker.model.kernels.native.calls import Places, unrecorded
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import (
     Partial,
@@ -54,21 +60,23 @@ def attend_tokens(
     Returns:
         [tokens, heads, value_dim].
     """
-    own = [(part.sequence_id, part.start) for part in step.single]
-    readings = readings_of(step, scoring)
-    heads, tokens, _ = query.shape
-    kv_heads = key.shape[0]
     coding = step.cache.coding
     if can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
-        step.cache.make_room(layer, own, key, value)
+        with unrecorded():
+            places = make_places(step, layer, key, value, scoring)
+            rotation = coding.rotation(query.shape[-1], query.device) if coding else None
         return attend(
-            *(query, key, value, _parts(readings, layer, tokens)),
+            *(query, key, value, places),
             kept=step.cache.kv_dtype,
-            rotation=coding.rotation(query.shape[-1], query.device) if coding else None,
+            rotation=rotation,
             scale=scoring.scale,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
         )
+    own = [(part.sequence_id, part.start) for part in step.single]
+    readings = readings_of(step, scoring)
+    heads, tokens, _ = query.shape
+    kv_heads = key.shape[0]
     step.cache.append_tokens(layer, own, key, value)
     held = [reading.segment.layers[layer] for reading in readings]
     rows = None
@@ -93,10 +101,22 @@ def attend_tokens(
     return attended.reshape(tokens, heads, -1)
 
 
-def _parts(readings: Sequence[Reading], layer: int, tokens: int) -> list[list[Part]]:
-    """Return what each token attends to, in the order of positions."""
-    parts: list[list[Part]] = [[] for _ in range(tokens)]
-    for segment, first, stop, readers in readings:
+def make_places(
+    step: PackedStep, layer: int, key: Tensor, value: Tensor, scoring: Scoring
+) -> Places:
+    """Make room for the step's single tokens in a layer, and return what they attend to.
+
+    Args:
+        step: that runs.
+        layer: within the stage.
+        key: [kv_heads, tokens, head_dim], like those that will be kept.
+        value: [kv_heads, tokens, value_dim], likewise.
+        scoring: tells which positions a token attends to.
+    """
+    own = [(part.sequence_id, part.start) for part in step.single]
+    step.cache.make_room(layer, own, key, value)
+    parts: list[list[Part]] = [[] for _ in own]  # in the order of positions
+    for segment, first, stop, readers in readings_of(step, scoring):
         buffers = segment.layers[layer]
         assert buffers is not None
         keys, values = buffers.addresses
@@ -105,7 +125,7 @@ def _parts(readings: Sequence[Reading], layer: int, tokens: int) -> list[list[Pa
         part = Part(keys + ahead * strides[1], values + ahead * strides[3], stop - first, *strides)
         for reader in readers:
             parts[reader].append(part)
-    return parts
+    return places_of(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.worker.model.kernels.native import library
+from distributed_llm.worker.model.kernels.native.calls import AttentionCall, Places, tell
 from distributed_llm.worker.model.kernels.native.norms import can_compute
 
 _KEPT: dict[KVDtype, int] = {"auto": 0, "int8": 1, "fp8": 2}
@@ -44,6 +45,12 @@ class Part(NamedTuple):
     value_position: int
 
 
+def places_of(parts: Sequence[Sequence[Part]]) -> Places:
+    """Return the parts of each token, at least its own position, as attention.c reads them."""
+    numbers = array("q", itertools.chain.from_iterable(itertools.chain.from_iterable(parts)))
+    return Places(numbers, array("q", itertools.accumulate(map(len, parts), initial=0)))
+
+
 def can_attend(query: Tensor, value_dim: int) -> bool:
     """Return whether `attend` takes queries [..., dim] and values [..., value_dim] like these."""
     return can_compute(query) and value_dim % 8 == 0
@@ -53,7 +60,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    parts: Sequence[Sequence[Part]],
+    places: Places,
     *,
     kept: KVDtype = "auto",
     rotation: Tensor | None = None,
@@ -69,7 +76,7 @@ def attend(
         query: bfloat16 [heads, tokens, dim]; see `can_attend`.
         key: bfloat16 [kv_heads, tokens, dim]; becomes the last position of a token's last part.
         value: bfloat16 [kv_heads, tokens, value_dim]; likewise.
-        parts: of each token; at least its own position.
+        places: of the parts of each token.
         kept: what the codes of rows of bytes are; auto if keys and values are kept as numbers.
         rotation: float32 [dim, dim], by which queries and keys are turned; or None.
         scale: factor of the scores.
@@ -89,17 +96,20 @@ def attend(
         sinks = sinks.float().contiguous()
     strides = [states.stride(way) for states in (query, key, value) for way in (1, 0)]
     sizes = array("q", (tokens, heads, kv_heads, dim, value_dim, *strides))
-    numbers = array("q", itertools.chain.from_iterable(itertools.chain.from_iterable(parts)))
-    starts = array("q", itertools.accumulate(map(len, parts), initial=0))
     output = query.new_empty(tokens, heads, value_dim)
+    call = AttentionCall(
+        *(query, key, value, output, sinks, rotation, sizes),
+        *(scale, softcap or 0.0, _KEPT[kept], places),
+    )
     failed = library.loaded().attend_tokens(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),
-        *(_address(sinks), _address(rotation)),
-        *(each.buffer_info()[0] for each in (numbers, starts, sizes)),
-        *(scale, softcap or 0.0, _KEPT[kept], torch.get_num_threads()),
+        *(address(sinks), address(rotation)),
+        *(each.buffer_info()[0] for each in (*places, sizes)),
+        *(call.scale, call.softcap, call.kept, torch.get_num_threads()),
     )
     if failed:
         raise MemoryError("no memory for the rows that attention is computed with")
+    tell(call)
     return output
 
 
@@ -107,5 +117,6 @@ def _in_rows(states: Tensor) -> Tensor:
     return states if states.stride(2) == 1 else states.contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor begins in memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

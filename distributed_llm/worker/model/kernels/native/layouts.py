@@ -3,7 +3,7 @@
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from distributed_llm.worker.model.kernels.layout import Kernel
 from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.kernels.native import library
+from distributed_llm.worker.model.kernels.native.calls import ProductsCall, tell
 
 _LANES = 16
 """Output channels of a block."""
@@ -35,7 +36,7 @@ class Blocks:
 
     def __init__(
         self,
-        function: Callable[..., None],
+        function: library.Product,
         shape: tuple[int, int],
         group: tuple[int, ...],
         kept: tuple[Tensor, Tensor],
@@ -163,7 +164,7 @@ def _new_blocks(channels: int, units: int) -> Tensor:
 
 def _multiply(
     states: Tensor,
-    alike: tuple[Callable[..., None], int, tuple[int, ...]],
+    alike: tuple[library.Product, int, tuple[int, ...]],
     weights: Sequence[tuple[int, int, int]],
     channels: int,
 ) -> Tensor:
@@ -183,6 +184,8 @@ def _multiply(
         *(states.data_ptr(), output.data_ptr(), table.buffer_info()[0], len(weights)),
         *(*states.shape, *group, _DTYPES[states.dtype], torch.get_num_threads()),
     )
+    kind = function.name, function.instructions
+    tell(ProductsCall(*kind, states, output, table, len(weights), group))
     return output
 
 

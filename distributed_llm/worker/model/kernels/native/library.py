@@ -9,7 +9,7 @@ import ctypes
 import functools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -26,6 +26,7 @@ _OPENMP = re.compile(r"lib(g|i)?omp5?\b.*")
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "attend_tokens": (*[_ADDRESS] * 9, *[_REAL] * 2, *[_SMALL] * 2),
+    "replay": (_ADDRESS, _COUNT, *[_ADDRESS] * 3, _SMALL),
     "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
     "pack_int8": (*[_ADDRESS] * 2, *[_COUNT] * 2, _SMALL),
     "pack_int4": (*[_ADDRESS] * 4, *[_COUNT] * 3, _REAL, _SMALL),
@@ -72,29 +73,46 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
-@functools.cache
-def function(name: str, instructions: str) -> Callable[..., None]:
-    """Return what multiplies, the same each time.
-
-    Its arguments are those of products.c, but for the last one.
+class Product:
+    """A function that multiplies by integers; its arguments are those of products.c but the last.
 
     Args:
         name: "int8_products" or "int4_products".
+        instructions: number in `NAMES`.
+
+    Raises:
+        Missing: see there.
+    """
+
+    def __init__(self, name: str, instructions: int) -> None:
+        if not instructions:
+            raise Missing("this processor has no instructions for fast products of integers")
+        self.name = name
+        self.instructions = instructions
+        self._function = getattr(loaded(), name)
+
+    def __call__(self, *arguments: int) -> None:
+        """Multiply.
+
+        Raises:
+            MemoryError: there is none for the rounded states.
+        """
+        if self._function(*arguments, self.instructions):
+            raise MemoryError(f"no memory to round states in for {self.name}")
+
+
+@functools.cache
+def function(name: str, instructions: str) -> Product:
+    """Return the `Product` of this name, the same each time.
+
+    Args:
+        name: as it has.
         instructions: one of `NAMES`, which this processor has to have.
 
     Raises:
         Missing: see there.
     """
-    number = NAMES.index(instructions)
-    if not number:
-        raise Missing("this processor has no instructions for fast products of integers")
-    product = getattr(loaded(), name)
-
-    def call(*arguments: int) -> None:
-        if product(*arguments, number):
-            raise MemoryError(f"no memory to round states in for {name}")
-
-    return call
+    return Product(name, NAMES.index(instructions))
 
 
 @functools.cache

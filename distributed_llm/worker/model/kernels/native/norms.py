@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.worker.model.kernels.native import library
+from distributed_llm.worker.model.kernels.native.calls import NormCall, tell
 
 EIGHT = 8
 """Columns have to be a multiple of this."""
@@ -49,4 +50,5 @@ def rms_norm(states: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> 
         *(states.numel() // columns, columns),
         *(epsilon, kind.value, torch.get_num_threads()),
     )
+    tell(NormCall(states, output, weight, epsilon, kind.value))
     return output

@@ -1,0 +1,24 @@
+/* What a list of operations consists of, beside sums, products and copies of numbers. */
+#ifndef DISTRIBUTED_LLM_REPLAY_H
+#define DISTRIBUTED_LLM_REPLAY_H
+
+#include "products.h"
+
+#include <stdint.h>
+
+int int8_products(const void *states, void *output, const Weight *weights, int num_weights,
+                  int64_t rows, int64_t inputs, int dtype, int threads, int instructions);
+
+int int4_products(const void *states, void *output, const Weight *weights, int num_weights,
+                  int64_t rows, int64_t inputs, int64_t group, int dtype, int threads,
+                  int instructions);
+
+void rms_norm(const uint16_t *states, uint16_t *output, const uint16_t *weight, int64_t rows,
+              int64_t columns, float epsilon, int kind, int threads);
+
+int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
+                  uint16_t *output, const float *sinks, const float *rotation, const void *parts,
+                  const int64_t *starts, const int64_t *sizes, float scale, float softcap, int kept,
+                  int threads);
+
+#endif

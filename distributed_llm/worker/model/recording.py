@@ -1,0 +1,114 @@
+"""Records what a layer computes in a step: torch's operations, and calls of the C library.
+
+Only operations are recorded that give the same for the same tensors, whatever else has happened. If
+a layer does anything else (looks at numbers, or changes tensors), the recording says so and is of
+no use.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed_llm.worker.model.kernels.native.calls import NativeCall
+
+_ATEN = torch.ops.aten
+
+_MAKE_ROOM = frozenset(
+    {_ATEN.new_empty.default, _ATEN.empty_like.default, _ATEN.empty.memory_format}
+)
+"""Give memory whose numbers do not count until something is written there."""
+
+_PURE = frozenset(
+    {
+        *(
+            _ATEN.add.Tensor,
+            _ATEN.sub.Tensor,
+            _ATEN.mul.Tensor,
+            _ATEN.div.Tensor,
+            _ATEN.neg.default,
+        ),
+        *(_ATEN.pow.Tensor_Scalar, _ATEN.rsqrt.default, _ATEN.mean.dim, _ATEN.square.default),
+        *(_ATEN.silu.default, _ATEN.gelu.default, _ATEN.relu.default, _ATEN.sigmoid.default),
+        *(_ATEN.tanh.default, _ATEN.layer_norm.default, _ATEN.rms_norm.default),
+        *(_ATEN.cat.default, _ATEN.stack.default, _ATEN.repeat.default, _ATEN.clone.default),
+        *(_ATEN.repeat_interleave.self_int, _ATEN.type_as.default),
+        *(_ATEN.reshape.default, _ATEN.contiguous.default, _ATEN.to.dtype),
+        *(_ATEN.linear.default, _ATEN.mm.default, _ATEN.addmm.default, _ATEN.matmul.default),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCall:
+    """A call of one of torch's operations, which made a tensor."""
+
+    function: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What happens while this is entered, and whoever calls the C library tells it.
+
+    Attributes:
+        calls: that made a tensor, in order. They hold all tensors, so none takes the memory of
+            another one.
+        paused: what happens now is no part of what is recorded.
+        failure: why the recording is of no use; None if it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[TorchCall | NativeCall] = []
+        self.paused = False
+        self.failure: str | None = None
+
+    def called(self, call: NativeCall) -> None:
+        """Record a call of the C library."""
+        self.calls.append(call)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Carry out one of torch's operations, and record it."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not self.paused and func not in _MAKE_ROOM and not _is_view(func, args, output):
+            if isinstance(output, Tensor) and _is_pure(func):
+                self.calls.append(TorchCall(func, args, kwargs, output))
+            else:
+                self.failure = f"it calls {func}"
+        return output
+
+
+def _is_pure(func: Any) -> bool:
+    return func in _PURE or func is torch.ops.mkldnn._linear_pointwise.default
+
+
+def _is_view(func: Any, args: Sequence[Any], output: Any) -> bool:
+    """Return whether an operation only looks at the memory of its first argument otherwise."""
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
+        return False
+    made = list(tensors_in(output))
+    if not made or any(each.layout != torch.strided for each in (args[0], *made)):
+        return False
+    place = args[0].untyped_storage().data_ptr()
+    return all(each.untyped_storage().data_ptr() == place for each in made)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists and tuples."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_in(value)
