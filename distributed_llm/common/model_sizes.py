@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
+from distributed_llm.common.latents import LatentSizes, keeps_latents
 from distributed_llm.common.layer_sharing import kv_lenders, layer_kinds
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
@@ -98,11 +99,14 @@ def context_length(config: Config) -> int:
 def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> tuple[int, ...]:
     """Return the bytes of KV cache that one position takes in each layer.
 
-    Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
-    values for every head of the queries, and of different widths. Layers that read the keys and
-    values of others keep none.
+    Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
+    share; of model types whose attention keeps its latents for itself, keys and values for every
+    head of the queries. Layers that read the keys and values of others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    if keeps_latents(config):
+        latent = latent_sizes(config)
+        usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
     sizes = []
     for layer, lender in enumerate(kv_lenders(config, num_layers(config))):
         heads = _heads_of_layer(config, usual, layer)
@@ -114,6 +118,12 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
         twice = (kind == "sliding_attention" for kind in kinds)
         return tuple(size * (1 + more) for size, more in zip(sizes, twice, strict=True))
     return tuple(sizes)
+
+
+def latent_sizes(config: Config) -> LatentSizes:
+    """Return what latent attention consists of."""
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return LatentSizes(*(positive(config, name) for name in names))
 
 
 class HeadSizes(NamedTuple):
@@ -133,7 +143,7 @@ class HeadSizes(NamedTuple):
 
 
 def head_sizes(config: Config) -> HeadSizes:
-    """Return the heads of attention; see `layer_kv_bytes` for latent attention."""
+    """Return the heads of attention; of latent attention, as they are when it is expanded."""
     if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
         heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
         return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)

@@ -7,7 +7,14 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
-from distributed_llm.common.model_sizes import Config, context_length, head_sizes, hidden_size
+from distributed_llm.common.latents import keeps_latents, most_absorbed
+from distributed_llm.common.model_sizes import (
+    Config,
+    context_length,
+    head_sizes,
+    hidden_size,
+    latent_sizes,
+)
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 LOGITS_AT_ONCE = 2**22
@@ -16,14 +23,26 @@ LOGITS_AT_ONCE = 2**22
 SCORES_AT_ONCE = 2**22
 """Scores of attention that are computed at once where no fused kernel takes them."""
 
+QUERIES_AT_ONCE = 128
+"""Queries of a chunk that are computed at once by fused kernels, or over latents."""
+
+EXPANDED_AT_ONCE = 2**23
+"""Numbers of keys and values that are made of latents at once."""
+
 _COPIES_OF_SCORES = 4
 """The scores themselves, what the softmax makes of them, and what it is made with, in float32."""
+
+_COPIES_OF_LATENT_SCORES = 2
+"""Two terms, or their sum and the weights, in float32 at most; beside what they were before."""
 
 _COPIES_OF_LOGITS = 4
 """Likewise of the logits that are sampled at once: scaled, processed, sorted, log-probabilities."""
 
 _CANDIDATE_BYTES = 64
 """Number and probability of one candidate for a token; one row is drawn at a time."""
+
+_SUMS = 2
+"""Sums of attended values in float32: of all pieces, and put together from blocks of queries."""
 
 _STATES = 6
 """Hidden states that exist at once: the residual, its norm, and what is computed in between."""
@@ -58,9 +77,13 @@ def workspace_bytes(
     """
     item_bytes = ITEM_BYTES[dtype]
     hidden = hidden_size(config)
-    width = _STATES * hidden + max(_attention_width(config), _mlp_width(config, hidden))
     scores = _scores(config, tokens) if _scores_by_hand(config) else 0
-    layer_bytes = tokens * width * item_bytes + scores * _COPIES_OF_SCORES * 4
+    attention_bytes = tokens * _attention_width(config) * item_bytes
+    if keeps_latents(config):
+        attention_bytes += _latents_bytes(config, tokens, item_bytes)
+    mlp_bytes = tokens * _mlp_width(config, hidden) * item_bytes
+    layer_bytes = max(attention_bytes, mlp_bytes) + tokens * _STATES * hidden * item_bytes
+    layer_bytes += scores * _COPIES_OF_SCORES * 4
     logits = min(rows, tokens) * vocab_size
     capped = 2 if config.get("final_logit_softcapping") else 1
     sampled = min(logits, max(LOGITS_AT_ONCE, vocab_size))
@@ -72,7 +95,28 @@ def workspace_bytes(
 def _attention_width(config: Config) -> int:
     """Return the numbers that attention holds of each token."""
     heads, kv_heads, key_dim, value_dim = head_sizes(config)
+    if keeps_latents(config):
+        sizes = latent_sizes(config)
+        kept = sizes.rank + sizes.shared_dim
+        return _PROJECTED * (heads * key_dim + kept) + heads * value_dim
     return _PROJECTED * (heads * key_dim + kv_heads * (key_dim + value_dim))
+
+
+def _latents_bytes(config: Config, tokens: int, item_bytes: int) -> int:
+    """Return what attention over latents takes at once, beside queries and the like.
+
+    Attended values are summed up in float32; of queries that attend to latents as they are, which
+    are few, in the width of latents.
+    """
+    sizes, heads, positions = latent_sizes(config), head_sizes(config).heads, context_length(config)
+    few = most_absorbed(sizes, tokens)
+    scores = min(SCORES_AT_ONCE, heads * min(few, QUERIES_AT_ONCE) * positions)
+    width = sizes.shared_dim + sizes.rank
+    absorbed = few * heads * width * (2 * item_bytes + _SUMS * 4)
+    absorbed += scores * (item_bytes + _COPIES_OF_LATENT_SCORES * 4)
+    one = heads * (2 * sizes.expanded_dim + sizes.key_dim + sizes.value_dim)
+    expanded = tokens * heads * sizes.expanded_dim * (item_bytes + _SUMS * 4)
+    return max(absorbed, expanded + min(EXPANDED_AT_ONCE, positions * one) * item_bytes)
 
 
 def _mlp_width(config: Config, hidden: int) -> int:
@@ -101,6 +145,8 @@ def _scores(config: Config, tokens: int) -> int:
 
 def _scores_by_hand(config: Config) -> bool:
     """Return whether no fused kernel computes the attention of prompts."""
+    if keeps_latents(config):
+        return False  # they are counted with what else attention over latents takes
     return bool(config.get("attn_logit_softcapping")) or config.get("kv_lora_rank") is not None
 
 

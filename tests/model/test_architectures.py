@@ -35,11 +35,11 @@ def test_a_type_that_works_passes(model_type: str) -> None:
     Stage.ensure_supported(checkpoint_of(model_type))
 
 
-def test_deepseeks_keys_and_values_are_counted_for_every_head() -> None:
-    """Not its latent 512 + 64 numbers, nor heads of 7168 / 128."""
+def test_of_deepseeks_attention_the_latents_are_counted() -> None:
+    """512 numbers and 64 that all heads share, not the keys and values of 128 heads."""
     checkpoint = checkpoint_of("deepseek_v3")
-    assert set(checkpoint.layer_kv_bytes("bfloat16")) == {2 * 128 * (128 + 64 + 128)} == {81_920}
-    assert set(checkpoint.layer_kv_bytes("bfloat16", "int8")) == {128 * (192 + 2 + 128 + 2)}
+    assert set(checkpoint.layer_kv_bytes("bfloat16")) == {2 * (512 + 64)} == {1152}
+    assert set(checkpoint.layer_kv_bytes("bfloat16", "int8")) == {512 + 2 + 64 + 2}
 
 
 @pytest.mark.parametrize("model_type", ["diffllama", "gpt_neox_japanese", "doge", "rembert"])

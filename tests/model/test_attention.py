@@ -143,7 +143,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param != "library":
         monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
-    monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
+    monkeypatch.setattr(chunk_attention, "QUERIES_AT_ONCE", 2)
     monkeypatch.setattr(chunk_attention, "SCORES_AT_ONCE", 200)
 
 
@@ -201,10 +201,10 @@ def _chunk_by(monkeypatch: pytest.MonkeyPatch, name: str) -> object:
     def chunk(
         step: PackedStep,
         queries: Tensor,
-        parts: Sequence[chunk_attention._Part],
+        parts: Sequence[chunk_attention.ChunkPart],
         scoring: Scoring,
     ) -> Tensor:
-        whole = chunk_attention._Part(
+        whole = chunk_attention.ChunkPart(
             0,
             torch.cat([part.keys for part in parts], dim=1),
             torch.cat([part.values for part in parts], dim=1),

@@ -77,6 +77,21 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "moe_intermediate_size": 24,
         },
     ),
+    "deepseek_v3-one-query-matrix": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 40.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
 }
 

@@ -130,7 +130,7 @@ def test_attention_is_that_of_the_formula(
 ) -> None:
     """All kinds of steps, decoded in pieces of positions, and of sequences."""
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
-    monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
+    monkeypatch.setattr(chunk_attention, "QUERIES_AT_ONCE", 2)
     monkeypatch.setattr(decoded_rows, "_CPU_BYTES", at_once * KV_HEADS * 2 * KEY_DIM * 4)
     run_steps_of_all_kinds(Attention8(kv_dtype, window=14, with_sinks=True))
     run_steps_of_all_kinds(Attention8(kv_dtype))

@@ -24,7 +24,7 @@ from tests.reference import check_varied, reference_ids
 
 NUM_LAYERS = 6
 KV_POSITIONS = 12 * KV_BLOCK
-FAMILIES = ("llama", "gemma2", "gpt2", "gpt_oss")
+FAMILIES = ("llama", "gemma2", "gpt2", "gpt_oss", "deepseek_v3")
 GENERATOR = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(VOCAB_SIZE, (n,), generator=GENERATOR).tolist() for n in (75, 9, 30, 100)]
 PENALTY = Sampling(repetition_penalty=3.0)

@@ -19,8 +19,8 @@ from tests.model.driver import GREEDY, Pipeline, load_stages
 NUM_LAYERS = 3
 PREFIX = torch.randint(VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 RESTS = ([5, 6, 7], [11], [99, 98, 97, 96, 95])
-FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2")
-"""One family per kind of attention: plain, windows, soft caps, sinks, learned positions."""
+FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2", "deepseek_v3")
+"""One family per kind of attention: plain, windows, caps, sinks, learned positions, latents."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -35,11 +35,22 @@ EVERYTHING = Sampling(
     seed=1,
     logprobs=20,
 )
+_LATENTS = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "max_position_embeddings": 2 * TOKENS,
+}
 FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "llama": (1.5, {}),
     "qwen3_moe": (1.6, {"moe_intermediate_size": 384}),
     "gpt_oss": (1.3, {}),
     "gpt2": (1.5, {}),
+    "deepseek_v3": (1.7, {**_LATENTS, "num_attention_heads": 8, "num_key_value_heads": 8}),
+    "minicpm3": (1.7, {**_LATENTS, "kv_lora_rank": 32}),  # all attend to latents as they are
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""
@@ -105,8 +116,7 @@ def test_a_prompt(family: str, tmp_path: Path) -> None:
         num_layers=2,
         hidden_size=512,
         intermediate_size=1536,
-        max_position_embeddings=4096,
-        **given,
+        **{"max_position_embeddings": 4096, **given},
     )
     peak = measured(tmp_path / "model", TOKENS, Sampling(), 1)
     room = planned(tmp_path / "model", TOKENS, 1) - SMALL_BYTES

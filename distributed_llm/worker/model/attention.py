@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
+from distributed_llm.worker.model.latent_attention import attend_latents
+from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
 from distributed_llm.worker.model.sections import attend_sections
 from distributed_llm.worker.model.token_attention import attend_tokens
@@ -41,8 +43,10 @@ def packed_attention(
     Args:
         module: the model's attention module; `layer_idx` is the layer's number in the whole model.
         query: [1, heads, tokens, head_dim].
-        key: [1, kv_heads, tokens, head_dim]; appended to the cache.
-        value: [1, kv_heads, tokens, value_dim]; appended to the cache.
+        key: [1, kv_heads, tokens, head_dim]; appended to the cache. Of latent attention
+            (`latents`), the part of all heads' keys, [1, 1, tokens, shared_dim].
+        value: [1, kv_heads, tokens, value_dim]; appended to the cache. Of latent attention, the
+            latents, [1, 1, tokens, rank].
         attention_mask: has to be None.
         scaling: factor of the scores; default 1 / sqrt(head_dim).
         sliding_window: number of positions that a token attends to, itself included; default all.
@@ -68,6 +72,10 @@ def packed_attention(
     section = step.sections[layer] if step.sections else 0
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
+    expansion = expansion_of(module)
+    if expansion is not None:
+        own = (query[0], key[0], value[0])
+        return attend_latents(step, layer, *own, scoring, expansion)[None], None
     if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None
     return _attend_both(step, layer, query[0], key[0], value[0], scoring)[None], None

@@ -8,24 +8,27 @@ Positions that are kept in 8 bits are decoded piece by piece, each once for all 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from distributed_llm.common.workspace import SCORES_AT_ONCE
+from distributed_llm.common.workspace import QUERIES_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
-from distributed_llm.worker.model.partial_attention import Partial, fused, merged, with_sinks
+from distributed_llm.worker.model.partial_attention import (
+    Partial,
+    fused,
+    merged,
+    row_scores,
+    with_sinks,
+)
 
-_BLOCK = 128
-"""Queries for which a mask is made."""
 
-
-class _Part(NamedTuple):
+class ChunkPart(NamedTuple):
     """Keys and values of the positions from `start` on, [kv_heads, positions, dim]."""
 
     start: int
@@ -34,12 +37,13 @@ class _Part(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """Where the positions end."""
         return self.start + self.keys.shape[1]
 
-    def cut(self, start: int, stop: int) -> "_Part":
+    def cut(self, start: int, stop: int) -> "ChunkPart":
         """Return the positions [start, stop)."""
         there = slice(start - self.start, stop - self.start)
-        return _Part(start, self.keys[:, there], self.values[:, there])
+        return ChunkPart(start, self.keys[:, there], self.values[:, there])
 
 
 def attend_chunk(
@@ -69,67 +73,85 @@ def attend_chunk(
         queries = coding.rotated(queries)
         rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
         if in_blocks or by_hand:
-            attend = _by_hand_part if by_hand else _attend_part
-            return _in_pieces(step, queries, list(_parts(held)), scoring, rows, attend)
+            attend = attend_part_by_hand if by_hand else attend_part
+            heads = held[0].keys.shape[0]
+            return in_pieces(step, queries, parts_of(held), scoring, rows, attend, heads)
         held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
     if in_blocks:
-        return _in_blocks(step, queries, list(_parts(held)), scoring)
+        return _in_blocks(step, queries, parts_of(held), scoring)
     if by_hand or scoring.sinks is not None:
         return _by_hand(step, queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
 
 
-def _parts(held: Sequence[KVBuffers]) -> Iterator[_Part]:
-    start = 0
+def parts_of(held: Sequence[KVBuffers]) -> list[ChunkPart]:
+    """Return the parts of all positions, in order."""
+    parts: list[ChunkPart] = []
     for buffers in held:
-        yield _Part(start, buffers.keys, buffers.values)
-        start += buffers.keys.shape[1]
+        start = parts[-1].stop if parts else 0
+        parts.append(ChunkPart(start, buffers.keys, buffers.values))
+    return parts
 
 
-def _joined(held: Sequence[KVBuffers]) -> _Part:
+def _joined(held: Sequence[KVBuffers]) -> ChunkPart:
     if len(held) == 1:
-        return _Part(0, held[0].keys, held[0].values)
+        return ChunkPart(0, held[0].keys, held[0].values)
     keys, values = (one.keys for one in held), (one.values for one in held)
-    return _Part(0, torch.cat(list(keys), dim=1), torch.cat(list(values), dim=1))
+    return ChunkPart(0, torch.cat(list(keys), dim=1), torch.cat(list(values), dim=1))
 
 
 def _in_blocks(
-    step: PackedStep, queries: Tensor, parts: Sequence[_Part], scoring: Scoring
+    step: PackedStep, queries: Tensor, parts: Sequence[ChunkPart], scoring: Scoring
 ) -> Tensor:
     start = parts[-1].stop - queries.shape[1]
     blocks = []
-    for row, block in _blocks(queries, parts[0].keys.shape[0], _BLOCK):
-        seen = [_attend_part(step, block, start + row, part, scoring) for part in parts]
+    for row, block in _blocks(queries, parts[0].keys.shape[0], QUERIES_AT_ONCE):
+        seen = [attend_part(step, block, start + row, part, scoring) for part in parts]
         blocks.append(_sum_of([one for one in seen if one is not None]))
     return _put_together(blocks, scoring)
 
 
-def _in_pieces(
+class PartRows(Protocol):
+    """Makes keys and values of what is kept."""
+
+    def pieces(self, keys: Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield positions [start, stop) of a part in pieces to make at once."""
+
+    def decoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values, [kv_heads, positions, dim], of what is kept as these."""
+
+
+def in_pieces(
     step: PackedStep,
     queries: Tensor,
-    parts: Sequence[_Part],
+    parts: Sequence[ChunkPart],
     scoring: Scoring,
-    rows: CodedRows,
-    attend: "_Attend",
+    rows: PartRows,
+    attend: "AttendPart",
+    kv_heads: int,
 ) -> Tensor:
-    """Compute attention of parts that are rows of bytes, with little memory for their numbers.
+    """Compute attention of parts that have to be decoded, with little memory for their numbers.
 
     Args:
         step: that runs.
         queries: [heads, tokens, head_dim].
-        parts: rows of bytes.
+        parts: as they are kept.
         scoring: how.
         rows: decodes them.
         attend: computes attention of a block of queries over one piece.
+        kv_heads: of what is decoded.
+
+    Returns:
+        [tokens, heads, value_dim].
     """
     start = parts[-1].stop - queries.shape[1]
-    blocks = list(_blocks(queries, parts[0].keys.shape[0], _BLOCK))
+    blocks = list(_blocks(queries, kv_heads, QUERIES_AT_ONCE))
     sums: list[list[Partial]] = [[] for _ in blocks]
     lowest = max(0, start - scoring.window + 1) if scoring.window else 0
     for part in parts:
         for first, stop in rows.pieces(part.keys, max(part.start, lowest), part.stop):
             cut = part.cut(first, stop)
-            piece = _Part(first, *rows.decoded(cut.keys, cut.values))
+            piece = ChunkPart(first, *rows.decoded(cut.keys, cut.values))
             for (row, block), total in zip(blocks, sums, strict=True):
                 seen = attend(step, block, start + row, piece, scoring)
                 if seen is not None:  # rounded once, at the end
@@ -158,8 +180,8 @@ def _put_together(blocks: Sequence[Partial], scoring: Scoring) -> Tensor:
     return whole.flatten(0, 1).transpose(0, 1)
 
 
-def _attend_part(
-    step: PackedStep, queries: Tensor, start: int, part: _Part, scoring: Scoring
+def attend_part(
+    step: PackedStep, queries: Tensor, start: int, part: ChunkPart, scoring: Scoring
 ) -> Partial | None:
     """Compute attention of the queries of positions from `start` on; None if they see nothing."""
     kv_heads, group, tokens, _ = queries.shape
@@ -179,27 +201,27 @@ def _attend_part(
     return fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal)
 
 
-def _seen(part: _Part, start: int, stop: int, window: int) -> _Part | None:
+def _seen(part: ChunkPart, start: int, stop: int, window: int) -> ChunkPart | None:
     """Return what queries of the positions `[start, stop)` see of a part; None if nothing."""
     first = max(part.start, start - window + 1) if window else part.start
     last = min(part.stop, stop)
     return part.cut(first, last) if first < last else None
 
 
-_Attend: TypeAlias = Callable[[PackedStep, Tensor, int, _Part, Scoring], Partial | None]
+AttendPart: TypeAlias = Callable[[PackedStep, Tensor, int, ChunkPart, Scoring], Partial | None]
 
 
-def _by_hand_part(
-    step: PackedStep, queries: Tensor, start: int, part: _Part, scoring: Scoring
+def attend_part_by_hand(
+    step: PackedStep, queries: Tensor, start: int, part: ChunkPart, scoring: Scoring
 ) -> Partial | None:
-    """Compute what `_attend_part` does, with what fused kernels lack."""
+    """Compute what `attend_part` does, with what fused kernels lack."""
     kv_heads, group, tokens, dim = queries.shape
     stop = start + tokens
     cut = _seen(part, start, stop, scoring.window)
     if cut is None:
         return None
     rows = queries.reshape(kv_heads, group * tokens, dim)
-    scores = torch.matmul(rows, cut.keys.transpose(1, 2)).mul_(scoring.scale)
+    scores = row_scores(rows, cut.keys, cut.values).mul_(scoring.scale)
     scores = scores.view(kv_heads, group, tokens, -1).float()
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
@@ -247,7 +269,7 @@ def _visible(tokens: int, positions: int, window: int, device: torch.device) -> 
     return visible.triu_(positions - tokens - window + 1) if window else visible
 
 
-def _by_one_kernel(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+def _by_one_kernel(queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:
     """Compute attention by whatever kernel torch has for the device."""
     heads, tokens, _ = queries.shape
     kv_heads = part.keys.shape[0]
@@ -277,14 +299,14 @@ def _by_one_kernel(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
     return attended[0].transpose(0, 1)
 
 
-def _by_hand(step: PackedStep, queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+def _by_hand(step: PackedStep, queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:
     """Compute attention with what fused kernels lack, in blocks of queries."""
     heads, tokens, _ = queries.shape
     kv_heads, positions, _ = part.keys.shape
     size = max(1, SCORES_AT_ONCE // (heads * positions))
     blocks = []
     for row, block in _blocks(queries, kv_heads, size):
-        attended = _by_hand_part(step, block, positions - tokens + row, part, scoring)
+        attended = attend_part_by_hand(step, block, positions - tokens + row, part, scoring)
         assert attended is not None  # a token sees itself
         blocks.append(attended)
     return _put_together(blocks, scoring)

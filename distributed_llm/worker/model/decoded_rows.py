@@ -31,6 +31,13 @@ class CodedRows:
     value_dim: int
     dtype: torch.dtype
 
+    def rotated(self, queries: Tensor) -> Tensor:
+        """Return queries turned as the keys are that they are multiplied by; see `row_scores`."""
+        if queries.shape[-1] == self.key_dim:
+            return self.coding.rotated(queries)
+        of_keys, of_values = queries.tensor_split((self.key_dim,), dim=-1)
+        return torch.cat((self.coding.rotated(of_keys), of_values), dim=-1)
+
     def decoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers of rows; queries have to be rotated as the keys are."""
         return (

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.latents import keeps_latents
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
@@ -38,6 +39,7 @@ from distributed_llm.worker.model.integer_targets import (
     slot_of,
 )
 from distributed_llm.worker.model.kernels import pack_linear_layers
+from distributed_llm.worker.model.latents import keep_latents
 from distributed_llm.worker.model.layer_cuts import CutFloats, LayerCut
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
@@ -81,6 +83,7 @@ class ModelLoader:
         self._wanted = wanted
         self._where = f"{checkpoint.place}, {checkpoint.model_type!r} model"
         self._described_by = checkpoint.described_by
+        self._keeps_latents = keeps_latents(checkpoint.config)
         self._device = device
         self._dtype = dtype
         self._mapping = conversions_of(model)
@@ -113,6 +116,8 @@ class ModelLoader:
         _replace(self._shell, self._path, nn.ModuleList([layer]))
         with _without_progress_bars():
             self._load_into_shell(entries, number, when_read)
+            if self._keeps_latents:
+                keep_latents(layer)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)

@@ -20,6 +20,9 @@ _FEW_BYTES = 1024 * 1024
 _MAX_ROUNDED = 16.0
 """Scores that bfloat16 holds well enough: it rounds them by 1/32 at most."""
 
+_LARGE = 2**16
+"""Numbers of a matrix for which one more call weighs little."""
+
 _MUCH_FASTER = 1.2
 _ROUNDS = 5
 
@@ -59,17 +62,41 @@ def fused(
     return Partial(attended, lse)
 
 
-def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
+def scores_of(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return the scores of few queries of each of many heads, [heads, positions, tokens].
 
     They are rounded to their dtype; see `rounds_too_much`.
 
     Args:
-        queries: [heads, tokens, key_dim], multiplied by the scale already.
+        queries: [heads, tokens, dim], multiplied by the scale already; as in `row_scores`.
         keys: [heads, positions, key_dim].
+        values: [heads, positions, value_dim].
     """
+    if queries.shape[-1] > keys.shape[-1]:
+        return row_scores(queries, keys, values).transpose(1, 2)
     # In this order the large matrix is read row by row, as it lies in memory.
     return torch.bmm(keys, queries.transpose(1, 2))
+
+
+def row_scores(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return the scores of queries, [heads, tokens, positions].
+
+    Those of latents are float32 where their dtype would round them too much.
+
+    Args:
+        queries: [heads, tokens, key_dim]; or [heads, tokens, key_dim + value_dim], of which the
+            rest is multiplied by the values, which are latents (`latents`).
+        keys: [heads, positions, key_dim].
+        values: [heads, positions, value_dim].
+    """
+    of_keys, of_values = queries.tensor_split((keys.shape[-1],), dim=-1)
+    if not of_values.shape[-1]:
+        return torch.matmul(queries, keys.transpose(1, 2))
+    scores = _products(of_values, values.transpose(1, 2))
+    scores += _products(of_keys, keys.transpose(1, 2))
+    if not rounds_too_much(scores):
+        return scores
+    return row_scores(queries.float(), keys.float(), values.float())
 
 
 def rounds_too_much(scores: Tensor) -> bool:
@@ -93,11 +120,28 @@ def weighted(scores: Tensor, values: Tensor, softcap: float | None, *, with_lse:
         hidden = scores.isneginf()
         scores = scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, float("-inf"))
     if not with_lse:
-        return Partial(torch.bmm(torch.softmax(scores.transpose(1, 2), dim=-1), values), None)
+        weights = torch.softmax(scores.transpose(1, 2), dim=-1).to(values.dtype)
+        return Partial(_products(weights, values), None)
     weights = torch.softmax(scores.transpose(1, 2), dim=-1, dtype=torch.float32)
     # The largest weight is exp(largest score - lse).
     lse = scores.amax(dim=1).float() - weights.amax(dim=-1).log()
-    return Partial(torch.bmm(weights.to(values.dtype), values), lse)
+    return Partial(_products(weights.to(values.dtype), values), lse)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return [n, rows, columns], the product of each of n pairs of matrices.
+
+    Large ones are multiplied one after the other on a CPU: of many at once, in other dtypes than
+    float32, oneDNN copies what does not lie in one piece, and what is transposed it reads slowly.
+    """
+    count, rows, columns = len(left), left.shape[1], right.shape[2]
+    large = right[0].numel() >= _LARGE and left.device.type == "cpu"
+    if not large or left.dtype == torch.float32:
+        return torch.bmm(left, right)
+    products = left.new_empty((count, rows, columns))
+    for one, two, product in zip(left, right, products, strict=True):
+        torch.mm(one, two, out=product)
+    return products
 
 
 def products_are_faster(dtype: torch.dtype, shape: tuple[int, ...], queries: int) -> bool:
@@ -125,7 +169,9 @@ def _measured(dtype: torch.dtype, heads: int, queries: int, dim: int) -> bool:
     tokens = torch.ones((batch, heads, queries, dim), dtype=dtype)
     each, of_each = keys.flatten(0, 1), tokens.flatten(0, 1)
     of_fused = _least_s(lambda: fused(tokens, keys, keys, 1, None))
-    of_products = _least_s(lambda: weighted(scores_of(of_each, each), each, None, with_lse=False))
+    of_products = _least_s(
+        lambda: weighted(scores_of(of_each, each, each), each, None, with_lse=False)
+    )
     return of_fused > _MUCH_FASTER * of_products
 
 

@@ -57,7 +57,8 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
         del sizes["head_dim"]  # latent attention derives it from other sizes
     if kv_heads := small.get("num_key_value_heads"):
         heads = config.get(names.get("num_attention_heads", "num_attention_heads"), 1)
-        sizes["num_key_value_heads"] = 4 if kv_heads == heads else 2
+        every_head = kv_heads == heads or "kv_lora_rank" in small
+        sizes["num_key_value_heads"] = 4 if every_head else 2
     for name, size in sizes.items():
         own_name = names.get(name, name)
         if type(small.get(own_name)) is int:

@@ -52,7 +52,7 @@ def attend_tokens(
     Args:
         step: that runs.
         layer: within the stage.
-        query: [heads, tokens, head_dim], of the single tokens only.
+        query: [heads, tokens, head_dim], of the single tokens only; or as `row_scores` takes them.
         key: [kv_heads, tokens, head_dim].
         value: [kv_heads, tokens, value_dim].
         scoring: how.
@@ -61,7 +61,7 @@ def attend_tokens(
         [tokens, heads, value_dim].
     """
     coding = step.cache.coding
-    if can_attend(query, value.shape[-1]):
+    if can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
         with unrecorded():
             places = make_places(step, layer, key, value, scoring)
             rotation = coding.rotation(query.shape[-1], query.device) if coding else None
@@ -79,11 +79,10 @@ def attend_tokens(
     kv_heads = key.shape[0]
     step.cache.append_tokens(layer, own, key, value)
     held = [reading.segment.layers[layer] for reading in readings]
-    if coding is not None:
-        query = coding.rotated(query)
     rows = None
     if coding is not None:
-        rows = CodedRows(coding, query.shape[-1], value.shape[-1], query.dtype)
+        rows = CodedRows(coding, key.shape[-1], value.shape[-1], query.dtype)
+        query = rows.rotated(query)
     # [tokens, kv_heads, group, head_dim]
     queries = query.transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, -1)
     if len(readings) == tokens == 1:
@@ -239,7 +238,7 @@ class _Kernels:
         ):
             return fused(queries, keys, values, scoring.scale, added)
         flat = (queries * scoring.scale).view(batch * heads, rows, dim)
-        scores = scores_of(flat, keys.flatten(0, 1))
+        scores = scores_of(flat, keys.flatten(0, 1), values.flatten(0, 1))
         if may_fuse and rounds_too_much(scores):
             self.coarse.add(self.layer)
             return fused(queries, keys, values, scoring.scale, added)

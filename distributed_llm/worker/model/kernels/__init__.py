@@ -6,13 +6,18 @@ from distributed_llm.worker.model.kernels.chosen import (
     pack_linear_layers,
 )
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights, packed_nbytes
-from distributed_llm.worker.model.kernels.packed import PackedLinear, kernels_for
+from distributed_llm.worker.model.kernels.packed import (
+    PackedLinear,
+    kernels_for,
+    kernels_for_many_rows,
+)
 
 __all__ = [
     "OpaqueWeights",
     "PackedLinear",
     "fastest_linear",
     "kernels_for",
+    "kernels_for_many_rows",
     "only_plain",
     "pack_linear_layers",
     "packed_nbytes",

@@ -10,6 +10,7 @@ once, so it takes no more memory.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -29,6 +30,10 @@ It is fast for other numbers too. The order that oneDNN makes for 1 row is slow 
 
 _FEWEST_ROWS = 4
 """From so many rows on oneDNN uses its fast kernels, which need no more time than for one row."""
+
+
+# Whether `kernels_for` has switched oneDNN off in this context.
+_switched_off: ContextVar[bool] = ContextVar("switched_off", default=False)
 
 
 class FloatLinear(OpaqueWeights):
@@ -174,7 +179,27 @@ def kernels_for(num_tokens: int) -> Iterator[None]:
         yield
         return
     onednn.enabled = False  # type: ignore[assignment]
+    token = _switched_off.set(True)
     try:
         yield
     finally:
+        _switched_off.reset(token)
         onednn.enabled = True  # type: ignore[assignment]
+
+
+@contextmanager
+def kernels_for_many_rows() -> Iterator[None]:
+    """Choose, within a step of one token, the kernels that products of many rows need.
+
+    Such are those of latent attention, where the queries of all heads are rows of one matrix:
+    torch's own kernel takes a hundred times as long for them as oneDNN.
+    """
+    if not _switched_off.get():
+        yield
+        return
+    onednn = torch.backends.mkldnn
+    onednn.enabled = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        onednn.enabled = False  # type: ignore[assignment]
