@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from distributed_llm.common.types import LayerRange
+from distributed_llm.common.wording import layers_text
 
 _FULL_EVERY: Mapping[str, int] = {"gemma3n_text": 5, "gemma4_text": 6}
 """Model types with borrowers; every how many layers one sees everything, if nothing is told."""
@@ -47,6 +48,20 @@ def kv_lenders(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, 
         return (None,) * num_layers
     last_of = {kind: layer for layer, kind in enumerate(kinds[:first])}
     return (*(None,) * first, *(last_of.get(kind) for kind in kinds[first:]))
+
+
+def lenders_within(
+    config: Mapping[str, Any], num_layers: int, layers: LayerRange
+) -> tuple[int | None, ...]:
+    """Return the lenders of the layers of a stage, all numbered from its first one.
+
+    Raises:
+        ValueError: some of them are not in the stage.
+    """
+    of_stage = kv_lenders(config, num_layers)[layers.start : layers.stop]
+    if any(lender is not None and lender < layers.start for lender in of_stage):
+        raise ValueError(f"{layers_text(layers)} read keys and values of layers before them")
+    return tuple(None if one is None else one - layers.start for one in of_stage)
 
 
 def uncut(lenders: Iterable[int | None]) -> tuple[int, ...]:

@@ -18,7 +18,8 @@ from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model.kernels import chosen, orders
-from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.model.tensor_files import TensorReader
 from tests.checkpoints import FAMILIES, HIDDEN_SIZE, REPRESENTATIVES, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages

@@ -25,7 +25,8 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.model_names import fingerprints
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute.engine import Engine
-from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.session.events import (
     AssembleKV,
     Computed,

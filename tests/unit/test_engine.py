@@ -32,7 +32,7 @@ from distributed_llm.worker.model.failures import (
     ReleasedSequence,
     SequencesFailed,
 )
-from distributed_llm.worker.model.stage import StageOutput
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import (
     Computed,

@@ -33,7 +33,8 @@ from distributed_llm.common.transport import Delivery, Door, Login, Router, new_
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.compute.loading import NewStage
-from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.service import Worker
 from distributed_llm.worker.session import peers
 from tests.weights import cache_here

@@ -8,7 +8,8 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import Task
 from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
-from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
 
 TensorsOnWire = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]

@@ -1,15 +1,14 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import InvalidRequest, StageError
+from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
-from distributed_llm.common.layer_sharing import kv_lenders
+from distributed_llm.common.layer_sharing import lenders_within
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
@@ -18,7 +17,6 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
-from distributed_llm.worker.devices import fetched
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
@@ -28,14 +26,11 @@ from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
-    SequencesFailed,
 )
 from distributed_llm.worker.model.forward import Forward
-from distributed_llm.worker.model.logits import Mask
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
-from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
-from distributed_llm.worker.model.sampler import RowsFailed
 from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.step_results import StageOutput, StepResults
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
 from distributed_llm.worker.model.weights import check_weights, load_stage_model
@@ -46,44 +41,6 @@ _MAX_RELEASED = 10_000
 
 _WARM_UP = SequenceId(-1)
 """The sequence id of the warm-up; no task can have it."""
-
-
-@dataclass(frozen=True)
-class StageOutput:
-    """The result of one step on a stage.
-
-    Attributes:
-        hidden_states: [tokens, hidden_size] in the stage's dtype, on the CPU; None on the last
-            stage.
-        token_ids: int32 [sequences that sample] on the CPU, in the order of the task; None on all
-            other stages.
-        logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of the
-            model's probabilities, before sampling parameters apply, for the sampled token and the k
-            likeliest ones, best first. k is the largest number that any of the sequences asked for;
-            0.0 for sequences that did not ask. None if none of them asked.
-        logprob_ids: int32, of the same shape: the tokens that these belong to.
-        sums: float32 [sequences that embed, hidden_size] on the CPU, in the order of the task: of
-            the model's last hidden states, after its final norm. None if no sequence embeds.
-    """
-
-    hidden_states: Tensor | None = None
-    token_ids: Tensor | None = None
-    logprobs: Tensor | None = None
-    logprob_ids: Tensor | None = None
-    sums: Tensor | None = None
-
-
-def _lenders_within(checkpoint: Checkpoint, layers: LayerRange) -> tuple[int | None, ...]:
-    """Return the lenders of a stage's layers, as in `PackedStep`.
-
-    Raises:
-        ValueError: some of them are not in the stage.
-    """
-    of_all = kv_lenders(checkpoint.config, checkpoint.num_layers)
-    of_stage = of_all[layers.start : layers.stop]
-    if any(lender is not None and lender < layers.start for lender in of_stage):
-        raise ValueError(f"{layers_text(layers)} read keys and values of layers before them")
-    return tuple(None if one is None else one - layers.start for one in of_stage)
 
 
 class Stage:
@@ -111,7 +68,7 @@ class Stage:
         self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
-        self._lenders = _lenders_within(checkpoint, layers)
+        self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
@@ -127,6 +84,9 @@ class Stage:
             dtype,
             keeps_kv=keeps_kv(checkpoint.config)[own],
             keeps_state=[nbytes > 0 for nbytes in of_states],
+        )
+        self._results = StepResults(
+            self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
         self._warm_up(of_states)
 
@@ -334,7 +294,9 @@ class Stage:
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode():
-            output = self._compute(sequences, step, token_ids, hidden_states, masks)
+            output = self._results.of(
+                sequences, step, token_ids, hidden_states, masks, self._samplings
+            )
         made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
         self._held_sequences.commit(sequences, made)
         return output
@@ -500,78 +462,3 @@ class Stage:
             self._sections,
             self._lenders,
         )
-
-    def _compute(
-        self,
-        sequences: Sequence[SequenceSlice],
-        step: PackedStep,
-        token_ids: Tensor,
-        hidden_states: Tensor | None,
-        masks: Masks | None,
-    ) -> StageOutput:
-        if not self._last:
-            output = self._forward.run(step, token_ids, hidden_states, [])
-            assert output is not None
-            output = fetched(output)  # before it is looked at: one wait for the device is enough
-            last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
-            self._check_finite(output[last_rows], step.slices, "hidden states")
-            return StageOutput(hidden_states=output)
-        ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
-        rows = [s.row + s.num_tokens - 1 for s in ends]
-        pooled = [s for s, part in zip(step.slices, sequences, strict=True) if part.embed]
-        spans = [(s.row, s.row + s.num_tokens) for s in pooled]
-        logits = self._forward.run(step, token_ids, hidden_states, rows, spans)
-        sums = self._sums(pooled) if pooled else None
-        if logits is None:
-            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32), sums=sums)
-        if len(logits) != len(ends):
-            raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
-        self._check_finite(logits, ends, "logits")
-        rows_of_masks = iter(() if masks is None else masks)
-        own = [next(rows_of_masks) if part.masked else None for part in sequences if part.sample]
-        return replace(self._sample(ends, logits, own), sums=sums)
-
-    def _sums(self, slices: Sequence[PackedSlice]) -> Tensor:
-        """Return the sums of hidden states that the latest pass has made."""
-        sums = self._forward.sums.take()
-        width = self.inputs.hidden_size
-        if sums is None or sums.shape != (len(slices), width):
-            why = (
-                "This model has no embeddings: its last hidden states are not of the size that its "
-                f"layers have ({width}). Use another one."
-            )
-            raise SequencesFailed([s.sequence_id for s in slices], InvalidRequest(why))
-        self._check_finite(sums, slices, "last hidden states")
-        return sums.cpu()
-
-    def _sample(
-        self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
-    ) -> StageOutput:
-        rows = [
-            RowToSample(
-                self._samplings[s.sequence_id],
-                s.start + s.num_tokens,
-                self._cache.tokens(s.sequence_id, s.start + s.num_tokens),
-                mask,
-            )
-            for s, mask in zip(ends, masks, strict=True)
-        ]
-        try:
-            return StageOutput(**sample_rows(logits, rows)._asdict())
-        except RowsFailed as exc:
-            named = [ends[row].sequence_id for row in exc.rows]
-            raise SequencesFailed(named, exc.error) from exc
-
-    def _check_finite(self, values: Tensor, slices: Sequence[PackedSlice], what: str) -> None:
-        # The extremes of a tensor with a NaN are NaN; argmax would return some token for it.
-        lowest, highest = torch.aminmax(values)
-        if bool(torch.isfinite(lowest) & torch.isfinite(highest)):
-            return
-        finite = torch.isfinite(values).all(dim=-1).tolist()
-        named = [s.sequence_id for s, well in zip(slices, finite, strict=True) if not well]
-        why = (
-            f"the {what} after {layers_text(self.layers)} are not finite: the weights on this "
-            f"machine are damaged, the model's files are, or {self._dtype} is too narrow for it; "
-            "then serve it with --dtype float32, or without this machine."
-        )
-        raise SequencesFailed(named, StageError(why))
