@@ -29,7 +29,7 @@ WHOLES = frozenset(
     {
         *("aya_vision", "gemma3", "glm4v", "glm4v_moe", "idefics3", "internvl", "llama4", "llava"),
         *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
-        *("qwen3_vl_moe", "glm_ocr"),
+        *("qwen3_vl_moe", "glm_ocr", "phi4_multimodal"),
     }
 )
 """Model types for pictures as well, of which tests hold the text against transformers."""
@@ -57,11 +57,11 @@ transformers makes text, and some for pictures as well; {verified} of the {all} 
 - **{tried}**: a small random model of the type is run whole and split before a worker
   serves it, and the type is refused if a token differs.
 
-What a config.json says may be a reason as well, whatever the type: positions that change with the
-longest text of a batch (longrope, dynamic), attention that picks positions, a bias that grows with
-distance (ALiBi). Code that comes with a checkpoint (`auto_map`) is never run: types that
-transformers has are run by its own code, others are refused. Layers and modules that predict
-several tokens at once (multi-token prediction) are left out.
+What a config.json says may be a reason as well, whatever the type: attention that picks positions,
+say. Rotary positions that change with the longest text of a batch (longrope, dynamic) are those of
+the longest text that is served, for all texts. Code that comes with a checkpoint (`auto_map`) is
+never run: types that transformers has are run by its own code, others are refused. Layers and
+modules that predict several tokens at once (multi-token prediction) are left out.
 """
 
 

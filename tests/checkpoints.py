@@ -48,6 +48,8 @@ _PER_LAYER = (
     "mlp_layer_types",
     "layer_rope_theta",
     "num_attention_heads_per_layer",
+    "attention_types",
+    "activation_sparsity_pattern",
 )
 _SHARED_EXPERT = {
     "num_experts": 4,
@@ -67,6 +69,14 @@ _DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 6,
+}
+
+_INPUTS_BY_LAYER = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "head_dim": 16,
+    "sliding_window": 5,
+    "layer_types": MIXED,
 }
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -130,6 +140,20 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "arcee": {},
     "helium": {"head_dim": 8},
     "apertus": {},
+    "gptj": {"rotary_dim": 4, **_NO_GQA},
+    "codegen": {"rotary_dim": 4, **_NO_GQA},
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 1]], "window_size": 5, **_NO_GQA},
+    "openai-gpt": _NO_GQA,
+    "falcon": _NO_GQA,
+    "bloom": {"num_attention_heads": 6, "hidden_size": 48, "num_key_value_heads": 6},
+    "mpt": _NO_GQA,
+    "gemma3n_text": {
+        **_INPUTS_BY_LAYER,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "gemma4_text": {**_INPUTS_BY_LAYER, "global_head_dim": 32, "final_logit_softcapping": 10.0},
     "olmo3": {**WINDOWS, "rope_parameters": ROPE_BY_KIND},
     "ministral": {"sliding_window": 5, "layer_types": MIXED, "head_dim": 16},
     "ministral3": {
@@ -251,6 +275,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "expert_layer_offset": 0,
         "mamba_d_state": 8,
     },
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minimax": {
         "layer_types": ["linear_attention", "full_attention"],
         "head_dim": 8,

@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.layer_windows import layer_sections
-from distributed_llm.common.model_sizes import num_layers, rope_parameters, rope_type
+from distributed_llm.common.model_sizes import num_layers
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -25,6 +25,8 @@ VERIFIED: frozenset[str] = frozenset(
         "bert-generation",
         "biogpt",
         "bitnet",
+        "bloom",
+        "codegen",
         "cohere",
         "cohere2",
         "cohere2_moe",
@@ -41,12 +43,16 @@ VERIFIED: frozenset[str] = frozenset(
         "ernie4_5_moe",
         "exaone4",
         "exaone_moe",
+        "falcon",
         "falcon_h1",
+        "falcon_mamba",
         "flex_olmo",
         "flint",
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
+        "gemma4_text",
         "glm",
         "glm4",
         "glm4_moe",
@@ -57,8 +63,10 @@ VERIFIED: frozenset[str] = frozenset(
         "glm_ocr_text",
         "gpt2",
         "gpt_bigcode",
+        "gpt_neo",
         "gpt_neox",
         "gpt_oss",
+        "gptj",
         "granite",
         "granite_swa",
         "granitemoe",
@@ -86,6 +94,8 @@ VERIFIED: frozenset[str] = frozenset(
         "mimo_v2_flash",
         "minicpm3",
         "llama4_text",
+        "mamba",
+        "mamba2",
         "minimax",
         "minimax_m2",
         "ministral",
@@ -94,6 +104,7 @@ VERIFIED: frozenset[str] = frozenset(
         "mistral4",
         "mixtral",
         "modernbert-decoder",
+        "mpt",
         "nanochat",
         "nemotron",
         "nemotron_h",
@@ -102,6 +113,7 @@ VERIFIED: frozenset[str] = frozenset(
         "olmo3",
         "olmo_hybrid",
         "olmoe",
+        "openai-gpt",
         "opt",
         "persimmon",
         "phi",
@@ -129,11 +141,15 @@ VERIFIED: frozenset[str] = frozenset(
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
 
-EXCEEDS_FLOAT16: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text", "glm4"})
+EXCEEDS_FLOAT16: frozenset[str] = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"}
+)
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
 
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
-_OWN_ATTENTION = "its attention cannot be replaced, and so not be run on packed sequences"
+_OWN_ATTENTION = (
+    "its attention is computed by code of its own, which knows nothing of packed sequences"
+)
 _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
@@ -153,16 +169,9 @@ _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
-_SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
-    _ALIBI: ("bloom", "mpt"),
     _OWN_ATTENTION: (
-        "falcon",
-        "gptj",
-        "gpt_neo",
-        "codegen",
-        "openai-gpt",
         "xlnet",
         "big_bird",
         "gpt_neox_japanese",
@@ -175,9 +184,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     ),
     _OWN_STATE: (
         "bailing_hybrid",
-        "falcon_mamba",
-        "mamba",
-        "mamba2",
         "qwen4_exp_text",
         "recurrent_gemma",
         "rwkv",
@@ -191,7 +197,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     ),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
-    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text"),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
     _TWICE: ("diffllama", "longcat_flash"),
@@ -264,13 +269,16 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
     if config.get("is_encoder_decoder"):
         yield _ENCODER
-    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+    if config.get("alibi") and config.get("model_type") != "falcon":
+        yield _ALIBI
+    if config.get("position_embedding_type") == "alibi":
         yield _ALIBI
     if config.get("reorder_and_upcast_attn"):
         yield "reorder_and_upcast_attn makes it compute its attention by itself"
     if config.get("add_cross_attention"):
         yield _ENCODER
-    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+    bidirectional = config.get("use_bidirectional_attention")
+    if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
         yield _UNMASKED
     if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
         yield _UNMASKED
@@ -280,12 +288,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
-    for kind in map(rope_type, rope_parameters(config)):
-        if kind in {"dynamic", "longrope", "su"}:
-            yield (
-                f"its rotary position encoding ({kind}) changes with the longest sequence of "
-                "a batch, so that an answer would depend on who else is asking"
-            )
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
@@ -28,6 +29,11 @@ from distributed_llm.common.other_formats import (
     INDEX_NAME,
     SINGLE_NAME,
     quantized,
+)
+from distributed_llm.common.per_layer_inputs import (
+    is_of_every_stage,
+    lies_along,
+    per_layer_width,
 )
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
@@ -44,12 +50,14 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
-    r"|(token|position)_embd|transformer\.w)(\.|$)"
+    r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(
-    r"(^|\.)(wpe|embed_positions|project_in|embeddings_project|position_embd"
+    r"(^|\.)(wpe|embed_positions|positions_embed|project_in|embeddings_project|position_embd"
+    r"|word_embeddings_layernorm|embed_tokens_per_layer|altup_projections"
     r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
 )
+_KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
 _HEAD_NAME = re.compile(
     r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
 )
@@ -75,12 +83,21 @@ class Checkpoint:
         config: the content of config.json; if it describes other parts as well, of its text model.
         tensors: every tensor of the text model, by its name in the files.
         files: the folder of the files with tensors, if it is another one.
+        served_context: positions that texts may have where it is served; None: as many as the
+            model can.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     files: Path | None = None
+    served_context: int | None = None
+
+    def limited_to(self, positions: int) -> "Checkpoint":
+        """Return the checkpoint for texts of at most so many positions; 0: as many as it can."""
+        if not positions or positions >= self.context_length:
+            return self
+        return replace(self, served_context=positions)
 
     def path_of(self, file: str) -> Path:
         """Return where the file `file` with tensors is."""
@@ -145,7 +162,7 @@ class Checkpoint:
     @cached_property
     def hidden_size(self) -> int:
         """Width of the hidden states between layers."""
-        return sizes.hidden_size(self.config)
+        return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -154,8 +171,9 @@ class Checkpoint:
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model can attend to."""
-        return sizes.context_length(self.config)
+        """Positions that the model can attend to, or those that are served if these are fewer."""
+        longest = sizes.context_length(self.config)
+        return longest if self.served_context is None else min(longest, self.served_context)
 
     @cached_property
     def dtype(self) -> DtypeName:
@@ -207,17 +225,25 @@ class Checkpoint:
     def is_spare(self, name: str) -> bool:
         """Return whether tensor `name` belongs to a layer beyond those that config.json names.
 
-        Or to a module of its own that does what such layers do.
+        Or to a module of its own that does what such layers do, or makes keys and values of a layer
+        that reads those of another.
 
         Args:
             name: in the files, or in the text model.
         """
         match = LAYER_NAME.match(self._text.of(name))
-        return is_draft(name) or (
-            match is not None
-            and int(match["layer"]) >= self.num_layers
-            and match["prefix"] == self._layer_prefix
-        )
+        if is_draft(name):
+            return True
+        if match is None or match["prefix"] != self._layer_prefix:
+            return False
+        layer = int(match["layer"])
+        if layer >= self.num_layers:
+            return True
+        return self._lenders[layer] is not None and bool(_KV_NAME.search(match["rest"]))
+
+    @cached_property
+    def _lenders(self) -> tuple[int | None, ...]:
+        return kv_lenders(self.config, self.num_layers)
 
     def layer_of(self, name: str) -> int | None:
         """Return the layer that tensor `name` belongs to, or None if it is outside the layers.
@@ -253,14 +279,37 @@ class Checkpoint:
         """Return whether weight `name` of the files is needed before the first layer."""
         return self.is_embedding(name) or name == self.lone_head
 
-    def _is_tied(self, name: str) -> bool:
-        return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
+    def is_tied(self, name: str) -> bool:
+        """Return whether weight `name` of the files is the matrix of embedding and head."""
+        tied = self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
+        return tied and self.holds_embedding(name)
+
+    @cached_property
+    def per_layer_width(self) -> int:
+        """Numbers that each layer gets of a token id; see `per_layer_inputs`."""
+        return per_layer_width(self.config)
+
+    def is_of_every_stage(self, name: str) -> bool:
+        """Return whether every stage has parameter `name`, or the part of it for its layers."""
+        return self.per_layer_width > 0 and is_of_every_stage(name)
+
+    def is_cut(self, name: str) -> bool:
+        """Return whether parameter `name`, outside the layers, has a part for each of them."""
+        return self.per_layer_width > 0 and lies_along(name) is not None
+
+    def is_used_by(self, layers: LayerRange, name: str) -> bool:
+        """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""
+        if self.is_of_every_stage(name):
+            return True
+        if self.is_embedding(name):
+            return layers.start == 0
+        return layers.stop == self.num_layers
 
     def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
         """Yield the weights that a stage with `layers` needs.
 
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
-        head is tied to it, the token embedding.
+        head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
         first, last = layers.start == 0, layers.stop == self.num_layers
         for name, weight in self.weights.items():
@@ -268,8 +317,10 @@ class Checkpoint:
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
+            elif self.is_of_every_stage(name):
+                yield weight
             elif self.holds_embedding(name):
-                if first or (last and self._is_tied(name)):
+                if first or (last and self.is_tied(name)):
                     yield weight
             elif last:
                 yield weight
@@ -360,6 +411,7 @@ def checkpoint_of(
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
     Others are the text model of one for pictures or sound as well, whose other parts are left out.
+    Layers that read keys and values of others may come with projections for their own.
 
     Args:
         folder: of config.json, and of the files with tensors.
@@ -380,7 +432,8 @@ def checkpoint_of(
     if not spare:
         return _checked(checkpoint)
     logger.warning(
-        "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
+        "%s: %d tensors of layers beyond the %d of config.json, or of keys and values that are "
+        "never read, are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in of_text.items() if name not in spare}

@@ -151,7 +151,8 @@ def _mamba2(config: Config) -> _Numbers:
 
 
 def _mamba(config: Config) -> _Numbers:
-    channels = _expanded(config)
+    own_width = "state_size" in config  # Jamba's intermediate_size is that of its MLPs
+    channels = (config.get("intermediate_size") if own_width else None) or _expanded(config)
     width = _size(config, "mamba_d_conv", "conv_kernel")
     state = _size(config, "mamba_d_state", "state_size")
     return _Numbers(channels * width, channels * state)

@@ -66,6 +66,8 @@ def layer_sections(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...
 
 
 def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    if config.get("model_type") == "gpt_neo":
+        return _of_gpt_neo(config, num_layers)
     window = config.get("sliding_window")
     if type(window) is not int or window < 1 or config.get("use_sliding_window") is False:
         return (0,) * num_layers
@@ -83,3 +85,10 @@ def _sliding_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, .
     if model_type in _ALL_BUT_EVERY and type(every) is int:
         return tuple(window * bool((layer + 1) % every) for layer in range(num_layers))
     return (0,) * num_layers
+
+
+def _of_gpt_neo(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    window, types = config.get("window_size"), config.get("attention_layers")
+    if type(window) is not int or not isinstance(types, list) or len(types) < num_layers:
+        return (0,) * num_layers
+    return tuple(window * (kind == "local") for kind in types[:num_layers])

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
+from distributed_llm.common.layer_sharing import kv_lenders, layer_kinds
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
+
+_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+"""Names of the context."""
 
 _ALIBI_CONTEXT = 2048
 """Context of models that name no limit."""
@@ -19,10 +23,11 @@ _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HEADS = ("num_attention_heads", "n_head", "attention_heads", "n_heads")
+_HEADS = ("num_attention_heads", "n_head", "attention_heads", "num_heads", "n_heads")
 
 _SIZES = (
-    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
+    *_HEADS,
+    *("num_key_value_heads", "num_kv_heads", "head_dim"),
     *("intermediate_size", "moe_intermediate_size"),
 )
 """Names of sizes that not all models have; some have one for each layer."""
@@ -67,8 +72,15 @@ def num_layers(config: Config) -> int:
 
 
 def hidden_size(config: Config) -> int:
-    """Return the width of the hidden states between layers."""
+    """Return the width of the hidden states between layers, of each of their streams."""
     return positive(config, "hidden_size", "n_embd", "d_model")
+
+
+def streams(config: Config) -> int:
+    """Return how many hidden states of a token there are between layers; but in Gemma 3n, one."""
+    if config.get("model_type") != "gemma3n_text":
+        return 1
+    return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
 
 
 def context_length(config: Config) -> int:
@@ -78,10 +90,9 @@ def context_length(config: Config) -> int:
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
     that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
     """
-    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-    if not any(name in config for name in names):
+    if not any(name in config for name in _CONTEXTS):
         return _ALIBI_CONTEXT
-    unscaled = positive(config, *names)
+    unscaled = positive(config, *_CONTEXTS)
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 
 
@@ -90,18 +101,23 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
     share; of model types whose attention keeps its latents for itself, keys and values for every
-    head of the queries.
+    head of the queries. Layers that read the keys and values of others keep none.
     """
-    heads, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
-    dims, kv_heads = (heads.key_dim, heads.value_dim), heads.kv_heads
-    if keeps_latents(config):
-        sizes = latent_sizes(config)
-        dims, kv_heads = (sizes.shared_dim, sizes.rank), 1
-    one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    sizes = []
+    for layer, lender in enumerate(kv_lenders(config, num_layers(config))):
+        heads = _heads_of_layer(config, usual, layer)
+        dims, kv_heads = (heads.key_dim, heads.value_dim), heads.kv_heads
+        if keeps_latents(config):
+            latent = latent_sizes(config)
+            dims, kv_heads = (latent.shared_dim, latent.rank), 1
+        one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        sizes.append(one if lender is None else 0)
     if config.get("model_type") in _TWICE_IN_WINDOWS:
-        kinds = config.get("layer_types") or ["sliding_attention"] * num_layers(config)
-        return tuple(one * (1 + (kind == "sliding_attention")) for kind in kinds)
-    return (one,) * num_layers(config)
+        kinds = config.get("layer_types") or ["sliding_attention"] * len(sizes)
+        twice = (kind == "sliding_attention" for kind in kinds)
+        return tuple(size * (1 + more) for size, more in zip(sizes, twice, strict=True))
+    return tuple(sizes)
 
 
 def latent_sizes(config: Config) -> LatentSizes:
@@ -136,8 +152,8 @@ def head_sizes(config: Config) -> HeadSizes:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
         return HeadSizes(heads, heads, key_dim, positive(config, "v_head_dim"))
     kv_heads = int(_kv_heads(config) or heads)
-    if config.get("multi_query") is True:
-        kv_heads = 1  # GPT BigCode
+    if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
+        kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
 
@@ -147,6 +163,22 @@ def _kv_heads(config: Config) -> Any:
     attention = config.get("attn_config")  # DBRX, MPT
     inner = attention.get("kv_n_heads") if isinstance(attention, Mapping) else None
     return config.get("num_key_value_heads") or config.get("num_kv_heads") or inner
+
+
+def _heads_of_layer(config: Config, usual: HeadSizes, layer: int) -> HeadSizes:
+    """Return the heads of one layer; those of Gemma 4 that see everything have others."""
+    if config.get("model_type") != "gemma4_text":
+        return usual
+    if isinstance(by_layer := config.get("per_layer_config"), Mapping):
+        own = by_layer.get(str(layer), {})
+        dim, kv_heads = own.get("head_dim"), own.get("num_key_value_heads")
+    elif layer_kinds(config, num_layers(config))[layer] == "full_attention":
+        dim = config.get("global_head_dim", 512)
+        kv_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else 0
+    else:
+        return usual
+    dim = dim or usual.key_dim
+    return HeadSizes(usual.heads, kv_heads or usual.kv_heads, dim, dim)
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:
@@ -162,6 +194,21 @@ def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:
 def rope_type(parameters: Mapping[str, Any]) -> str:
     """Return the type that parameters of rotary positions name."""
     return str(parameters.get("rope_type", parameters.get("type")))
+
+
+def short_context(config: Config) -> int | None:
+    """Return the longest text for which a model has rotary positions of its own for short texts.
+
+    None if they are the same for all texts.
+    """
+    for parameters in rope_parameters(config):
+        if rope_type(parameters) in {"longrope", "su"}:
+            original = parameters.get("original_max_position_embeddings")
+            original = config.get("original_max_position_embeddings") or original
+            return original if isinstance(original, int) else None
+        if rope_type(parameters) == "dynamic" and not parameters.get("alpha"):
+            return positive(config, *_CONTEXTS)
+    return None
 
 
 def positive(config: Config, *names: str, most: int = _MAX_POSITIONS) -> int:

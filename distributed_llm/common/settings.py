@@ -244,6 +244,12 @@ class CoordinatorSettings(_Section):
         le=1 << 30,
         description="Room that must be left beside the layers for KV cache, tokens of context.",
     )
+    max_context: Literal["auto"] | Annotated[Whole, Field(ge=1, le=1 << 30)] = Field(
+        default="auto",
+        description="Tokens of prompt and answer together at most; auto: as many as the model can. "
+        "Models with rotary positions for short and for long texts (Phi's with 128k) use those for "
+        "short ones if this is at most the length that they were first trained for.",
+    )
     heartbeat_interval_s: Seconds = Field(
         default=1.0, gt=0, description="Time between two signs of life of a worker, s."
     )

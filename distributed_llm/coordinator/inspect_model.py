@@ -7,6 +7,7 @@ from distributed_llm.common.architectures import EXCEEDS_FLOAT16
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_sharing import kv_lenders, uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
@@ -36,6 +37,8 @@ def served_model(
     Raises:
         CheckpointError: the files contradict one another, or one has a value out of range.
     """
+    if settings.max_context != "auto":
+        checkpoint = checkpoint.limited_to(settings.max_context)
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     first = "none" if settings.quantize == "auto" else settings.quantize
     levels = QUANTIZE_LEVELS[QUANTIZE_LEVELS.index(first) :]
@@ -93,23 +96,35 @@ def model_cost(
     Raises:
         CheckpointError: tensors of some layers are missing.
     """
-    parts = {"layers": [0] * checkpoint.num_layers, "first": [0], "last": [0], "shared": [0]}
+    num_layers = checkpoint.num_layers
+    layers, beside = [0] * num_layers, {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
     for weight in checkpoint.weights.values():
         layer = checkpoint.layer_of(weight.name)
         size = checkpoint.weight_bytes(weight, dtype, quantize)
         if layer is not None:
-            parts["layers"][layer] += size
-        elif not checkpoint.holds_embedding(weight.name):
-            parts["last"][0] += size
+            layers[layer] += size
         else:
-            parts["shared" if checkpoint.ties_embeddings else "first"][0] += size
+            beside[_whose(checkpoint, weight.name)] += size
+    table_bytes = beside["tables"] // num_layers
     return ModelCost(
-        layer_bytes=tuple(parts["layers"]),
-        first_bytes=parts["first"][0],
-        last_bytes=parts["last"][0],
-        shared_bytes=parts["shared"][0],
+        layer_bytes=tuple(own + table_bytes for own in layers),
+        first_bytes=beside["first"],
+        last_bytes=beside["last"],
+        shared_bytes=beside["shared"],
+        each_bytes=beside["each"],
+        table_bytes=table_bytes,
+        uncut=uncut(kv_lenders(checkpoint.config, num_layers)),
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
-        windows=layer_windows(checkpoint.config, checkpoint.num_layers),
+        windows=layer_windows(checkpoint.config, num_layers),
         layer_state_bytes=checkpoint.layer_state_bytes(dtype),
     )
+
+
+def _whose(checkpoint: Checkpoint, name: str) -> str:
+    """Return which stages need a weight outside the layers; "tables": their part."""
+    if checkpoint.is_of_every_stage(name):
+        return "tables" if checkpoint.is_cut(name) else "each"
+    if not checkpoint.holds_embedding(name):
+        return "last"
+    return "shared" if checkpoint.is_tied(name) else "first"

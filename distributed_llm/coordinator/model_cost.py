@@ -1,7 +1,9 @@
 """The memory that the layers of a model take. Pure values."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from distributed_llm.common.layer_sharing import pieces
 from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
@@ -14,15 +16,19 @@ class ModelCost:
     """The memory that the parts of a model take, in bytes.
 
     Attributes:
-        layer_bytes: weights of each layer.
+        layer_bytes: weights of each layer, with `table_bytes`.
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a tied embedding, needed by the first and by the last stage.
+        each_bytes: what every stage needs, of all else (see `common.per_layer_inputs`).
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
         layer_state_bytes: of each layer, the state of one sequence. Empty: no layer keeps one.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
+        table_bytes: what a layer has of tables outside the layers, which are read by rows and never
+            lie on a disk.
+        uncut: layers before which no stage may begin (see `common.layer_sharing`).
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
             taken off the memory of each worker before plans are made (`ServedModel.planned`).
     """
@@ -34,6 +40,9 @@ class ModelCost:
     layer_kv_bytes: tuple[int, ...]
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
+    each_bytes: int = 0
+    table_bytes: int = 0
+    uncut: tuple[int, ...] = ()
     layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
 
@@ -93,7 +102,17 @@ class ModelCost:
             + self.first_bytes * first
             + self.last_bytes * last
             + self.shared_bytes * (first or last)
+            + self.each_bytes
         )
+
+    @property
+    def pieces(self) -> list[LayerRange]:
+        """The smallest ranges of layers that a stage may have."""
+        return pieces(self.num_layers, self.uncut)
+
+    def may_be_cut(self, starts: Iterable[int]) -> bool:
+        """Return whether stages may begin with these layers."""
+        return not set(starts).intersection(self.uncut)
 
     def bytes_from_disk(self, layers: LayerRange, count: int) -> int:
         """Return the bytes that a stage reads in every step if `count` layers stay on the disk."""
@@ -105,7 +124,8 @@ class ModelCost:
         return self.weight_bytes(layers) - sum(saved)
 
     def _sizes_on_disk(self, layers: LayerRange, count: int) -> list[int]:
-        return [self.layer_bytes[layer] for layer in layers_on_disk(layers, count)]
+        on_disk = layers_on_disk(layers, count)
+        return [self.layer_bytes[layer] - self.table_bytes for layer in on_disk]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with a sequence, and `kv_tokens` positions of KV cache."""

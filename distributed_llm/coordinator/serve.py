@@ -22,7 +22,7 @@ from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_folder import folder_of_config, read_config
 from distributed_llm.common.model_names import fingerprints, resolve_for_coordinator
-from distributed_llm.common.model_sizes import check_sizes
+from distributed_llm.common.model_sizes import check_sizes, short_context
 from distributed_llm.common.other_formats import quantization
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
@@ -83,7 +83,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     raise_file_limit()
     model, checkpoint = open_model(settings.model, settings)
     if settings.strategy == "custom":
-        check_custom(settings.layers, model.cost.num_layers)
+        check_custom(settings.layers, model.cost)
 
     _, port = split_address(settings.bind)
     trust = None if settings.insecure else Trust(state_folder(), port, now=time.time())
@@ -99,6 +99,8 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
             logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
+        if note := note_on_rope(checkpoint, model.defaults.context_length):
+            logger.info("%s", note)
         logger.info("%s", how_to_join(address, insecure=settings.insecure))
         if settings.insecure:
             logger.warning(
@@ -123,6 +125,18 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
             announcer.close()
         if trust:
             trust.close()
+
+
+def note_on_rope(checkpoint: Checkpoint, context_length: int) -> str:
+    """Return what is to be said of a model with rotary positions for short and for long texts."""
+    short = short_context(checkpoint.config)
+    if short is None or context_length <= short:
+        return ""
+    return (
+        f"this model has other rotary positions for texts of more than {short} tokens; all texts "
+        f"get those of {context_length} tokens, so that no answer depends on others. If none is "
+        f"longer than {short}, serve it with --max-context {short}: that suits short texts better"
+    )
 
 
 def _library(model: ServedModel, checkpoint: Checkpoint) -> Library:

@@ -367,12 +367,12 @@ def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_an_architecture_that_cannot_be_split_is_refused_with_its_reason(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_layer": 2}')
+    (tmp_path / "config.json").write_text('{"model_type": "xlnet", "n_layer": 2}')
     save_file({"h.0.w": torch.zeros(1), "h.1.w": torch.zeros(1)}, tmp_path / "model.safetensors")
     code, said = failure("coordinator", str(tmp_path), "--bind", "127.0.0.1:0")
     assert code == 2
-    assert "ALiBi" in said
-    with pytest.raises(UnsupportedModel, match="ALiBi"):
+    assert "code of its own" in said
+    with pytest.raises(UnsupportedModel, match="code of its own"):
         LocalCluster(tmp_path).start()
 
 

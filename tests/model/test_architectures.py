@@ -88,6 +88,13 @@ def test_a_covered_type_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) ->
     Stage.ensure_supported(checkpoint_of("llama"))
 
 
+def test_a_small_config_has_factors_of_rotary_positions_for_its_heads() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    small = shrink_config(config_of("phi3", rope_parameters={**rope, **factors}))
+    assert small["rope_parameters"]["long_factor"] == [1.0] * 8  # its context is as short
+
+
 def test_a_small_config_keeps_the_structure() -> None:
     config = config_of("gemma3_text", num_hidden_layers=12)
     small = shrink_config(config)

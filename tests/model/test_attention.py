@@ -35,6 +35,7 @@ class Attention:
         window: int | None = None,
         softcap: float | None = None,
         with_sinks: bool = False,
+        with_slopes: bool = False,
         offset: float = 0.0,
     ) -> None:
         torch.manual_seed(1)
@@ -44,6 +45,7 @@ class Attention:
         self.window, self.softcap, self.offset = window, softcap, offset
         self.coarse: set[int] = set()
         self.sinks = torch.randn(HEADS).to(dtype) if with_sinks else None
+        self.slopes = torch.rand(HEADS) if with_slopes else None
         self.module = nn.Module()
         self.module.layer_idx = LAYER  # type: ignore[assignment]
 
@@ -73,6 +75,7 @@ class Attention:
                 sliding_window=self.window,
                 softcap=self.softcap,
                 s_aux=self.sinks,
+                slopes=self.slopes,
             )
         assert step.appended == [1]
         expected = []
@@ -109,6 +112,8 @@ class Attention:
                 scores = keys[shared, first:stop].double() @ queries[head, token].double() * 0.5
                 if self.softcap:
                     scores = torch.tanh(scores / self.softcap) * self.softcap
+                if self.slopes is not None:
+                    scores += self.slopes[head].double() * torch.arange(first - stop, 0)
                 if self.sinks is not None:
                     scores = torch.cat([scores, self.sinks[head].double()[None]])
                 weights = torch.softmax(scores, dim=0)[: stop - first]
@@ -157,6 +162,15 @@ def test_attention_is_that_of_the_formula(
     dtype: torch.dtype, window: int | None, softcap: float | None, with_sinks: bool
 ) -> None:
     run_steps_of_all_kinds(Attention(dtype, window=window, softcap=softcap, with_sinks=with_sinks))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("window", [None, 14])
+def test_scores_may_grow_with_the_position(
+    dtype: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_attention, "SCORES_AT_ONCE", 200)
+    run_steps_of_all_kinds(Attention(dtype, window=window, with_slopes=True))
 
 
 def test_values_may_be_wider_than_keys() -> None:

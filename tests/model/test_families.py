@@ -28,8 +28,8 @@ CHUNKS = (8, 1, 4)
 SHARED = 16
 """Positions that a fourth text has in common with the first prompt; a chunk ends there."""
 NEW_TOKENS = 6
-NUM_LAYERS = {"nemotron_h": 4}
-"""Where it takes more than 3 layers to have one of each kind."""
+NUM_LAYERS = {"gemma3n_text": 4, "nemotron_h": 4}
+"""Where it takes more than 3 layers to have one of each kind, or 3 are something else."""
 NO_TOKENS = as_token_ids(())
 HOT = tuple(Sampling(temperature=2.0, seed=seed) for seed in (1, 2))
 """They tell nearly equal logits apart."""
@@ -67,6 +67,29 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
                 "mscale": 0.707,
                 "mscale_all_dim": 0.707,
             },
+        },
+    ),
+    "falcon-grouped": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_key_value_heads": 2},
+    ),
+    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": False, "hidden_size": 64}),
+    "gemma4-global-heads": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
         },
     ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
@@ -183,13 +206,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("bloom", {}),
-        ("falcon", {"alibi": True}),
-        ("falcon", {"alibi": False}),
-        ("gptj", {}),
-        ("gpt_neo", {}),
-        ("codegen", {}),
-        ("mpt", {}),
+        ("llama", {"alibi": True}),
         ("recurrent_gemma", {}),
         ("zamba2", {}),
         ("t5", {}),
@@ -201,8 +218,6 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("bert", {}),
         ("roberta", {"is_decoder": True}),
         ("diffllama", {}),
-        ("phi3", {"rope_scaling": {"type": "longrope"}}),
-        ("llama", {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, object]) -> None:
@@ -216,6 +231,8 @@ def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, o
         ("bert", {"is_decoder": True}),
         ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 64}),
         ("phimoe", {"sliding_window": 131072, "max_position_embeddings": 131072}),
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}),
         ("phi", {"auto_map": {"AutoModelForCausalLM": "modeling.Phi"}}),
     ],
 )

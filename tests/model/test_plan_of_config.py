@@ -63,7 +63,7 @@ def test_a_dtype_that_is_not_named_or_not_computed_in(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "bloom"}, "ALiBi"),
+        ({"alibi": True}, "ALiBi"),
         ({"model_type": "nonesuch"}, "does not know the model type"),
         ({"model_type": "vit"}, "no decoder"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),

@@ -114,6 +114,10 @@ def test_a_step_with_other_arguments_is_the_models_own(tmp_path: Path) -> None:
     assert program.run(None, (states,), {"new": True}) is None
 
 
+OTHERS = torch.ones(1).bfloat16()
+"""A tensor that is neither given to a layer nor its own."""
+
+
 class Changed(nn.Module):
     """A layer around another one, which does something that cannot be recorded."""
 
@@ -131,7 +135,7 @@ class Changed(nn.Module):
     [
         lambda states: states * float(states.max()),
         lambda states: states.clone().add_(1),
-        lambda states: states + torch.ones(1).bfloat16(),
+        lambda states: states + OTHERS,
         lambda states: states + states.new_zeros(1),
         lambda states: states[states != 0].view(states.shape),
     ],

@@ -101,6 +101,13 @@ def test_what_config_tells_is_what_layers_do(family: str, tmp_path: Path) -> Non
         assert layer_windows(before, 4) == windows
 
 
+def test_gpt_neo_has_words_of_its_own(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, "gpt_neo", num_layers=4))
+    told = layer_windows(checkpoint.config, 4)
+    stage = Stage.load(checkpoint, LayerRange(0, 4), device=CPU, dtype=torch.float32)
+    assert told == (0, 5, 0, 5) == stage._cache.windows
+
+
 @pytest.mark.parametrize("slab", [True, False])
 def test_what_is_dropped_changes_no_bit(
     checkpoint: Checkpoint, slab: bool, monkeypatch: pytest.MonkeyPatch

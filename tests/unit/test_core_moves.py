@@ -146,6 +146,8 @@ def test_first_layers_are_tried_and_later_ones_are_not() -> None:
     assert tried.count(True) == 4
     assert [order.trials for order in late.loaded][:1] == [True]
     assert {order.kv_dtype for order in load_orders(world)} == {MODEL.kv_dtype}
+    context = MODEL.defaults.context_length
+    assert {order.context_length for order in load_orders(world)} == {context}
     shown = world.core.status(now=world.now).pipelines
     assert {pipeline.kv_dtype for pipeline in shown} == {MODEL.kv_dtype}
 

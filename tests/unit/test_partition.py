@@ -72,6 +72,7 @@ def is_whole(found: LayerMap, problem: Problem) -> bool:
     return (
         served == list(range(problem.cost.num_layers))
         and len(needed) == len(found)
+        and problem.cost.may_be_cut(held.start for _, held in found)
         and all(size <= memory[worker] for worker, size in needed.items())
     )
 
@@ -130,7 +131,14 @@ def problems(
     first, last, shared = (draw(st.integers(0, 60)) for _ in range(3))
     kv_sizes = st.integers(0, 2)
     kv = (draw(kv_sizes),) * size if alike else tuple(draw(kv_sizes) for _ in range(size))
-    cost = ModelCost(tuple(layer_bytes), first, last, shared, kv)
+    inside = st.sets(st.integers(1, size - 1), max_size=2) if size > 1 else st.just(set())
+    together = set() if alike else draw(inside)
+    each = draw(st.integers(0, 9))
+    cost = ModelCost(
+        *(tuple(layer_bytes), first, last, shared, kv),
+        each_bytes=each,
+        uncut=tuple(sorted(together)),
+    )
     kv_tokens = draw(st.integers(0, 8))
     whole = cost.stage_bytes(LayerRange(0, size), kv_tokens)
     count = draw(st.integers(1, workers))

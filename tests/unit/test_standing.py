@@ -50,6 +50,15 @@ def test_one_that_is_there_takes_the_place_of_the_lost_one(strategy: Strategy) -
     assert stands.load_s(best) > 3.5
 
 
+def test_layers_that_have_to_be_together_are_not_parted_for_it() -> None:
+    """Layers 3 to 5 are one piece; what stands is from another model."""
+    stands = Standing(ranges_of(("c", 0, 3), ("a", 3, 5)))
+    together = replace(made(), cost=replace(COST, uncut=(3, 4)))
+    question = PlanQuestion(together, machines(dict.fromkeys("ac", 2 * MEMORY)), standing=stands)
+    (plan,) = question.reply().plans
+    assert plan[1].layers.start in (2, 5)
+
+
 def test_a_neighbour_takes_the_layers_if_that_is_sooner() -> None:
     """The others keep theirs, whatever they are called."""
     stands = Standing(ranges_of(("c", 0, 3), ("a", 3, 5)))

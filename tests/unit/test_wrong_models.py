@@ -689,7 +689,7 @@ def test_a_model_of_the_hub_as_the_copy_of_a_worker(tmp_path: Path) -> None:
     ("config", "words"),
     [
         (None, "has model.safetensors, but no config.json"),
-        ({"model_type": "bloom"}, "ALiBi"),
+        ({"alibi": True}, "ALiBi"),
         ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )

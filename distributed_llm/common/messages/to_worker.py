@@ -114,6 +114,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         wire_dtype: dtype of activations between stages.
         quantize: what floating-point matrices of the layers become while they are loaded.
         kv_dtype: how keys and values are kept.
+        context_length: positions of the longest text that is served; 0: as many as the model can.
         from_disk: layers that stay on the disk; which ones, `layers_on_disk` says.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
@@ -135,6 +136,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     wire_dtype: DtypeName
     quantize: Quantize = "none"
     kv_dtype: KVDtype = "auto"
+    context_length: Count = 0
     from_disk: Count = 0
     digest: Label
     kv_tokens: Count

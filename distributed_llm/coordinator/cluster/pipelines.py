@@ -357,6 +357,7 @@ class Pipelines:
                 wire_dtype=self._model.wire_dtype,
                 quantize=pipeline.quantize,
                 kv_dtype=self._model.kv_dtype,
+                context_length=self._model.defaults.context_length,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=planned.kv_tokens,
                 workspace_bytes=self._model.workspace_on(machine),

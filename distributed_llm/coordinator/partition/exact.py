@@ -27,12 +27,15 @@ from distributed_llm.coordinator.plan import LayerMap
 
 
 def is_uniform(tables: Tables) -> bool:
-    """Return whether all layers have one size, KV cache included, and all links one speed."""
+    """Return whether all layers have one size, KV cache included, and all links one speed.
+
+    If layers have to be together, they are not alike.
+    """
     pairs = ~np.eye(len(tables.names), dtype=bool)
     links = [np.all(each[pairs] == each[0, -1]) for each in (tables.delays, tables.busy)]
     cost = tables.cost
     sizes = set(zip(cost.layer_bytes, cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True))
-    return len(sizes) == 1 and all(links)
+    return len(sizes) == 1 and all(links) and not cost.uncut
 
 
 def solve_uniform(tables: Tables, objective: PartitionObjective) -> LayerMap:

@@ -191,7 +191,10 @@ class Tables:
         )
 
     def alike(self, layer_bytes: int, kv_bytes: int) -> "Tables":
-        """Return these tables as if all layers had these sizes, and all links the median times."""
+        """Return these tables as if all layers had these sizes, and all links the median times.
+
+        And as if layers might be cut apart anywhere.
+        """
         links = ~np.eye(len(self.names), dtype=bool)
         flat = [
             np.where(links, np.median(each[links]), np.inf) for each in (self.delays, self.busy)
@@ -202,6 +205,7 @@ class Tables:
             layer_bytes=(layer_bytes,) * every,
             layer_kv_bytes=(kv_bytes,) * every,
             layer_state_bytes=(),
+            uncut=(),
         )
         return replace(self, cost=cost, delays=flat[0], busy=flat[1])
 
@@ -276,13 +280,17 @@ def bytes_from_disk(cost: ModelCost, needed: Floats, memory: Floats) -> Floats:
 def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
     """Return the bytes of every stage [start, stop) with its KV cache, float64 [L + 1, L + 1].
 
-    It is `ModelCost.stage_bytes` for all pairs at once; infinite where the stage is empty.
+    It is `ModelCost.stage_bytes` for all pairs at once; infinite where the stage is empty, or
+    layers are cut apart that have to be together.
     """
     sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
     table = _range_sums([fixed + kv * kv_tokens for fixed, kv in sizes])
     table[0, :] += cost.first_bytes + cost.shared_bytes
     table[:, -1] += cost.last_bytes
     table[1:, -1] += cost.shared_bytes
+    table += cost.each_bytes
+    uncut = list(cost.uncut)
+    table[uncut, :] = table[:, uncut] = np.inf
     table[np.tril_indices(len(table))] = np.inf
     return table
 

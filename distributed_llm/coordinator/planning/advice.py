@@ -314,8 +314,8 @@ def _advise_unused(base: _Baseline, worker: WorkerId) -> Advice:
 
 
 def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
-    offered, layers = base.machines.memory_bytes[worker], range(base.cost.num_layers)
-    needed = min(base.cost.stage_bytes(LayerRange(i, i + 1), base.kv_tokens) for i in layers)
+    offered = base.machines.memory_bytes[worker]
+    needed = min(base.cost.stage_bytes(piece, base.kv_tokens) for piece in base.cost.pieces)
     if needed > offered:
         sizes = f"{size_text(needed)} needed, {size_text(offered)} offered"
         if base.cost.workspace_bytes:

@@ -78,6 +78,8 @@ class Standing:
         least = min(room, max(same.context_length, int(_SHARE_OF_ROOM * room)))
         soonest, load_s = best, self.load_s(best) - _GAIN_S
         for layer_map in self._filled(same.cost.num_layers, machines):
+            if not same.cost.may_be_cut(layers.start for _, layers in layer_map):
+                continue
             plan = same.plan_of(machines.memory_bytes, layer_map)
             fits = all(stage.weight_bytes <= machines.memory_bytes[stage.worker] for stage in plan)
             if not fits or kv_tokens_of(plan) < least or self.load_s(plan) >= load_s:

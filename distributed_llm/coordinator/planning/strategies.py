@@ -120,12 +120,17 @@ def wanted_kv_tokens(
 
 
 def _even(cost: ModelCost, workers: Sequence[WorkerId]) -> LayerMap:
-    count = len(workers)
-    edges = [cost.num_layers * i // count for i in range(count + 1)] if count else [0]
+    count, allowed = len(workers), [0, *(piece.stop for piece in cost.pieces)]
+    wanted = [cost.num_layers * i // count for i in range(count + 1)] if count else [0]
+    edges = sorted({_nearest(allowed, edge) for edge in wanted})
     return tuple(
         (worker, LayerRange(start, stop))
-        for worker, (start, stop) in zip(workers, pairwise(edges), strict=True)
+        for worker, (start, stop) in zip(workers, pairwise(edges), strict=False)
     )
+
+
+def _nearest(allowed: Sequence[int], edge: int) -> int:
+    return min(allowed, key=lambda one: abs(one - edge))
 
 
 def _custom(
@@ -139,21 +144,23 @@ def _custom(
             f"{', '.join(sorted(by_name)) or 'nobody'}). Start what is missing: `dllm worker "
             f"--name {absent[0]}`."
         )
-    check_custom(layers, cost.num_layers)
+    check_custom(layers, cost)
     ordered = sorted(layers.items(), key=lambda item: item[1])
     return tuple((by_name[name], held) for name, held in ordered)
 
 
-def check_custom(layers: Mapping[str, LayerRange], num_layers: int) -> None:
+def check_custom(layers: Mapping[str, LayerRange], cost: ModelCost) -> None:
     """Check that the setting `layers` suits the model: every layer is served, and no others are.
 
-    That no layer is left out or named twice in between is checked with the settings.
+    And that layers are together that have to be. That no layer is left out or named twice in
+    between is checked with the settings.
 
     Raises:
         ConfigError: it does not.
     """
-    last = max(held.stop for held in layers.values())
+    num_layers, last = cost.num_layers, max(held.stop for held in layers.values())
     if last == num_layers:
+        _check_cuts(layers, cost)
         return
     what = (
         f"nobody serves {layers_text(LayerRange(last, num_layers))}"
@@ -164,6 +171,17 @@ def check_custom(layers: Mapping[str, LayerRange], num_layers: int) -> None:
         f"The setting `layers` does not suit the model, which has "
         f"{count_text(num_layers, 'layer')}: {what}. Name a worker for every layer."
     )
+
+
+def _check_cuts(layers: Mapping[str, LayerRange], cost: ModelCost) -> None:
+    for held in layers.values():
+        if not cost.may_be_cut([held.start]):
+            whole = next(piece for piece in cost.pieces if held.start < piece.stop)
+            raise ConfigError(
+                f"The setting `layers` does not suit the model: {layers_text(whole)} have to be on "
+                "one worker, for some read keys and values of others, but "
+                f"{layers_text(held)} begin in between. Let no worker begin there."
+            )
 
 
 def _proportional(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> LayerMap:
@@ -209,16 +227,17 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
     )
     if cost.workspace_bytes:
         what += f", beside {size_text(cost.workspace_bytes)} each that they compute with"
-    layers = [LayerRange(at, at + 1) for at in range(cost.num_layers)]
-    most = max(layers, key=lambda one: cost.stage_bytes(one, kv_tokens))
+    most = max(cost.pieces, key=lambda one: cost.stage_bytes(one, kv_tokens))
     least = cost.stage_bytes(most, kv_tokens)  # that one worker at least must have
     if needed > offered:
         why = f": {size_text(needed - offered)} are missing"
     elif least > max(memory.values()):
-        of_ends = {1: " with the embedding", cost.num_layers: " with the head"}
-        ends = of_ends.get(most.stop, "") if least > cost.layer_fixed_bytes[most.start] else ""
+        at_start = " with the embedding" if most.start == 0 else ""
+        at_ends = " with the head" if most.stop == cost.num_layers else at_start
+        fixed = sum(cost.layer_fixed_bytes[most.start : most.stop])
+        ends = at_ends if least > fixed else ""
         return (
-            f"{what}, but one of them has to hold layer {most}{ends}, which takes "
+            f"{what}, but one of them has to hold {layers_text(most)}{ends}, which takes "
             f"{size_text(least)}, and the largest has {size_text(max(memory.values()))}. Add a "
             f"worker that has as much, raise the --max-memory of one, or take a smaller model or "
             "dtype."
@@ -234,7 +253,7 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
 def _what_fits(cost: ModelCost, offered: int, kv_tokens: int) -> str:
     sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
     layer = max(fixed + kv * kv_tokens for fixed, kv in sizes)
-    ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes
+    ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes + cost.each_bytes
     room = max(0, offered - ends)
     return (
         f"One layer takes {size_text(layer)}, embedding and head {size_text(ends)}: about "

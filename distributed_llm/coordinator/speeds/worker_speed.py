@@ -70,7 +70,7 @@ class Prior:
         item_s = (
             2 / capabilities.flops_per_s / item_bytes
         )  # multiply and add, per byte of parameters
-        layer_bytes = sum(cost.layer_bytes) / cost.num_layers
+        layer_bytes = sum(cost.layer_bytes) / cost.num_layers - cost.table_bytes
         head_bytes = cost.last_bytes + cost.shared_bytes
         return cls(
             layer_s=layer_bytes * byte_s,

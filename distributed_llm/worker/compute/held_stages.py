@@ -245,7 +245,7 @@ class HeldStages:
             threads = num_threads(weights.checkpoint, order, self._capabilities.threads)
             use_threads(threads)
             stage = Stage.load(
-                weights.checkpoint,
+                weights.checkpoint.limited_to(order.context_length),
                 order.layers,
                 device=self._device,
                 dtype=TORCH_DTYPES[order.dtype],

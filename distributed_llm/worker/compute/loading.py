@@ -218,8 +218,8 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
     )
 
 
-def _form(order: LoadStage) -> tuple[str, str, str]:
-    return order.dtype, order.quantize, order.kv_dtype
+def _form(order: LoadStage) -> tuple[str, str, str, int]:
+    return order.dtype, order.quantize, order.kv_dtype, order.context_length
 
 
 def load_beside(
@@ -251,7 +251,7 @@ def load_beside(
         memory = memory_now(device, capabilities.memory_bytes, order)
         _bytes_left_beside(order, served, missing, memory, loaded=False)
     stage = Stage.load(
-        checkpoint,
+        checkpoint.limited_to(order.context_length),
         order.layers,
         device=device,
         dtype=TORCH_DTYPES[order.dtype],
@@ -290,11 +290,14 @@ def _what(order: LoadStage) -> str:
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
     """Return an estimate of the weight bytes that a stage cannot share with the served layers."""
     held = {weight.name for weight in checkpoint.weights_of(served)}
-    return sum(
-        checkpoint.weight_bytes(weight, order.dtype, order.quantize)
-        for weight in checkpoint.weights_of(order.layers)
-        if weight.name not in held
-    )
+    missing = 0
+    for weight in checkpoint.weights_of(order.layers):
+        is_cut = checkpoint.is_cut(weight.name)
+        if weight.name in held and not (is_cut and served != order.layers):
+            continue
+        size = checkpoint.weight_bytes(weight, order.dtype, order.quantize)
+        missing += size * len(order.layers) // checkpoint.num_layers if is_cut else size
+    return missing
 
 
 def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerRange, KVImporter]:

@@ -98,7 +98,8 @@ def assemble(
             )
     manifest = reduce(KVManifest.common_with, manifests)
     numbers = range(layers.start, layers.stop)
-    orphans = [layer for layer in numbers if layer not in mine and layer not in imported]
+    kept = [layer for layer in numbers if cache.knows(layer - layers.start)]
+    orphans = [layer for layer in kept if layer not in mine and layer not in imported]
     if orphans and manifest.sequences:
         raise KVTransferError(f"nobody sent the KV cache of layers {orphans}")
     windowed = {layer for layer in numbers if cache.windows[layer - layers.start]}
@@ -110,6 +111,8 @@ def assemble(
     def buffers(segment: ManifestSegment, layer: int) -> KVBuffers | None:
         if layer in mine:
             return mine[layer][segment.number]
+        if layer not in kept:
+            return None
         layout = cache.layout(layer - layers.start)
         return sources[imported[layer]].buffers(segment, layer, layout)
 

@@ -171,6 +171,10 @@ class KVCache:
             self._unseen += unseen - before
             self._layers.drop_unseen(segment, before)
 
+    def knows(self, layer: int) -> bool:
+        """Return whether a layer has been written; others keep nothing."""
+        return self._layers.knows(layer)
+
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""
         return self._layers.layout(layer)

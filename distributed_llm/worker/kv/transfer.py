@@ -60,7 +60,8 @@ class KVExporter:
             raise ValueError(f"a cache of {layers_text(held)} has no {layers_text(layers)}")
         self._cache = cache
         self._first = held.start
-        self._layers = range(layers.start - held.start, layers.stop - held.start)
+        inside = range(layers.start - held.start, layers.stop - held.start)
+        self._layers = [layer for layer in inside if cache.knows(layer)]
         self._done: dict[int, list[int]] = {}  # exported positions, by segment and layer
         cache.watch(self)
 
@@ -91,7 +92,7 @@ class KVExporter:
             done = self._done.setdefault(segment.number, self._done_of(segment))
             for index, layer in enumerate(self._layers):
                 done[index] = max(done[index], self._unseen(segment, layer))
-            if min(done) >= extent:
+            if min(done, default=extent) >= extent:
                 continue
             for index, layer in enumerate(self._layers):
                 count = min(extent - done[index], room // self._cache.layout(layer).token_bytes)

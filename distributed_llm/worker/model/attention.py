@@ -35,6 +35,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of each packed sequence over its cached positions and its new tokens.
@@ -51,6 +52,7 @@ def packed_attention(
         sliding_window: number of positions that a token attends to, itself included; default all.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: [heads], logits of attention sinks, which take part in softmax without a value.
+        slopes: [heads], as in `Scoring`.
         kwargs: for other attention implementations; ignored, except for `position_bias`.
 
     Returns:
@@ -64,15 +66,17 @@ def packed_attention(
     step = running_step()
     layer = int(module.layer_idx) - step.first_layer  # type: ignore[arg-type]
     step.appended[layer] += 1
+    if step.lenders and (lender := step.lenders[layer]) is not None:
+        layer = lender  # which is given the same keys and values again
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     section = step.sections[layer] if step.sections else 0
-    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section)
+    scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])
         return attend_latents(step, layer, *own, scoring, expansion)[None], None
-    if not step.chunks:
+    if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None
     return _attend_both(step, layer, query[0], key[0], value[0], scoring)[None], None
 
@@ -83,10 +87,14 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 def _attend_both(
     step: PackedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> Tensor:
-    """Compute attention of a step with chunks, and perhaps single tokens among them."""
+    """Compute attention of a step with chunks, and perhaps single tokens among them.
+
+    With slopes, single tokens are chunks of one: what computes them together has no bias.
+    """
     heads, tokens, _ = query.shape
     attended = query.new_empty((tokens, heads, value.shape[-1]))
-    for part in step.chunks:
+    by_themselves = step.chunks if scoring.slopes is None else step.slices
+    for part in by_themselves:
         rows = slice(part.row, part.row + part.num_tokens)
         held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
         inputs = (query[:, rows], held, scoring, value.shape[-1])
@@ -94,7 +102,7 @@ def _attend_both(
             attended[rows] = attend_sections(step, part.start, *inputs)
         else:
             attended[rows] = attend_chunk(step, *inputs)
-    if step.single:
+    if step.single and scoring.slopes is None:
         chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         attended[chosen] = attend_tokens(
             step, layer, query[:, chosen], key[:, chosen], value[:, chosen], scoring

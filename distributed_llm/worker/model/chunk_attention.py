@@ -65,7 +65,8 @@ def attend_chunk(
     Returns:
         [tokens, heads, value_dim].
     """
-    by_hand = scoring.softcap is not None or queries.shape[-1] != value_dim
+    same_dims = queries.shape[-1] == value_dim
+    by_hand = scoring.softcap is not None or scoring.slopes is not None or not same_dims
     in_blocks = not by_hand and queries.device.type == "cpu"
     coding = step.cache.coding
     if coding is not None:
@@ -224,6 +225,10 @@ def attend_part_by_hand(
     scores = scores.view(kv_heads, group, tokens, -1).float()
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    if scoring.slopes is not None:
+        positions = torch.arange(cut.start, cut.stop, device=queries.device)
+        added = scoring.slopes[:, None] * positions  # [heads, positions]
+        scores += added.view(kv_heads, group, 1, -1)
     visible = _visible(tokens, stop - cut.start, scoring.window, queries.device)
     visible = visible[:, : cut.stop - cut.start]
     # Finite, for a query may see nothing of a part.

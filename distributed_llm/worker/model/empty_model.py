@@ -1,5 +1,6 @@
 """Makes models without weights from a config.json, by transformers' own classes."""
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.common.text_config import PART_OF
 from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.fixed_rope import fix_rope
+from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
@@ -28,10 +31,15 @@ _QUOTED = re.compile(r"[`'](\w+)[`']")
 _SHOWN_CHARS = 60
 
 
-def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
+def model_config(config: Mapping[str, Any], context_length: int | None = None) -> PretrainedConfig:
     """Return transformers' configuration object for the content of a config.json.
 
-    Not what it says about quantized weights: to transformers, they are floating-point numbers.
+    Not what it says about quantized weights: to transformers, they are floating-point numbers. And
+    rotary positions are the same for all texts (`fix_rope`).
+
+    Args:
+        config: the content of config.json.
+        context_length: positions of the longest text that is served; None: that of the model.
 
     Raises:
         UnsupportedModel: transformers has no decoder of this type.
@@ -52,18 +60,21 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
         )
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
     left_out = {*QUANTIZATION_NAMES, PART_OF}
-    values = {name: value for name, value in config.items() if name not in left_out}
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    values = copy.deepcopy(kept)  # transformers writes into what it is given
     for name in ("dtype", "torch_dtype"):
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")
     try:
-        return kind.from_dict(kind._decode_special_floats(values))  # infinity has no JSON
+        made = kind.from_dict(kind._decode_special_floats(values))  # infinity has no JSON
     except Exception as exc:  # validators of transformers raise errors of many types
         raise CheckpointError(
             f"transformers refuses the config.json of this {model_type!r} model: "
             f"{_what_is_wrong(str(exc), config)}. It is damaged, or for another version of "
             "transformers: copy that of the original model."
         ) from exc
+    fix_rope(made, context_length or model_sizes.context_length(config))
+    return made
 
 
 def _what_is_wrong(said: str, config: Mapping[str, Any]) -> str:
@@ -125,10 +136,12 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         UnsupportedModel: transformers cannot run it with that attention.
         CheckpointError: transformers refuses a value of its config.json.
     """
-    config = model_config(checkpoint.config)
+    config = model_config(checkpoint.config, checkpoint.context_length)
+    replaced = config.model_type in OWN_ATTENTION
     try:
         with torch.device("meta"):
-            model = new_model(config, dtype, attn_implementation=ATTENTION_NAME)
+            kind = "eager" if replaced else ATTENTION_NAME
+            model = new_model(config, dtype, attn_implementation=kind)
     except ValueError as exc:
         raise UnsupportedModel(
             f"transformers cannot run the model type {checkpoint.model_type!r} with the attention "
@@ -136,6 +149,8 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from exc
     except Exception as exc:
         raise _no_model(checkpoint.model_type) from exc
+    if replaced:
+        use_packed_attention(model)
     tell_positions(model)
     tell_of_sorted_experts(model)
     return model

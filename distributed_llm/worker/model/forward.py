@@ -10,6 +10,7 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.model.own_attention import OWN_ATTENTION
 from distributed_llm.worker.model.packed_step import PackedStep, running
 from distributed_llm.worker.model.recorded_layers import record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -44,6 +45,7 @@ class Forward:
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
+        self._streams = getattr(stage_model.model.config, "altup_num_inputs", 1)
         self._appending = [int(keeps) for keeps in keeps_kv]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
@@ -56,9 +58,21 @@ class Forward:
         )
         record_layers(
             stage_model.layers,
-            [kv and not state for kv, state in zip(keeps_kv, keeps_state, strict=True)],
+            [
+                kv and not state and self._calls_attention_plainly()
+                for kv, state in zip(keeps_kv, keeps_state, strict=True)
+            ],
             *(device, dtype),
         )
+
+    def _calls_attention_plainly(self) -> bool:
+        """Return whether a layer's attention depends on what it is given and its own cache alone.
+
+        Not if it is in code of its own, or gives keys and values to other layers.
+        """
+        config = self._model.config
+        shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
+        return not shares and config.model_type not in OWN_ATTENTION
 
     @property
     def progress(self) -> Callable[[], None] | None:
@@ -107,7 +121,8 @@ class Forward:
             "use_cache": False,
         }
         if hidden_states is not None:
-            self._hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
+            incoming = sent(hidden_states, self._device).to(self._dtype)
+            self._hooks.incoming = _in_streams(incoming, self._streams)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -121,7 +136,9 @@ class Forward:
             self._hooks.forget()
             self.sums.spans = ()
         self._check_every_layer_ran(step)
-        return None if output is None else output[0]
+        if output is None:
+            return None
+        return output[0] if rows else _side_by_side(output)
 
     def _check_every_layer_ran(self, step: PackedStep) -> None:
         if step.appended != self._appending:
@@ -133,3 +150,17 @@ class Forward:
             raise StageError(
                 f"the layers made {step.updated} new states of their own; {self._updating} is right"
             )
+
+
+def _in_streams(states: Tensor, streams: int) -> Tensor:
+    """Return hidden states as layers take them: [1, tokens, hidden_size], or [streams, 1, ...]."""
+    if streams == 1:
+        return states[None]
+    return states.view(len(states), streams, -1).transpose(0, 1)[:, None]
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """Return what layers gave as [tokens, all hidden states of each]."""
+    if states.dim() == 3:
+        return states[0]
+    return states[:, 0].transpose(0, 1).flatten(1)

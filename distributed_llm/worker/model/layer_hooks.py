@@ -85,7 +85,7 @@ class LayerHooks:
         return args, {**kwargs, "hidden_states": self.incoming}
 
     def _take_output(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.outgoing = output[0] if isinstance(output, tuple) else output
+        self.outgoing = output[0] if isinstance(output, tuple | list) else output
 
 
 class Event(Protocol):

@@ -40,6 +40,7 @@ from distributed_llm.worker.model.integer_targets import (
 )
 from distributed_llm.worker.model.kernels import pack_linear_layers
 from distributed_llm.worker.model.latents import keep_latents
+from distributed_llm.worker.model.layer_cuts import CutFloats, LayerCut
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
@@ -139,19 +140,24 @@ class ModelLoader:
             self._check_shapes(entries, number)
         _replace(self._shell, self._path, nn.ModuleList())
 
-    def load_outer(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+    def load_outer(
+        self, entries: Sequence[Entry], tensors: Mapping[str, Tensor], cut: LayerCut
+    ) -> None:
         """Load what is outside the layers.
 
         Args:
             entries: to read.
             tensors: that are in memory already, by their names.
+            cut: what the stage has of matrices with a part for each layer.
 
         Raises:
             CheckpointError: as for a layer.
         """
         incoming: dict[str, Any] = dict(tensors)
         for entry in entries:
-            incoming[entry.name] = Floats(self._reader, entry, self._dtype, transposed=False)
+            floats = Floats(self._reader, entry, self._dtype, transposed=False)
+            partial = cut.applies_to(entry.name)
+            incoming[entry.name] = CutFloats(floats, entry.name, cut) if partial else floats
         with _without_progress_bars():
             self._load(self._model, incoming, None)
         self._warn()

@@ -51,11 +51,13 @@ class PackedStep:
         cache: the KV cache of the stage.
         first_layer: number of the stage's first layer in the whole model.
         slices: of the sequences, in the order of the packed row.
-        appended: how many times each layer of the stage has appended keys and values.
+        appended: how many times each layer of the stage has called its attention.
         coarse: layers of which products would round the scores too much; kept from step to step.
         groups: all slices, as layers with a state of their own take them.
         updated: how many times each layer of the stage has made new states.
         sections: of the layers, as in `Scoring`; empty: no layer has any.
+        lenders: of each layer of the stage, the one whose keys and values it reads, if these are
+            another's; likewise numbered within the stage.
         single: the slices of one token.
         chunks: the other slices.
         windows: of the layers that have run: positions that a token sees at most, itself included;
@@ -71,6 +73,7 @@ class PackedStep:
     groups: tuple[StateGroup, ...] = ()
     updated: list[int] = field(default_factory=list)
     sections: tuple[int, ...] = ()
+    lenders: tuple[int | None, ...] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)
@@ -114,6 +117,8 @@ class Scoring:
         sinks: [heads], logits that take part in softmax without a value; or None.
         section: positions of the sections that the text is cut into, from its start on; a token
             attends to none before its own. 0: the text is not cut.
+        slopes: [heads], by how much the score of a position exceeds that of the one before, the
+            rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
     """
 
     scale: float
@@ -121,6 +126,7 @@ class Scoring:
     softcap: float | None
     sinks: Tensor | None
     section: int = 0
+    slopes: Tensor | None = None
 
     @property
     def most_seen(self) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.kernels import OpaqueWeights
+from distributed_llm.worker.model.layer_cuts import LayerCut
 
 _HOOKS = (
     "_forward_hooks",
@@ -81,13 +82,14 @@ class SharedModules:
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = layers
+        self._cut = LayerCut(checkpoint.per_layer_width, layers)
         self._donor = donor
         self._tied: set[str] = set()
         self._matrices: set[str] = set()
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
             weights = (weight.name for weight in checkpoint.weights_of(last))
-            held = map(name_of, filter(checkpoint.holds_embedding, weights))
+            held = map(name_of, filter(checkpoint.is_tied, weights))
             self._matrices = {tied.get(name, name) for name in held}
             self._tied = {*tied.keys(), *tied.values()}
 
@@ -102,7 +104,6 @@ class SharedModules:
         layer_copy = copy.copy(self._donor.layers[layer - self._donor.numbers.start])
         for name in _HOOKS:
             setattr(layer_copy, name, OrderedDict())
-        vars(layer_copy).pop("forward", None)  # of the other stage
         return layer_copy
 
     def has(self, name: str) -> bool:
@@ -110,8 +111,11 @@ class SharedModules:
         if self._donor is None:
             return False
         held = self._donor.numbers
+        if self._cut.applies_to(name):
+            return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
-            return self._is_last(held) and (held.start == 0) == (self._layers.start == 0)
+            alike = bool(self._cut.width) or (held.start == 0) == (self._layers.start == 0)
+            return self._is_last(held) and alike
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -140,9 +144,7 @@ class SharedModules:
         return None
 
     def _uses(self, layers: LayerRange, name: str) -> bool:
-        if self._checkpoint.is_embedding(name):
-            return layers.start == 0
-        return self._is_last(layers)
+        return self._checkpoint.is_used_by(layers, name)
 
     def _is_last(self, layers: LayerRange) -> bool:
         return layers.stop == self._checkpoint.num_layers

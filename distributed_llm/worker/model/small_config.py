@@ -63,7 +63,18 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
         own_name = names.get(name, name)
         if type(small.get(own_name)) is int:
             small[own_name] = size
+    _shorten_factors(small)
     return small
+
+
+def _shorten_factors(small: Mapping[str, Any]) -> None:
+    """Give the factors of longrope the length that they have in smaller heads."""
+    rope = small.get("rope_parameters")
+    if rope and "long_factor" in rope:
+        dim = small.get("head_dim") or small["hidden_size"] // small["num_attention_heads"]
+        rotated = int(dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):
+            rope[name] = rope[name][:rotated]
 
 
 def _limited(values: Mapping[str, Any]) -> dict[str, Any]:

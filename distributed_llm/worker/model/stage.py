@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
@@ -72,6 +73,19 @@ class StageOutput:
     sums: Tensor | None = None
 
 
+def _lenders_within(checkpoint: Checkpoint, layers: LayerRange) -> tuple[int | None, ...]:
+    """Return the lenders of a stage's layers, as in `PackedStep`.
+
+    Raises:
+        ValueError: some of them are not in the stage.
+    """
+    of_all = kv_lenders(checkpoint.config, checkpoint.num_layers)
+    of_stage = of_all[layers.start : layers.stop]
+    if any(lender is not None and lender < layers.start for lender in of_stage):
+        raise ValueError(f"{layers_text(layers)} read keys and values of layers before them")
+    return tuple(None if one is None else one - layers.start for one in of_stage)
+
+
 class Stage:
     """Consecutive layers of a model, with the KV cache of all sequences in them.
 
@@ -97,6 +111,7 @@ class Stage:
         self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
+        self._lenders = _lenders_within(checkpoint, layers)
         self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
@@ -379,7 +394,7 @@ class Stage:
         start = self.layers.start
         if layers.start < start or layers.stop > self.layers.stop:
             raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
-        numbers = range(layers.start, layers.stop)
+        numbers = [n for n in range(layers.start, layers.stop) if self._cache.knows(n - start)]
         layouts = {n: self._cache.layout(n - start) for n in numbers}
         windowed = [n for n in numbers if self._cache.windows[n - start]]
         return KVImporter(layouts, max_bytes, windowed)
@@ -483,6 +498,7 @@ class Stage:
             grouped(slices, begun, num_layers),
             [0] * num_layers,
             self._sections,
+            self._lenders,
         )
 
     def _compute(

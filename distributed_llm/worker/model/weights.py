@@ -30,6 +30,7 @@ from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import only_plain, pack_linear_layers, packed_nbytes
+from distributed_llm.worker.model.layer_cuts import LayerCut
 from distributed_llm.worker.model.layer_loading import ModelLoader
 from distributed_llm.worker.model.offload import (
     file_of,
@@ -126,8 +127,9 @@ def load_stage_model(
     shared = SharedModules(checkpoint, layers, tied, donor, names.parameter)
     numbers = _missing_layers(layers, shared)
     empty_layers = _take_layers(model, path, numbers)
-    _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, checkpoint, layers, shared, device)
+    cut = LayerCut(checkpoint.per_layer_width, layers)
+    cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names)
     own = []
     with ReadingAhead(locate or checkpoint_place(checkpoint), on_read) as tensors:
@@ -149,8 +151,10 @@ def load_stage_model(
                 )
             if number in on_disk:
                 move_to_disk(own[-1], offload_folder())
-        loader.load_outer(entries.get(None, []), matrices)
-    _drop_tied_embedding(model, layers, device)
+        loader.load_outer(entries.get(None, []), matrices, cut)
+    _cut_config(model.config, checkpoint.num_layers, layers)
+    if not (layers.start == 0 or cut.width):
+        _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
@@ -194,7 +198,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     )
     for number, layer in enumerate(empty_layers):
         loader.check_layer(layer, number, entries.get(number, []))
-    loader.load_outer(entries.get(None, []), {})
+    loader.load_outer(entries.get(None, []), {}, LayerCut(checkpoint.per_layer_width, layers))
 
 
 def _parts(entries: Iterable[Entry]) -> list[TensorInfo]:
@@ -274,7 +278,7 @@ def _drop_unneeded(
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         if not own or name.startswith(dropped):
             continue
-        needed = first if checkpoint.is_embedding(own[0]) else last
+        needed = checkpoint.is_used_by(layers, own[0])
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
             _replace(model, name, _absent(module, device, model.config.model_type))
             dropped = (*dropped, f"{name}.")
@@ -364,10 +368,8 @@ def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
     return [layer for layer in range(layers.start, layers.stop) if not shared.has_layer(layer)]
 
 
-def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, device: torch.device) -> None:
+def _drop_tied_embedding(model: PreTrainedModel, device: torch.device) -> None:
     """Remove the embedding that the head is tied to from a stage that only needs the head."""
-    if layers.start == 0:
-        return
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
