@@ -458,7 +458,7 @@ REAL: Mapping[str, RealConfig] = {
         },
         layers=61,
         billions=671.03,
-        kv_bytes=61 * 128 * (128 + 64 + 128) * 2,
+        kv_bytes=61 * (512 + 64) * 2,
         small={
             **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
             **{

@@ -110,8 +110,11 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     sizes = []
     for layer, lender in enumerate(kv_lenders(config, num_layers(config))):
         heads = _heads_of_layer(config, usual, layer)
-        dims = (heads.key_dim, heads.value_dim)
-        one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        dims, kv_heads = (heads.key_dim, heads.value_dim), heads.kv_heads
+        if keeps_latents(config):
+            latent = latent_sizes(config)
+            dims, kv_heads = (latent.shared_dim, latent.rank), 1
+        one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
         sizes.append(one if lender is None else 0)
     if config.get("model_type") in _TWICE_IN_WINDOWS:
         kinds = config.get("layer_types") or ["sliding_attention"] * len(sizes)

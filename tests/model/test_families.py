@@ -54,6 +54,21 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2-no-window": ("qwen2", {"use_sliding_window": False}),
     "gpt2-scaled-by-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "deepseek_v3-one-query-matrix": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 40.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+            },
+        },
+    ),
     "falcon-grouped": (
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2, "num_key_value_heads": 2},
@@ -75,21 +90,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "num_experts": 4,
             "top_k_experts": 2,
             "moe_intermediate_size": 24,
-        },
-    ),
-    "deepseek_v3-one-query-matrix": (
-        "deepseek_v3",
-        {
-            "q_lora_rank": None,
-            "rope_interleave": False,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 40.0,
-                "original_max_position_embeddings": 16,
-                "mscale": 0.707,
-                "mscale_all_dim": 0.707,
-            },
         },
     ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
