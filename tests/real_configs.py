@@ -1,10 +1,10 @@
 """Configurations as published with checkpoints that people run, and what is known of their sizes.
 
-No file is downloaded. The values are those of the checkpoints' config.json on the hub, as far as
-sizes depend on them; where a file leaves a value to transformers' defaults, so do these. They
-are held against two sources that are independent of them: the number of parameters that the
-publisher names, and the defaults of transformers' classes, which for `llama4`, `deepseek_v3` and
-`glm4_moe` are those of the checkpoint named in the class.
+No file is downloaded: the values were written down from what publishers tell, as far as sizes depend
+on them, not copied from the files. Where a file leaves a value to transformers' defaults, so do
+these. They are held against the number of parameters that the publisher names, and against the
+defaults of transformers' classes, which for `llama4`, `deepseek_v3` and `glm4_moe` are those of the
+checkpoint named in the class.
 """
 
 from collections.abc import Mapping
