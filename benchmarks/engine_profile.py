@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from benchmarks.common import fresh_prompts, print_table
 from benchmarks.engine_peer import StageEngine, load_stage
 from benchmarks.peers import THREADS
-from distributed_llm.worker.model import stage as stage_module
+from distributed_llm.worker.model import sampled_rows
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.sampler import sample
 
@@ -153,7 +153,7 @@ def _timing(stage: Any, clock: Clock) -> Iterator[None]:
     timed = clock.around("attention", ALL_ATTENTION_FUNCTIONS[attention])
     with (
         patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {attention: timed}),
-        patch.object(stage_module, "sample", clock.around("sampling", sample)),
+        patch.object(sampled_rows, "sample", clock.around("sampling", sample)),
     ):
         yield
     for handle in handles:

@@ -1,8 +1,8 @@
 """Configurations as published with checkpoints that people run, and what is known of their sizes.
 
-No file is downloaded: the values were written down from what publishers tell, as far as sizes depend
-on them, not copied from the files. Where a file leaves a value to transformers' defaults, so do
-these. They are held against the number of parameters that the publisher names, and against the
+No file is downloaded: the values were written down from what publishers tell, as far as sizes
+depend on them, not copied from the files. Where a file leaves a value to transformers' defaults, so
+do these. They are held against the number of parameters that the publisher names, and against the
 defaults of transformers' classes, which for `llama4`, `deepseek_v3` and `glm4_moe` are those of the
 checkpoint named in the class.
 """
