@@ -30,7 +30,8 @@ from distributed_llm.common.messages import Capabilities, SequenceSlice, StageTi
 from distributed_llm.worker import service, work
 from distributed_llm.worker.compute import engine, held_stages, loading
 from distributed_llm.worker.compute.engine import Engine
-from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.model.task_inputs import Masks
 from distributed_llm.worker.session.events import Probe, Probed
 
