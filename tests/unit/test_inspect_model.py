@@ -20,3 +20,11 @@ def test_every_type_can_be_served(family: str, tmp_path: Path) -> None:
     served = served_model(source, Checkpoint(tmp_path, config, {}), CoordinatorSettings(), {})
     assert [size > 0 for size in served.cost.layer_kv_bytes] == list(keeps_kv(config))
     assert served.cost.workspace_bytes > 0
+
+
+def test_what_attends_to_nothing_has_no_short_context(tmp_path: Path) -> None:
+    """Those with attention that name no limit are of old."""
+    for family, tokens in (("mamba", 2**20), ("mamba2", 2**20), ("bloom", 2048)):
+        config = json.loads(config_of(family).to_json_string(use_diff=False))
+        config.pop("max_position_embeddings", None)
+        assert Checkpoint(tmp_path, config, {}).context_length == tokens
