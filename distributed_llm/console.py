@@ -189,7 +189,7 @@ def print_plan(run: DryRun, *, as_json: bool) -> None:
         return
     for number, plan in enumerate(run.plans, 1):
         title = f"pipeline {number} of {len(run.plans)}" if len(run.plans) > 1 else ""
-        rows = [summary.stage_row(stage, run.memory[stage.worker]) for stage in plan]
+        rows = [summary.stage_row(stage, run.memory[stage.worker], run.cost) for stage in plan]
         _print_table(_out, summary.STAGE_COLUMNS, rows, title=title)
     for line in summary.plan_lines(run):
         _out.print(line)

@@ -22,9 +22,11 @@ from distributed_llm.common.wording import (
     layers_text,
     list_text,
     rate_text,
+    room_text,
     size_text,
     times_text,
 )
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PlannedStage, kv_tokens_of
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
 from distributed_llm.weights.cache.contents import Contents, KeptModel
@@ -75,6 +77,9 @@ def headline(status: ClusterStatus) -> str:
         return what
     if read := sum(pipeline.disk_bytes for pipeline in status.pipelines):
         what += f"; {size_text(read)} of weights are read from disks for every token"
+    if status.most_texts:
+        room = room_text(status.kv_tokens, status.most_texts)
+        return f"{what}; {status.answers_running:,} under way, and room for {room}"
     kept = {p.kv_dtype for p in status.pipelines} - {"auto"}
     longest = max((pipeline.kv_longest_tokens for pipeline in status.pipelines), default=0)
     one = f", and room for {longest:,} in one request" if longest > status.kv_tokens else ""
@@ -161,14 +166,16 @@ def _speed_text(worker: WorkerStatus) -> str:
 # ------------------------------------------------------------------ a dry run
 
 
-def stage_row(stage: PlannedStage, memory_bytes: int) -> list[str]:
+def stage_row(stage: PlannedStage, memory_bytes: int, cost: ModelCost) -> list[str]:
     """Return the cells of `STAGE_COLUMNS`."""
+    one_text = 0 if cost.kv_bytes(stage.layers) else HELD_STATES * cost.state_bytes(stage.layers)
+    texts = stage.kv_tokens // one_text if one_text else 0  # of such a stage, tokens are bytes
     return [
         stage.worker,
         str(stage.layers),
         size_text(memory_bytes),
         size_text(stage.weight_bytes),
-        f"{count_text(stage.kv_tokens, 'token')} of context",
+        room_text(stage.kv_tokens, texts),
     ]
 
 

@@ -315,15 +315,20 @@ def build_model(
         tie: whether the head is the embedding; default: as the family does.
         settings: more values of the configuration.
     """
+    if tie is not None:
+        settings["tie_word_embeddings"] = tie
+    config = config_of(family, num_layers=num_layers, **settings)
+    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+
+
+def config_of(family: str, *, num_layers: int = 4, **settings: Any) -> Any:
+    """Return the configuration of a small model, of the class that transformers has for it."""
     values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
     for name in _PER_LAYER:
         if name in values:
             repeated = values[name] * num_layers
             values[name] = repeated[:num_layers]
-    if tie is not None:
-        values["tie_word_embeddings"] = tie
-    config = CONFIG_MAPPING[family](**copy.deepcopy(values))
-    return random_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, seed)
+    return CONFIG_MAPPING[family](**copy.deepcopy(values))
 
 
 def random_model(kind: Any, config: Any, seed: int = 0) -> PreTrainedModel:

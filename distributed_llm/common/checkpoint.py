@@ -171,8 +171,8 @@ class Checkpoint:
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model can attend to, or those that are served if these are fewer."""
-        longest = sizes.context_length(self.config)
+        """Positions that a text may have in the model, or those served if these are fewer."""
+        longest = sizes.context_length(self.config, attends=any(keeps_kv(self.config)))
         return longest if self.served_context is None else min(longest, self.served_context)
 
     @cached_property

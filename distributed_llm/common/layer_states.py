@@ -21,18 +21,32 @@ _RECURRENT_BYTES = ITEM_BYTES["float32"]
 """Of a number of a recurrence; it sums up the whole text, so it is kept in float32."""
 
 _KINDS = {
-    **dict.fromkeys(("linear_attention", "mamba", "conv", "recurrent"), "state"),
+    **dict.fromkeys(("linear_attention", "mamba", "conv"), "state"),
     **dict.fromkeys(("moe", "mlp"), "nothing"),
     **dict.fromkeys(("hybrid", "hybrid_sliding"), "both"),
 }
 """What layers of these types keep, by the types' names in config.json; all others: positions."""
 
 
-class _Numbers(NamedTuple):
-    """Numbers of one layer's state."""
+class MixerSizes(NamedTuple):
+    """What a layer with a state of its own consists of.
+
+    Attributes:
+        window: numbers of its window.
+        heads: of its recurrence; 0 if it has none.
+        key_dim: numbers of a head that its state is written and read by.
+        value_dim: numbers of a head that are written and read.
+    """
 
     window: int
-    recurrent: int
+    heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def recurrent(self) -> int:
+        """Numbers that the recurrence has summed up."""
+        return self.heads * self.key_dim * self.value_dim
 
 
 def keeps_kv(config: Config) -> tuple[bool, ...]:
@@ -54,14 +68,24 @@ def state_bytes(config: Config, dtype: DtypeName) -> tuple[int, ...]:
     Raises:
         CheckpointError: a size is not there, or no possible number.
     """
-    kinds = _kinds(config)
-    if not {"state", "both"}.intersection(kinds):
+    kinds, mixer = _kinds(config), mixer_sizes(config)
+    if mixer is None:
         return (0,) * len(kinds)
-    numbers = _SIZES_OF[str(config["model_type"])](config)
     item_bytes = ITEM_BYTES[dtype]
     of_recurrence = item_bytes if config["model_type"] in _RECURRENT_IN_DTYPE else _RECURRENT_BYTES
-    nbytes = numbers.window * item_bytes + numbers.recurrent * of_recurrence
+    nbytes = mixer.window * item_bytes + mixer.recurrent * of_recurrence
     return tuple(nbytes * (kind in ("state", "both")) for kind in kinds)
+
+
+def mixer_sizes(config: Config) -> MixerSizes | None:
+    """Return what the layers with a state consist of; None if there are none.
+
+    Raises:
+        CheckpointError: a size is not there, or no possible number.
+    """
+    if not {"state", "both"}.intersection(_kinds(config)):
+        return None
+    return _SIZES_OF[str(config["model_type"])](config)
 
 
 def _kinds(config: Config) -> tuple[str, ...]:
@@ -72,22 +96,22 @@ def _kinds(config: Config) -> tuple[str, ...]:
     return tuple(_KINDS.get(kind, "positions") for kind in layer_types(config, count))
 
 
-def _delta_net(config: Config) -> _Numbers:
+def _delta_net(config: Config) -> MixerSizes:
     key_heads = _size(config, "linear_num_key_heads", "num_attention_heads")
     value_heads = _size(config, "linear_num_value_heads", "num_attention_heads")
     key_dim = config.get("linear_key_head_dim") or int(0.75 * hidden_size(config) / key_heads)
     value_dim = config.get("linear_value_head_dim") or 2 * key_dim
     channels = 2 * key_heads * key_dim + value_heads * value_dim
     width = config.get("linear_conv_kernel_dim") or 4
-    return _Numbers(channels * width, value_heads * key_dim * value_dim)
+    return MixerSizes(channels * width, value_heads, key_dim, value_dim)
 
 
-def _kimi_delta(config: Config) -> _Numbers:
+def _kimi_delta(config: Config) -> MixerSizes:
     told = _linear_attention(config)
     heads = told.get("num_heads") or _size(config, "linear_num_heads")
     dim = told.get("head_dim") or _size(config, "linear_head_dim")
     width = told.get("short_conv_kernel_size") or config.get("linear_conv_kernel_dim") or 4
-    return _Numbers(3 * heads * dim * width, heads * dim * dim)
+    return MixerSizes(3 * heads * dim * width, heads, dim, dim)
 
 
 def _linear_attention(config: Config) -> Mapping[str, Any]:
@@ -95,55 +119,58 @@ def _linear_attention(config: Config) -> Mapping[str, Any]:
     return told if isinstance(told, Mapping) else {}
 
 
-def _short_convolution(config: Config) -> _Numbers:
-    return _Numbers(hidden_size(config) * _size(config, "conv_L_cache"), 0)
+def _short_convolution(config: Config) -> MixerSizes:
+    return MixerSizes(hidden_size(config) * _size(config, "conv_L_cache"))
 
 
-def _mamba2(config: Config) -> _Numbers:
+def _mamba2(config: Config) -> MixerSizes:
     heads = _size(config, "mamba_n_heads", "mamba_num_heads", "num_heads")
     state = _size(config, "mamba_d_state", "ssm_state_size", "state_size")
     groups = _size(config, "mamba_n_groups", "n_groups")
     width = _size(config, "mamba_d_conv", "conv_kernel")
     dim = config.get("mamba_head_dim") if "mamba_num_heads" in config else None
     channels = heads * dim if dim else config.get("mamba_d_ssm") or _expanded(config)
-    return _Numbers((channels + 2 * groups * state) * width, channels * state)
+    return MixerSizes((channels + 2 * groups * state) * width, heads, state, channels // heads)
 
 
-def _mamba(config: Config) -> _Numbers:
+def _mamba(config: Config) -> MixerSizes:
     own_width = "state_size" in config  # Jamba's intermediate_size is that of its MLPs
     channels = (config.get("intermediate_size") if own_width else None) or _expanded(config)
     width = _size(config, "mamba_d_conv", "conv_kernel")
     state = _size(config, "mamba_d_state", "state_size")
-    return _Numbers(channels * width, channels * state)
+    return MixerSizes(channels * width, channels, state, 1)
 
 
 def _expanded(config: Config) -> int:
     return int((config.get("mamba_expand") or config.get("expand") or 2) * hidden_size(config))
 
 
-def _lightning(config: Config) -> _Numbers:
+def _lightning(config: Config) -> MixerSizes:
     heads = _size(config, "num_attention_heads")
     dim = config.get("head_dim") or hidden_size(config) // heads
-    return _Numbers(0, heads * dim * dim)
-
-
-def _lru(config: Config) -> _Numbers:
-    width = _size(config, "lru_width", "hidden_size")
-    return _Numbers(hidden_size(config) * (_size(config, "conv1d_width") - 1), width)
+    return MixerSizes(0, heads, dim, dim)
 
 
 def _size(config: Config, *names: str) -> int:
     return positive(config, *names)
 
 
-_SIZES_OF: Mapping[str, Callable[[Config], _Numbers]] = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), _delta_net),
+DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
+"""Model types whose state fades by a number per head."""
+
+MAMBA = frozenset({"jamba", "mamba", "falcon_mamba"})
+"""Model types whose state fades by a number per channel and place."""
+
+MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2"})
+"""Model types whose state fades by a number per head, with a window of all channels."""
+
+_SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
+    **dict.fromkeys(DELTA_NETS, _delta_net),
     "kimi_linear": _kimi_delta,
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _short_convolution),
-    **dict.fromkeys(("bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2"), _mamba2),
-    **dict.fromkeys(("jamba", "mamba", "falcon_mamba"), _mamba),
+    **dict.fromkeys(MAMBA2, _mamba2),
+    **dict.fromkeys(MAMBA, _mamba),
     "minimax": _lightning,
-    "recurrent_gemma": _lru,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

@@ -16,7 +16,10 @@ _CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_le
 """Names of the context."""
 
 _ALIBI_CONTEXT = 2048
-"""Context of models that name no limit."""
+"""Context of models with attention that name no limit."""
+
+_CONTEXT_OF_STATES = 2**20
+"""The same of models without attention: they have none, but answers should end some time."""
 
 _MAX_POSITIONS = 2**31 - 1
 
@@ -81,15 +84,19 @@ def streams(config: Config) -> int:
     return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
 
 
-def context_length(config: Config) -> int:
-    """Return how many positions the model can attend to.
+def context_length(config: Config, *, attends: bool = True) -> int:
+    """Return how many positions a text may have in the model.
 
     Scaled rotary positions reach `factor` times as far as the model was first trained, and many
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
     that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
+
+    Args:
+        config: the content of config.json.
+        attends: whether any layer is attention; without it, a state takes up any number.
     """
     if not any(name in config for name in _CONTEXTS):
-        return _ALIBI_CONTEXT
+        return _ALIBI_CONTEXT if attends else _CONTEXT_OF_STATES
     unscaled = positive(config, *_CONTEXTS)
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 

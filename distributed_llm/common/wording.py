@@ -139,6 +139,18 @@ def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]]) -> str:
     return ", ".join([first, *(f"{layers} on {worker}" for worker, layers in others)])
 
 
+def room_text(tokens: int, texts: int) -> str:
+    """Return how much there is room for.
+
+    Args:
+        tokens: of context.
+        texts: that may be under way at once, where it does not matter how long they are; or 0.
+    """
+    if texts:
+        return f"{count_text(texts, 'text')} of any length at once"
+    return f"{count_text(tokens, 'token')} of context"
+
+
 def too_long_text(num_tokens: int, context_length: int) -> str:
     """Return that a prompt is too long for the model's context.
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from distributed_llm.common.latents import keeps_latents, most_absorbed
+from distributed_llm.common.layer_states import keeps_kv
+from distributed_llm.common.mixer_workspace import mixer_bytes
 from distributed_llm.common.model_sizes import (
     Config,
     context_length,
@@ -82,7 +84,9 @@ def workspace_bytes(
     if keeps_latents(config):
         attention_bytes += _latents_bytes(config, tokens, item_bytes)
     mlp_bytes = tokens * _mlp_width(config, hidden) * item_bytes
-    layer_bytes = max(attention_bytes, mlp_bytes) + tokens * _STATES * hidden * item_bytes
+    mixing_bytes = mixer_bytes(config, dtype, tokens=tokens, rows=rows)
+    layer_bytes = max(attention_bytes, mlp_bytes, mixing_bytes)
+    layer_bytes += tokens * _STATES * hidden * item_bytes
     layer_bytes += scores * _COPIES_OF_SCORES * 4
     logits = min(rows, tokens) * vocab_size
     capped = 2 if config.get("final_logit_softcapping") else 1
@@ -93,7 +97,9 @@ def workspace_bytes(
 
 
 def _attention_width(config: Config) -> int:
-    """Return the numbers that attention holds of each token."""
+    """Return the numbers that attention holds of each token; 0 if no layer attends."""
+    if not any(keeps_kv(config)):
+        return 0
     heads, kv_heads, key_dim, value_dim = head_sizes(config)
     if keeps_latents(config):
         sizes = latent_sizes(config)

@@ -114,6 +114,16 @@ class KVWindows:
             blocks = rest // full if full else _MAX_TOKENS // KV_BLOCK
         return min(blocks, _MAX_TOKENS // KV_BLOCK) * KV_BLOCK
 
+    def most_sequences(self, capacity_tokens: int) -> int:
+        """Return how many sequences have room for their states at once; 0 if they keep none.
+
+        Args:
+            capacity_tokens: as in `longest`.
+        """
+        if not self.state:
+            return 0
+        return capacity_tokens // KV_BLOCK * self.total // (HELD_STATES * self.state)
+
     def seen_from(self, computed: int) -> int:
         """Return the first position that a sequence may still be asked for, in whole blocks.
 

@@ -87,6 +87,7 @@ class Reporting:
             kv_tokens=sum(each.kv_tokens for each in pipelines.values()),
             kv_tokens_used=sum(each.kv_tokens_used for each in pipelines.values()),
             kv_tokens_cached=sum(each.kv_tokens_cached for each in pipelines.values()),
+            most_texts=sum(each.most_texts for each in pipelines.values()),
             prefix_hit_tokens=totals.prefix_hit_tokens,
             preemptions=totals.preemptions,
             moves=self._moves.num_moves,
@@ -179,6 +180,7 @@ class Reporting:
             kv_longest_tokens=min(
                 pipeline.longest_tokens, self._cluster.model.defaults.context_length
             ),
+            most_texts=pipeline.most_texts,
             answers_running=pipeline.num_running,
             answers_decoding=scheduler.num_decoding if scheduler else 0,
             steps_in_flight=in_flight.num_steps if in_flight else 0,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.common.wording import count_text, list_text
+from distributed_llm.common.wording import count_text, list_text, room_text
 
 _MAX_OTHERS = 3
 """Further addresses of this machine that are told to people."""
@@ -30,7 +30,7 @@ def headline(status: ClusterStatus) -> tuple[str, ...]:
 
 
 def _context(status: ClusterStatus) -> str:
-    return f"{count_text(status.kv_tokens, 'token')} of context"
+    return room_text(status.kv_tokens, status.most_texts)
 
 
 def asking(port_flag: str, *, insecure: bool) -> tuple[str, ...]:

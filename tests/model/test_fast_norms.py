@@ -48,6 +48,15 @@ def test_norms_are_those_of_transformers(kind: type[nn.Module], shape: tuple[int
     assert torch.equal(fast(parts), fast(parts.contiguous()))
 
 
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Olmo2RMSNorm, Gemma3RMSNorm])
+def test_states_of_float32_are_no_bfloat16(kind: type[nn.Module]) -> None:
+    """Mamba's layers add their outputs up in float32, and its last norm takes the sum."""
+    own = kind(256).bfloat16()
+    fast = replaced(own)
+    states = torch.randn(1, 7, 256) * 5
+    torch.testing.assert_close(fast(states), own(states))
+
+
 @pytest.mark.parametrize("norm", [Halved(256), NanoChatRMSNorm(256), Qwen3NextRMSNormGated(256)])
 def test_other_norms_stay(norm: nn.Module) -> None:
     assert replaced(norm) is norm

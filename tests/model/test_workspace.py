@@ -55,6 +55,20 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
 }
 """How many times what was measured may be planned."""
 
+_DELTA_NET = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "mamba": (1.1, {"intermediate_size": 512, "state_size": 16}),
+    "mamba2": (1.3, {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128}),
+    "qwen3_next": (1.2, _DELTA_NET),
+    "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
+}
+"""The same for models whose layers with a state take most, with what they have beside."""
+
 
 def peak_of(run: Callable[[], object]) -> int:
     """Return by how many bytes torch's and NumPy's memory grows at most in a call."""
@@ -80,8 +94,10 @@ def planned(folder: Path, tokens: int, rows: int) -> int:
     )
 
 
-def measured(folder: Path, tokens: int, sampling: Sampling, count: int) -> int:
-    """Return the peak of the second of two steps of `count` sequences."""
+def measured(
+    folder: Path, tokens: int, sampling: Sampling, count: int, *, begins: bool = False
+) -> int:
+    """Return the peak of the second of two steps of `count` sequences; `begins`: of others."""
     stage = Stage.load(
         open_checkpoint(folder),
         LayerRange(0, 2),
@@ -93,8 +109,8 @@ def measured(folder: Path, tokens: int, sampling: Sampling, count: int) -> int:
     def step(number: int) -> None:
         parts = [
             SequenceSlice(
-                sequence_id=SequenceId(one),
-                start=number * each,
+                sequence_id=SequenceId(one + number * count * begins),
+                start=number * each * (not begins),
                 num_tokens=each,
                 sample=True,
                 sampling=sampling,
@@ -121,6 +137,27 @@ def test_a_prompt(family: str, tmp_path: Path) -> None:
     peak = measured(tmp_path / "model", TOKENS, Sampling(), 1)
     room = planned(tmp_path / "model", TOKENS, 1) - SMALL_BYTES
     assert 1.0 <= room / peak <= most
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
+    most, given = MIXERS[family]
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 4096}
+    folder = make_checkpoint(tmp_path / "model", family, num_layers=2, **{**sizes, **given})
+    peak = measured(folder, TOKENS // 2, Sampling(), 1, begins=True)
+    room = planned(folder, TOKENS // 2, 1) - SMALL_BYTES
+    assert 1.0 <= room / peak <= most
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next"])
+def test_single_tokens_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
+    """Beside the states that sequences keep, which the latest step has made anew."""
+    given = {"hidden_size": 256, "intermediate_size": 512, **MIXERS[family][1], "chunk_size": 8}
+    folder = make_checkpoint(tmp_path / "model", family, num_layers=2, **given)
+    kept = 32 * sum(open_checkpoint(folder).layer_state_bytes("bfloat16"))
+    peak = measured(folder, 32, Sampling(), 32) - kept
+    room = planned(folder, 32, 32) - SMALL_BYTES
+    assert 1.0 <= room / peak <= 1.6
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), EVERYTHING], ids=["greedy", "everything"])

@@ -36,7 +36,7 @@ FACTS = {
     "load_s": 1.25,
     "fetched_bytes": 3 << 30,
     "fetch_s": 2.5,
-    "kv_tokens": 640,
+    "room": "640 tokens of context",
     "pipelines": 2,
     "took_s": 3.0,
     "stood_still": (0.12, 0.01),
@@ -68,7 +68,7 @@ def test_every_kind_has_a_text_of_facts(kind: EventKind) -> None:
     assert faults_of(text) == []
 
 
-ONES = {"kv_tokens": 1, "pipelines": 1, "answers": 1, "prompt_tokens": 1, "answer_tokens": 1}
+ONES = {"pipelines": 1, "answers": 1, "prompt_tokens": 1, "answer_tokens": 1}
 HUGE = dict.fromkeys(ONES, 9_677_888)
 
 
@@ -148,7 +148,7 @@ def test_no_kind_of_event_pushes_the_others_out() -> None:
     log = EventLog()
     log.note(EventKind.STAGE_FAILED, worker=A, why="its disk is full")
     log.note(EventKind.PLAN_LOADING, epoch=Epoch(1), layer_map=MAP)
-    log.note(EventKind.PLAN_SERVING, epoch=Epoch(1), kv_tokens=640)
+    log.note(EventKind.PLAN_SERVING, epoch=Epoch(1), room="640 tokens of context")
     for number in range(3 * MAX_EVENTS):  # no two of them are alike
         log.note(EventKind.LINK_DIRECT, worker=B, rtt_s=number / 1000)
         log.note(EventKind.WORKER_LEFT_OUT, worker=B, why=f"it is {number} times as slow")

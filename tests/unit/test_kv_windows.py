@@ -11,7 +11,7 @@ from distributed_llm.common.messages import PipelineStatus
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, WorkerId
 from distributed_llm.coordinator.kv_windows import KVWindows, StageKV
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.plan import longest_tokens_of, plan_of
+from distributed_llm.coordinator.plan import PlannedStage, longest_tokens_of, plan_of
 from distributed_llm.coordinator.planning.dry_run import DryRun
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger
 from tests.wire.test_status_command import status, worker
@@ -145,6 +145,25 @@ def test_a_plan_says_how_long_one_request_may_be() -> None:
     assert longest_tokens_of(plan, cost, 10) == windows.longest(3200) == (100 - 5) * KV_BLOCK
     plain = ModelCost((100,) * 4, 0, 0, 0, (1,) * 4)
     assert longest_tokens_of(plan, plain, 10) == 3200
+
+
+def test_without_positions_texts_are_counted() -> None:
+    """A text keeps two states; on the second stage, 100 of them fill the room."""
+    stages = [StageKV(2_000_000, 0, state_bytes=1000), StageKV(1_600_000, 0, state_bytes=8000)]
+    windows = KVWindows.of_stages(stages, margin=0)
+    assert windows.most_sequences(1_600_000) == 100
+    assert KVWindows().most_sequences(1_600_000) == 0
+
+    shown = status(worker("a", layers=LayerRange(0, 36)), most_texts=100)
+    told = "1 under way, and room for 100 texts of any length at once"
+    assert summary.headline(shown).endswith(told)
+    cost = ModelCost((100,) * 2, 0, 0, 0, (0, 1), layer_state_bytes=(8, 0))
+    for layers, room in (
+        (LayerRange(0, 1), "100 texts of any length at once"),
+        (LayerRange(0, 2), "1,600 tokens of context"),
+    ):
+        stage = PlannedStage(WorkerId("a"), layers, 100, 1600)
+        assert summary.stage_row(stage, 10**6, cost)[-1] == room
 
 
 def test_who_asks_for_a_plan_or_the_status_is_told() -> None:

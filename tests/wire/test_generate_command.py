@@ -250,6 +250,7 @@ STATUS = msgspec.structs.replace(
     state="serving",
     kv_tokens=4096,
     kv_tokens_used=1234,
+    most_texts=0,
     prefix_hit_tokens=777,
     preemptions=5,
     workers=(

@@ -173,6 +173,8 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
         kv_longest_tokens: positions of the longest answer that has room if it is alone: more than
             `kv_tokens` where layers with a window keep the last positions only.
+        most_texts: texts that may be under way at once, where no layer keeps positions, so that
+            `kv_tokens` are bytes of room; 0 elsewhere.
         answers_running: answers that run on it.
         answers_decoding: those of them that decode; the others compute their prompts.
         steps_in_flight: steps that are under way now.
@@ -203,6 +205,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     kv_tokens_used: Count = 0
     kv_tokens_cached: Count = 0
     kv_longest_tokens: Count = 0
+    most_texts: Count = 0
     answers_running: Count = 0
     answers_decoding: Count = 0
     steps_in_flight: Count = 0
@@ -348,6 +351,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         kv_tokens: positions of KV cache that all pipelines have room for.
         kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
+        most_texts: texts that may be under way at once, where no layer keeps positions, so that
+            `kv_tokens` are bytes of room; 0 elsewhere.
         prefix_hit_tokens: positions that were shared with another sequence instead of computed.
         preemptions: how often a running answer gave up its KV cache to an older one.
         moves: how often layers have moved between workers while the model was served.
@@ -394,3 +399,4 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     insecure: bool = False
     quarantined: tuple[Name, ...] = ()
     files: Label = ""
+    most_texts: Count = 0

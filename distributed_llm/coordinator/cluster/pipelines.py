@@ -18,7 +18,7 @@ from distributed_llm.common.messages import DropStage, LoadStage, NextStage, Sta
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.common.wording import list_text
+from distributed_llm.common.wording import list_text, room_text
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
 from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.weight_sources import let_read, sources_of
@@ -247,7 +247,9 @@ class Pipelines:
             actions += self.tell_capacity()
             actions.append(
                 self._event_log.note(
-                    EventKind.PLAN_SERVING, epoch=pipeline.epoch, kv_tokens=pipeline.kv_tokens
+                    EventKind.PLAN_SERVING,
+                    epoch=pipeline.epoch,
+                    room=room_text(pipeline.kv_tokens, pipeline.most_texts),
                 )
             )
         return actions

@@ -220,9 +220,12 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
     offered = sum(memory.values())
     each = ", ".join(f"{worker} {size_text(size)}" for worker, size in memory.items())
     kv = cost.kv_bytes(whole) * kv_tokens + HELD_STATES * cost.state_bytes(whole)
+    kept = f"KV cache for {count_text(kv_tokens, 'token')} of context"
+    if not cost.mean_kv_bytes:
+        kept = "states of a text"
     what = (
-        f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
-        f"{count_text(kv_tokens, 'token')} of context {size_text(kv)}); the workers offer "
+        f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, {kept} "
+        f"{size_text(kv)}); the workers offer "
         f"{size_text(offered)} ({each or 'none'})"
     )
     if cost.workspace_bytes:

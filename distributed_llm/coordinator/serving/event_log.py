@@ -92,7 +92,7 @@ class EventKind(Enum):
     WORKER_TRIED_AGAIN = "info", "worker {worker} may be given layers again"
     PLAN_SERVING = (
         "info",
-        "serving plan {epoch}, with room for {kv_tokens:tokens} of context",
+        "serving plan {epoch}, with room for {room}",
     )
     PIPELINE_LOST = (
         "warning",

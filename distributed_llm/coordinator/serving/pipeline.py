@@ -204,6 +204,12 @@ class Pipeline:
         return self.kv_windows.longest(self.kv_tokens)
 
     @property
+    def most_texts(self) -> int:
+        """Texts that may be under way at once; 0 if positions are what limits them."""
+        cost = self._model.cost_at(self.quantize)
+        return 0 if cost.mean_kv_bytes else self.kv_windows.most_sequences(self.kv_tokens)
+
+    @property
     def num_running(self) -> int:
         """Number of running answers."""
         return self.scheduler.num_running if self.scheduler else 0

@@ -15,7 +15,7 @@ _EQUAL = 0.97
 
 
 class FastNorm(nn.Module):
-    """An RMS norm of bfloat16 states.
+    """An RMS norm of bfloat16 states, and of the float32 states that some models add up.
 
     Args:
         weight: bfloat16 [columns].
@@ -31,6 +31,10 @@ class FastNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the norm of states [..., columns]."""
+        if states.dtype != torch.bfloat16:
+            added = self._kind is NormKind.PLUS_ONE
+            weight = self.weight.float() + 1 if added else self.weight.float()
+            return torch.rms_norm(states, weight.shape, weight.to(states.dtype), self._epsilon)
         return rms_norm(states, self.weight, self._epsilon, self._kind)
 
 
