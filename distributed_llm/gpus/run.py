@@ -9,21 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import assert_never
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import GROUP_MARK, LogReader
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import exit_code, on_signal, on_uncaught
-from distributed_llm.gpus.group import (
-    Action,
-    Ended,
-    Event,
-    Fail,
-    Finish,
-    Group,
-    Signalled,
-    Start,
-    Tell,
-    TellToEnd,
-)
+from distributed_llm.gpus.group import Action, Event, Group, Start, Tell
 from distributed_llm.gpus.workers import GpuWorker
 from distributed_llm.local_process import LocalProcess
 
@@ -110,13 +100,13 @@ class _Run:
         match action:
             case Start(worker=worker):
                 self._start(worker)
-            case TellToEnd(name=name):
+            case TellToEnd(child=name):
                 self._children[name][0].terminate()
             case Tell(text=text):
                 logger.warning("%s%s", GROUP_MARK, text)
             case Finish(code=code):
                 self._done.set_result(code)
-            case Fail(name=name):
+            case Fail(child=name):
                 self._fail(self._unstarted.get(name) or self._children[name][0].failure())
             case _:
                 assert_never(action)

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from distributed_llm import worker_command
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.common.errors import ConfigError, DistributedLLMError
 from distributed_llm.common.settings import Settings
 from distributed_llm.common.stopping import exit_code
@@ -20,14 +21,9 @@ from distributed_llm.gpus.group import (
     PAUSE_S,
     WELL_S,
     Action,
-    Ended,
-    Fail,
-    Finish,
     Group,
-    Signalled,
     Start,
     Tell,
-    TellToEnd,
 )
 from distributed_llm.gpus.workers import GpuWorker, gpus_of, workers_for
 from distributed_llm.worker import devices
