@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed_llm.common.errors import NotEnoughMemory
+from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text, size_text
@@ -72,6 +73,15 @@ def kv_tokens_of(plan: Plan) -> int:
     return min(stage.kv_tokens for stage in plan)
 
 
+def has_room(plan: Plan, cost: ModelCost, kv_tokens: int) -> bool:
+    """Return whether every stage has room for a sequence and so many positions of KV cache."""
+    return all(
+        stage.kv_tokens * max(1, cost.kv_bytes(stage.layers))
+        >= kv_tokens * cost.kv_bytes(stage.layers) + HELD_STATES * cost.state_bytes(stage.layers)
+        for stage in plan
+    )
+
+
 def longest_tokens_of(plan: Plan, cost: ModelCost, step_tokens: int) -> int:
     """Return the positions of the longest sequence that every stage can hold if it is alone.
 
@@ -115,9 +125,10 @@ def _offloaded(
     stage: PlannedStage, cost: ModelCost, memory_bytes: int, kv_tokens: int
 ) -> PlannedStage:
     layers, kv_bytes = stage.layers, cost.kv_bytes(stage.layers)
+    wanted = kv_bytes * kv_tokens + HELD_STATES * cost.state_bytes(layers)
     for count in range(len(layers) + 1):
         held = cost.bytes_in_memory(layers, count)
-        if held + kv_bytes * kv_tokens <= memory_bytes:
+        if held + wanted <= memory_bytes:
             return replace(
                 stage,
                 weight_bytes=held,
@@ -127,7 +138,7 @@ def _offloaded(
             )
     raise NotEnoughMemory(
         f"Worker {stage.worker} has {size_text(memory_bytes)}, but {layers_text(layers)} take "
-        f"{size_text(held + kv_bytes * kv_tokens)} even if they are read from its disk in every "
+        f"{size_text(held + wanted)} even if they are read from its disk in every "
         "step. Raise its --max-memory."
     )
 

@@ -12,7 +12,7 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import MissingPositions
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.kv.manifest import KVTransferError
 from distributed_llm.worker.model.failures import MissingPositionsError
@@ -169,6 +169,25 @@ def test_what_one_step_made_is_freed_though_some_of_it_is_held(pipeline: Pipelin
     assert stage.kv_bytes == 8 * (2 * stage.state_bytes + block)
     pipeline.release(*range(1, 8))
     assert stage.kv_bytes == 2 * stage.state_bytes + block
+
+
+def test_what_is_held_beside_others_in_a_batch_is_no_more_than_the_limit(
+    pipeline: Pipeline,
+) -> None:
+    """One of three states of a batch is released: its tensors stay until room is short."""
+    pipeline.texts, pipeline.done = [list(TEXT), list(OTHER), list(TEXT[::-1])], [0, 0, 0]
+    for stop in (3, 4, 5):
+        pipeline.run([(number, pipeline.done[number], stop) for number in range(3)])
+        pipeline.done = [stop] * 3
+    for stage in pipeline.stages:
+        stage.release([SequenceId(0)])
+        states = 2 * stage.state_bytes * 2
+        positions = stage.kv_bytes - stage._held_sequences._states.nbytes
+        assert stage.kv_bytes > positions + states, "the tensors of the third are still there"
+        stage.limit_kv(max(positions, 2 * 64 * stage.kv_bytes_per_token) + states)
+    pipeline.run([(1, 5, 6), (2, 5, 6)])
+    for stage in pipeline.stages:
+        assert stage._held_sequences._states.nbytes <= 2 * stage.state_bytes * 2
 
 
 def test_states_are_not_sent_to_other_workers(loaded: list[Stage]) -> None:

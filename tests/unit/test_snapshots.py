@@ -102,6 +102,17 @@ def test_new_prices_of_states_count_for_those_there_are() -> None:
     book.validate()
 
 
+def test_where_a_text_was_cut_no_state_is_kept() -> None:
+    """A stop string was seen late: what came after it is not of the answer."""
+    book, tokens = ledger(), list(PROMPT)
+    assert book.open(A, tokens, 200, None)
+    assert book.keep_snapshot(A, 120)
+    book.computed(A, 200)
+    del tokens[190:]
+    book.end(A, keep=True)
+    assert book.match(PROMPT, 199) == Match(A, 120)
+
+
 # ------------------------------------------------------------------ steps
 
 
@@ -121,6 +132,21 @@ def test_one_step_at_a_time_computes_a_sequence() -> None:
     plain.add(PROMPT)
     plain.step()
     assert plain.poll() is not None, "chunks of other models follow each other"
+
+
+def test_snapshots_of_an_abandoned_step_are_forgotten() -> None:
+    """The next steps may end elsewhere, and then no stage has that state."""
+    bench = Bench(tokens=500, windows=STATE)
+    answer = bench.add(PROMPT)
+    before = bench.scheduler.kv_tokens_used
+    step = bench.step()
+    assert bench.scheduler.kv_tokens_used == before + 3 * KV_BLOCK
+    bench.scheduler.abandon(step)
+    bench.scheduler.validate()
+    assert bench.scheduler.kv_tokens_used == before
+    bench.land(bench.step())
+    assert bench.scheduler.hit_length(bench.answer(PROMPT)) == 199
+    assert answer.num_computed_tokens == 199
 
 
 def test_who_asks_the_same_again_computes_one_token() -> None:
@@ -152,3 +178,6 @@ def test_followers_share_where_they_part() -> None:
     late = bench.add([*PROMPT[:100], 7, 8, 9])
     assert late.waits_for is None, "no state will be kept where it parts"
     assert late.num_cached_tokens == 0
+    bench.step()
+    same = bench.add([*PROMPT[:199], 8, 8])
+    assert same.waits_for is leader, "a state is about to be kept there"

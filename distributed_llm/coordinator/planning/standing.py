@@ -12,7 +12,7 @@ from itertools import product
 
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.coordinator.plan import LayerMap, Plan, kv_tokens_of, layer_map_of
+from distributed_llm.coordinator.plan import LayerMap, Plan, has_room, kv_tokens_of, layer_map_of
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.speeds.machines import Machines
 
@@ -82,7 +82,7 @@ class Standing:
                 continue
             plan = same.plan_of(machines.memory_bytes, layer_map)
             fits = all(stage.weight_bytes <= machines.memory_bytes[stage.worker] for stage in plan)
-            if not fits or kv_tokens_of(plan) < least or self.load_s(plan) >= load_s:
+            if not fits or not has_room(plan, same.cost, least) or self.load_s(plan) >= load_s:
                 continue
             if planner.strategy == "speed" and not _is_quick(plan, best, same, machines):
                 continue

@@ -21,6 +21,7 @@ class CachedSequence:
         pins: number of sequences that begin with a prefix of this one and that not all stages have
             confirmed; while there are any, it is not freed.
         ended: whether it is kept only as a prefix for others.
+        cut: whether its end was cut off, so that no state is kept there.
         shares_with: only sequences with an equal value begin with a prefix of it.
         lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
         states: of layers with a state, that are charged for it.
@@ -36,6 +37,7 @@ class CachedSequence:
     prefix: SharedPrefix | None = None
     pins: int = 0
     ended: bool = False
+    cut: bool = False
     lost: bool = False
     states: int = 0
     snapshots: list[int] = field(default_factory=list)
@@ -47,7 +49,7 @@ class CachedSequence:
 
     def standing_at(self, length: int) -> int:
         """Return the last of the first `length` positions after which a state is kept, or 0."""
-        if self.ended and self.computed <= length:
+        if self.ended and not self.cut and self.computed <= length:
             return self.computed
         most = min(length, self.computed)
         return max((at for at in self.snapshots if at <= most), default=0)

@@ -210,6 +210,21 @@ class KVLedger:
         sequence.snapshots = sorted([*sequence.snapshots, position])
         return True
 
+    def set_back(self, sequence_id: SequenceId, computed: int) -> None:
+        """Forget snapshots of steps that were abandoned: later ones may end elsewhere.
+
+        Args:
+            computed: positions that all stages have computed.
+        """
+        sequence = self._sequences[sequence_id]
+        kept = [at for at in sequence.snapshots if at <= computed]
+        self._add_states(sequence, len(kept) - len(sequence.snapshots))
+        sequence.snapshots = kept
+
+    def has_snapshot(self, sequence_id: SequenceId, position: int) -> bool:
+        """Return whether a state is kept after a position of a sequence, or will be."""
+        return position in self._sequences[sequence_id].snapshots
+
     def latest_snapshot(self, sequence_id: SequenceId) -> int:
         """Return the last position of a sequence at which a snapshot is kept or will be, or 0."""
         return max(self._sequences[sequence_id].snapshots, default=0)
@@ -348,7 +363,8 @@ class KVLedger:
             keep: keep it as a prefix, if it is long enough and no other sequence covers it.
         """
         sequence = self._sequences[sequence_id]
-        sequence.tokens = list(sequence.tokens[: sequence.computed])  # the answer may drop some
+        sequence.cut = len(sequence.tokens) < sequence.computed  # the answer has dropped some
+        sequence.tokens = list(sequence.tokens[: sequence.computed])
         sequence.computed = len(sequence.tokens)
         last = sequence.segments[-1] if sequence.segments else None
         if last and self._read_until(last, sequence_id) > sequence.computed:

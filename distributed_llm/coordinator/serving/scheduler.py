@@ -283,11 +283,18 @@ class Scheduler:
                     continue
                 if other.waits_for is None and other.num_uncomputed_tokens > 1:
                     common = common_prefix(other.token_ids, answer.token_ids, limit)
-                    if self._windows.state and common < other.num_scheduled_tokens:
-                        continue  # no snapshot will stand there
+                    if self._windows.state and not self._may_stand(other, common):
+                        continue
                     if common > length:
                         best, length = other, common
         return best, length
+
+    def _may_stand(self, answer: Answer, position: int) -> bool:
+        """Return whether a state of an answer that runs is kept after a position, or can be."""
+        if position > answer.num_scheduled_tokens:
+            return True
+        assert answer.sequence_id is not None
+        return self._ledger.has_snapshot(answer.sequence_id, position)
 
     def _forget_waiting(self, answer: Answer) -> None:
         """Have an answer that no longer runs wait for none, and none wait for it."""
@@ -526,6 +533,8 @@ class Scheduler:
                 answer.num_in_flight -= 1
                 answer.num_scheduled_tokens = answer.num_computed_tokens
                 answer.sampling_sent = False
+                if self._windows.state:
+                    self._ledger.set_back(part.sequence_id, answer.num_computed_tokens)
             self._step_ended(part.sequence_id)
 
     def _step_ended(self, sequence_id: SequenceId) -> None:

@@ -67,6 +67,9 @@ class HeldSequences:
         begins = [part for part in step if part.prefix and part.sequence_id not in self._cache]
         self._cache.admit(step, states * self.state_bytes)
         self._states.begin(step)
+        most, new_bytes = self._cache.max_bytes, len(step) * self.state_bytes
+        if new_bytes and most is not None and self.nbytes + new_bytes > most:
+            self._states.tighten()
         for part in begins:
             assert part.prefix is not None
             self._states.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)

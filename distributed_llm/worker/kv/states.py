@@ -166,15 +166,21 @@ class StateStore:
             held.committed = held.snapshots[position] = state
 
     def begin(self, step: Sequence[SequenceSlice]) -> None:
-        """Drop what stood before the committed state, for sequences that go on from that.
+        """Drop all that stands of these sequences but what the step begins with, and snapshots.
 
-        All stages have computed what led there, or the step would not begin with it.
+        Nobody will ask for it: all stages have computed what led to where a step begins, or it
+        would not begin there; and what came after is computed again.
         """
         for part in step:
             held = self._sequences.get(part.sequence_id)
-            if held and held.committed and held.committed.position == part.start:
-                held.former = None
+            begun = self.at(part.sequence_id, part.start)
+            if held and (begun or not part.start):
+                held.committed, held.former = begun, None
         self._free_batches()
+
+    def tighten(self) -> None:
+        """Copy what is held of batches of which something is not, which frees the rest."""
+        self._free_batches(least=1.0)
 
     def commit(self, parts: Sequence[SequenceSlice], layers: Sequence[StateTensors]) -> None:
         """Have the states that a step has made for some sequences stand where it ends.
@@ -202,10 +208,10 @@ class StateStore:
             self._sequences.pop(sequence_id, None)
         self._free_batches()
 
-    def _free_batches(self) -> None:
-        """Copy what is held of batches that mostly are not, which frees them."""
+    def _free_batches(self, least: float = 0.5) -> None:
+        """Copy what is held of batches of which less than `least` is, which frees them."""
         for batch in list(self._batches):
-            if 0 < 2 * len(batch.held) < batch.rows:
+            if 0 < len(batch.held) < least * batch.rows:
                 for state in list(batch.held):
                     state.move_out()
                     self._batches.add(state.batch)
