@@ -17,7 +17,9 @@ from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_ch
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
@@ -232,6 +234,21 @@ def test_the_text_model_of_gemma_3n(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path).model_type == "gemma3n_text"
     prompt = list(range(3, 20))
     assert tokens_of(tmp_path, prompt) == generated(text, [prompt])[0]
+
+
+def test_kimi_k2_is_a_deepseek_v3_under_a_name_of_its_own(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", num_layers=2)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    code = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    edit_config(tmp_path, lambda config: {**config, "model_type": "kimi_k2", "auto_map": code})
+    planned = serve.plan(
+        *(str(tmp_path), ["pc=1GiB"], CoordinatorSettings()),
+        parameters_of=parameters_of,
+        check_loading=Stage.check_loading,
+    )
+    assert planned.plans
+    prompt = list(range(3, 20))
+    assert tokens_of(tmp_path, prompt) == generated(model, [prompt])[0]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "mlx"])
