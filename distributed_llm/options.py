@@ -39,6 +39,15 @@ KVDtype = Annotated[
         show_default="auto",
     ),
 ]
+MaxContext = Annotated[
+    str | None,
+    typer.Option(
+        "--max-context",
+        metavar="TOKENS",
+        help="Tokens of prompt and answer together at most; auto: as many as the model can.",
+        show_default="auto",
+    ),
+]
 Strategy = Annotated[
     str | None,
     typer.Option(

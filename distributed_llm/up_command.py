@@ -11,6 +11,7 @@ from distributed_llm.options import (
     Config,
     Insecure,
     KVDtype,
+    MaxContext,
     Quantize,
     allow_insecure,
     options_as_words,
@@ -36,6 +37,7 @@ def up(
     ] = None,
     quantize: Quantize = None,
     kv_dtype: KVDtype = None,
+    max_context: MaxContext = None,
     name: Name = None,
     device: Device = None,
     threads: Threads = None,
@@ -58,6 +60,7 @@ def up(
     from distributed_llm.common.units import split_address
     from distributed_llm.up.run import Wanted, run
 
+    served = {"quantize": quantize, "kv_dtype": kv_dtype, "max_context": max_context}
     machine = {"name": name, "device": device, "threads": threads, "max_memory": max_memory}
     settings, given = read_settings(
         config,
@@ -65,9 +68,8 @@ def up(
         overrides={
             "coordinator.model": model,
             "coordinator.bind": bind,
-            "coordinator.quantize": quantize,
-            "coordinator.kv_dtype": kv_dtype,
             "coordinator.insecure": insecure or None,
+            **{f"coordinator.{key}": value for key, value in served.items()},
             **{f"worker.{key}": value for key, value in machine.items()},
         },
     )
@@ -86,7 +88,7 @@ def up(
     wanted = Wanted(
         coordinator=(
             *("coordinator", *([model] if model else []), "--bind", where, *shared),
-            *options_as_words({"quantize": quantize, "kv_dtype": kv_dtype}),
+            *options_as_words(served),
         ),
         worker=("worker", *shared, *options_as_words(machine)),
         api=("api", *shared, *(["--open"] if open_to_all else [])),

@@ -27,7 +27,8 @@ TEXT = "text yes; pictures and sound no"
 UNTESTED = "text untested; pictures and sound no"
 WHOLES = frozenset(
     {
-        *("aya_vision", "gemma3", "glm4v", "glm4v_moe", "idefics3", "internvl", "llama4", "llava"),
+        *("aya_vision", "gemma3", "gemma3n", "gemma4", "glm4v", "glm4v_moe", "idefics3"),
+        *("internvl", "llama4", "llava"),
         *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
         *("qwen3_vl_moe", "glm_ocr", "phi4_multimodal"),
     }
@@ -116,18 +117,23 @@ def readme() -> str:
 
 
 def _line(family: str, types: Mapping[str, str]) -> str:
-    split, others = (", ".join(_names(types, split=one)) for one in (True, False))
-    line = f"- **{family}**: {split or 'none'}" + (f"; not {others}" if others else "")
+    split, untested, refused = (
+        ", ".join(_names(types, states)) for states in (("yes", TEXT), (UNTESTED, TRIED), ("no: ",))
+    )
+    line = f"- **{family}**: {split or 'none'}"
+    line += f"; untested: {untested}" if untested else ""
+    line += f"; not {refused}" if refused else ""
     return textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
-def _names(types: Mapping[str, str], *, split: bool) -> Iterator[str]:
+def _names(types: Mapping[str, str], states: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names of the types whose state begins with one of these."""
     for name, names in types.items():
         state = state_of(name)
-        if (state in ("yes", TEXT)) is split and not names.startswith(
+        if state.startswith(states) and not names.startswith(
             ("text part", "drafts", "models like")
         ):
-            yield f"text of {names}" if state == TEXT else names
+            yield f"text of {names}" if state in (TEXT, UNTESTED) else names
 
 
 if __name__ == "__main__":

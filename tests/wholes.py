@@ -61,6 +61,7 @@ _MISTRAL4 = {
 WHOLES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "aya_vision": ("cohere2", FAMILIES["cohere2"], True),
     "gemma3": ("gemma3_text", FAMILIES["gemma3_text"], True),
+    "gemma4": ("gemma4_text", {**FAMILIES["gemma4_text"], "pad_token_id": 0}, True),
     "glm4v": ("glm4v_text", _GLM, False),
     "glm4v_moe": ("glm4v_moe_text", {**_GLM, **_GLM_EXPERTS}, False),
     "glm_ocr": ("glm_ocr_text", _GLM, False),
@@ -85,7 +86,8 @@ def build_whole(name: str) -> PreTrainedModel:
     """Return a small random float32 model for text and pictures, one of `WHOLES`."""
     text_type, settings, tie = WHOLES[name]
     kind = CONFIG_MAPPING[name.partition(" ")[0]]
-    pictures = kind().vision_config.to_dict()
+    usual: Any = kind().vision_config or CONFIG_MAPPING[f"{name}_vision"]()
+    pictures = usual.to_dict()
     values = {
         "text_config": {**_repeated({**_TEXT, **settings}), "model_type": text_type},
         "vision_config": pictures | {n: v for n, v in _PICTURES.items() if n in pictures},

@@ -8,29 +8,12 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text
 
-_FULL_EVERY: Mapping[str, int] = {"gemma3n_text": 5, "gemma4_text": 6}
-"""Model types with borrowers; every how many layers one sees everything, if nothing is told."""
-
-_SHARED_BY_DEFAULT: Mapping[str, int] = {"gemma3n_text": 15}
-
-
-def layer_kinds(config: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
-    """Return the types of the layers of a model with borrowers; empty for all other models."""
-    every = _FULL_EVERY.get(str(config.get("model_type")))
-    if every is None:
-        return ()
-    kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) < num_layers:
-        kinds = [
-            "sliding_attention" if (layer + 1) % every else "full_attention"
-            for layer in range(num_layers)
-        ]
-    if config["model_type"] == "gemma4_text":
-        kinds = [*kinds[: num_layers - 1], "full_attention"]
-    return tuple(map(str, kinds[:num_layers]))
+_BORROWERS_BY_DEFAULT: Mapping[str, int] = {"gemma3n_text": 15, "gemma4_text": 0}
+"""Model types with borrowers; how many of the last layers are, if nothing is told."""
 
 
 def kv_lenders(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
@@ -40,12 +23,12 @@ def kv_lenders(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, 
         config: the content of config.json.
         num_layers: of the model.
     """
-    kinds = layer_kinds(config, num_layers)
-    default = _SHARED_BY_DEFAULT.get(str(config.get("model_type")), 0)
-    borrowers = config.get("num_kv_shared_layers", default)
-    first = num_layers - borrowers if kinds and type(borrowers) is int else num_layers
+    default = _BORROWERS_BY_DEFAULT.get(str(config.get("model_type")))
+    borrowers = 0 if default is None else config.get("num_kv_shared_layers", default)
+    first = num_layers - borrowers if type(borrowers) is int else num_layers
     if not 0 < first < num_layers:
         return (None,) * num_layers
+    kinds = layer_types(config, num_layers)
     last_of = {kind: layer for layer, kind in enumerate(kinds[:first])}
     return (*(None,) * first, *(last_of.get(kind) for kind in kinds[first:]))
 

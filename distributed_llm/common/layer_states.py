@@ -8,6 +8,7 @@ layer may keep both keys and values and a state, or nothing.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.model_sizes import hidden_size, num_layers, positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
@@ -25,9 +26,6 @@ _KINDS = {
     **dict.fromkeys(("hybrid", "hybrid_sliding"), "both"),
 }
 """What layers of these types keep, by the types' names in config.json; all others: positions."""
-
-_PATTERN = {"M": "state", "E": "nothing", "-": "nothing", "*": "positions"}
-"""What layers of Nemotron-H keep, by letters of `hybrid_override_pattern`."""
 
 
 class MixerSizes(NamedTuple):
@@ -93,45 +91,9 @@ def mixer_sizes(config: Config) -> MixerSizes | None:
 def _kinds(config: Config) -> tuple[str, ...]:
     """Return what each layer keeps: "positions", "state", "both" or "nothing"."""
     count = num_layers(config)
-    model_type = str(config.get("model_type"))
-    if model_type not in _SIZES_OF:
+    if config.get("model_type") not in _SIZES_OF:
         return ("positions",) * count
-    told = config.get("layer_types") or config.get("layers_block_type")
-    if isinstance(told, list) and len(told) >= count:
-        return tuple(_KINDS.get(str(kind), "positions") for kind in told[:count])
-    pattern = config.get("hybrid_override_pattern")
-    if isinstance(pattern, str) and len(pattern) >= count:
-        return tuple(_PATTERN.get(letter, "positions") for letter in pattern[:count])
-    return tuple(_kind_by_default(config, model_type, layer, count) for layer in range(count))
-
-
-def _kind_by_default(config: Config, model_type: str, layer: int, count: int) -> str:
-    """Return what a layer keeps in models whose files do not list the types of layers."""
-    match model_type:
-        case "falcon_h1":
-            return "both"
-        case "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "olmo_hybrid":
-            every = config.get("full_attention_interval") or 4
-            alone = model_type == "olmo_hybrid" and count < every and layer == count - 1
-            return "positions" if (layer + 1) % every == 0 or alone else "state"
-        case "jamba":
-            period, offset = config.get("attn_layer_period", 8), config.get("attn_layer_offset", 4)
-            return "positions" if layer % period == offset else "state"
-        case "bamba":
-            return "positions" if layer in (config.get("attn_layer_indices") or ()) else "state"
-        case "lfm2":
-            attending = config.get("full_attn_idxs")
-            return "positions" if attending is None or layer in attending else "state"
-        case "lfm3":
-            return "positions" if layer % 4 == 2 or (layer and layer % 4 == 0) else "state"
-        case "minimax":
-            return "state" if layer % 2 else "positions"
-        case "kimi_linear":
-            attending = _linear_attention(config).get("full_attn_layers")
-            if attending is not None:
-                return "positions" if layer + 1 in attending else "state"
-            return "positions" if layer and layer % 4 == 0 else "state"
-    return "state"
+    return tuple(_KINDS.get(kind, "positions") for kind in layer_types(config, count))
 
 
 def _delta_net(config: Config) -> MixerSizes:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
-from distributed_llm.common.layer_sharing import kv_lenders, layer_kinds
+from distributed_llm.common.layer_sharing import kv_lenders
+from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -45,10 +46,7 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 """Model types whose `max_position_embeddings` is the scaled length though the scaling is linear."""
 
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
-"""Model types that have twice as many heads of keys in layers with a window.
-
-If config.json tells of no windows, all layers count as having one.
-"""
+"""Model types that have twice as many heads of keys in layers with a window."""
 
 
 def check_sizes(config: Config) -> None:
@@ -114,19 +112,13 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     if keeps_latents(config):
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
-    sizes = []
-    for layer, lender in enumerate(kv_lenders(config, num_layers(config))):
-        heads = _heads_of_layer(config, usual, layer)
-        dims, kv_heads = (heads.key_dim, heads.value_dim), heads.kv_heads
-        if keeps_latents(config):
-            latent = latent_sizes(config)
-            dims, kv_heads = (latent.shared_dim, latent.rank), 1
-        one = kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+    count = num_layers(config)
+    kinds, sizes = layer_types(config, count), []
+    for layer, lender in enumerate(kv_lenders(config, count)):
+        heads = _heads_of_layer(config, usual, layer, kinds[layer])
+        dims = (heads.key_dim, heads.value_dim)
+        one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
         sizes.append(one if lender is None else 0)
-    if config.get("model_type") in _TWICE_IN_WINDOWS:
-        kinds = config.get("layer_types") or ["sliding_attention"] * len(sizes)
-        twice = (kind == "sliding_attention" for kind in kinds)
-        return tuple(size * (1 + more) for size, more in zip(sizes, twice, strict=True))
     return tuple(sizes)
 
 
@@ -175,14 +167,16 @@ def _kv_heads(config: Config) -> Any:
     return config.get("num_key_value_heads") or config.get("num_kv_heads") or inner
 
 
-def _heads_of_layer(config: Config, usual: HeadSizes, layer: int) -> HeadSizes:
+def _heads_of_layer(config: Config, usual: HeadSizes, layer: int, kind: str) -> HeadSizes:
     """Return the heads of one layer; those of Gemma 4 that see everything have others."""
+    if config.get("model_type") in _TWICE_IN_WINDOWS and kind == SLIDING:
+        return usual._replace(kv_heads=2 * usual.kv_heads)
     if config.get("model_type") != "gemma4_text":
         return usual
     if isinstance(by_layer := config.get("per_layer_config"), Mapping):
         own = by_layer.get(str(layer), {})
         dim, kv_heads = own.get("head_dim"), own.get("num_key_value_heads")
-    elif layer_kinds(config, num_layers(config))[layer] == "full_attention":
+    elif kind == FULL:
         dim = config.get("global_head_dim", 512)
         kv_heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else 0
     else:

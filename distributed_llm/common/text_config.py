@@ -28,14 +28,17 @@ _OF_WHOLE = (
 
 TIED = "tie_word_embeddings"
 
-_SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3", "phi4_multimodal": "phi3"}
+_RENAMED: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+"""Names in files on the hub for model types that transformers has under another name."""
+
+_SAME_AS: Mapping[str, str] = {**_RENAMED, "phi4_multimodal": "phi3"}
 """Model types whose text model is one of another type."""
 
 
 def text_config(config: Config) -> dict[str, Any]:
     """Return the configuration of the text model that `config` describes, with `PART_OF`.
 
-    A configuration of a text model alone is returned as it is.
+    A configuration of a text model alone is returned as it is, but for the name of its type.
 
     Args:
         config: the content of a config.json with `model_type`.
@@ -43,12 +46,12 @@ def text_config(config: Config) -> dict[str, Any]:
     Raises:
         UnsupportedModel: of which type the text model is, neither config.json nor transformers say.
     """
+    whole = str(config["model_type"])
     told = config.get(_TEXT)
     if not isinstance(told, Mapping):
         told = None
     if told is None and not any(isinstance(config.get(part), Mapping) for part in _OTHER_PARTS):
-        return dict(config)
-    whole = str(config["model_type"])
+        return dict(config) | {"model_type": _RENAMED.get(whole, whole)}
     defaults = config_defaults(whole)
     text_type = _text_type(told, defaults)
     if told is None:  # all in one, as in files of Qwen2-VL

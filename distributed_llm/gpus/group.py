@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import ended_text
 from distributed_llm.common.wording import duration_text, list_text
 from distributed_llm.gpus.workers import GpuWorker
@@ -22,43 +23,10 @@ PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A worker's process ended.
-
-    Attributes:
-        name: of the worker.
-        code: its exit code, or minus the number of the signal that ended it.
-        said: why, in its own words.
-    """
-
-    name: str
-    code: int
-    said: str
-
-
-@dataclass(frozen=True)
-class Signalled:
-    """This process was told to end.
-
-    Attributes:
-        code: exit code of a process that ends by that signal.
-    """
-
-    code: int
-
-
-@dataclass(frozen=True)
 class Start:
     """Start the process of a worker."""
 
     worker: GpuWorker
-
-
-@dataclass(frozen=True)
-class TellToEnd:
-    """Ask a worker's process to end, after it has handed its layers over."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -68,22 +36,8 @@ class Tell:
     text: str
 
 
-@dataclass(frozen=True)
-class Finish:
-    """End with an exit code; whoever still runs is ended at once."""
-
-    code: int
-
-
-@dataclass(frozen=True)
-class Fail:
-    """End with the failure of a worker."""
-
-    name: str
-
-
-Event = Ended | Signalled
-Action = Start | TellToEnd | Tell | Finish | Fail
+Event = Ended[str] | Signalled
+Action = Start | TellToEnd[str] | Tell | Finish | Fail[str]
 
 
 class Group:
@@ -145,18 +99,18 @@ class Group:
         text = f"ending once {who} left the cluster (again: at once)"
         return [Tell(text), *(TellToEnd(name) for name in self._since)]
 
-    def _ended(self, event: Ended, now: float) -> list[Action]:
-        worked_s = now - self._since.pop(event.name)
+    def _ended(self, event: Ended[str], now: float) -> list[Action]:
+        worked_s = now - self._since.pop(event.child)
         if self._code is not None:
             return [] if self._since else [Finish(self._code)]
-        who = f"{event.name} on {self._workers[event.name].device}"
+        who = f"{event.child} on {self._workers[event.child].device}"
         if event.code and worked_s >= WELL_S:
-            self._start_at[event.name] = now + PAUSE_S
+            self._start_at[event.child] = now + PAUSE_S
             then = f"it is started again in {duration_text(PAUSE_S)}"
             return [Tell(ended_text(who, event.code, then, event.said))]
         others = [*self._since, *self._start_at]
         if not others:
-            return [Fail(event.name) if event.code else Finish(0)]
+            return [Fail(event.child) if event.code else Finish(0)]
         then = f"{list_text(others)} {'goes' if len(others) == 1 else 'go'} on without it"
         if not event.code:
             return [Tell(f"{who} has left the cluster; {then}")]

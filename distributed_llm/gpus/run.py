@@ -9,20 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import assert_never
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import GROUP_MARK, LogReader
+from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import exit_code, on_signal, on_uncaught
-from distributed_llm.gpus.group import (
-    Action,
-    Ended,
-    Event,
-    Fail,
-    Finish,
-    Group,
-    Signalled,
-    Start,
-    Tell,
-    TellToEnd,
-)
+from distributed_llm.gpus.group import Action, Event, Group, Start, Tell
 from distributed_llm.gpus.workers import GpuWorker
 from distributed_llm.local_process import LocalProcess
 
@@ -60,6 +51,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._group = Group(workers)
         self._children: dict[str, tuple[LocalProcess, LogReader]] = {}
+        self._unstarted: dict[str, DistributedLLMError] = {}
         self._done: asyncio.Future[int] = self._loop.create_future()
 
     async def run(self) -> int:
@@ -108,14 +100,14 @@ class _Run:
         match action:
             case Start(worker=worker):
                 self._start(worker)
-            case TellToEnd(name=name):
+            case TellToEnd(child=name):
                 self._children[name][0].terminate()
             case Tell(text=text):
                 logger.warning("%s%s", GROUP_MARK, text)
             case Finish(code=code):
                 self._done.set_result(code)
-            case Fail(name=name):
-                self._fail(self._children[name][0].failure())
+            case Fail(child=name):
+                self._fail(self._unstarted.get(name) or self._children[name][0].failure())
             case _:
                 assert_never(action)
 
@@ -123,8 +115,17 @@ class _Run:
         own = ["--name", worker.name, "--device", worker.device, "--peer-bind", worker.peer_bind]
         settings = {key: value for key, value in os.environ.items() if key.startswith("DLLM_")}
         log = self._logs / f"{worker.name}.log"
-        child = LocalProcess(worker.name, [*self._words, *own], settings, log)
-        self._children[worker.name] = child, LogReader(log)
+        try:
+            child = LocalProcess(worker.name, [*self._words, *own], settings, log)
+        except OSError as exc:
+            error = DistributedLLMError(
+                f"{worker.name} could not be started: {exc}. Free memory, room on the disk or "
+                "processes on this machine, whichever it is, and start it again."
+            )
+            self._unstarted[worker.name] = error
+            self._apply(Ended(worker.name, 1, str(error)))
+        else:
+            self._children[worker.name] = child, LogReader(log)
 
 
 def _show(name: str, log: LogReader) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.common.messages import ClusterStatus
 
 Child = Literal["coordinator", "worker", "api"]
@@ -48,32 +49,7 @@ class Logged:
     text: str
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A child process ended.
-
-    Attributes:
-        code: its exit code, or minus the number of the signal that ended it.
-        said: why, in its own words.
-    """
-
-    child: Child
-    code: int
-    said: str
-
-
-@dataclass(frozen=True)
-class Signalled:
-    """This process was told to end.
-
-    Attributes:
-        code: exit code of a process that ends by that signal.
-    """
-
-    code: int
-
-
-Event = Listens | Serves | Seen | Logged | Ended | Signalled
+Event = Listens | Serves | Seen | Logged | Ended[Child] | Signalled
 
 
 @dataclass(frozen=True)
@@ -84,13 +60,6 @@ class StartWorker:
 @dataclass(frozen=True)
 class StartApi:
     """Start the API."""
-
-
-@dataclass(frozen=True)
-class TellToEnd:
-    """Ask a child process to end."""
-
-    child: Child
 
 
 @dataclass(frozen=True)
@@ -107,18 +76,4 @@ class Show:
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Finish:
-    """End with an exit code; whoever still runs is ended at once."""
-
-    code: int
-
-
-@dataclass(frozen=True)
-class Fail:
-    """End with the failure of a child process."""
-
-    child: Child
-
-
-Action = StartWorker | StartApi | TellToEnd | Progress | Show | Finish | Fail
+Action = StartWorker | StartApi | TellToEnd[Child] | Progress | Show | Finish | Fail[Child]

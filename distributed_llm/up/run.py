@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import GROUP_MARK, LogReader, text_of
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.addresses import addresses_for_others, ip_of
@@ -24,20 +25,15 @@ from distributed_llm.up.api_keys import ApiKeys, api_keys
 from distributed_llm.up.events import (
     Action,
     Child,
-    Ended,
     Event,
-    Fail,
-    Finish,
     Listens,
     Logged,
     Progress,
     Seen,
     Serves,
     Show,
-    Signalled,
     StartApi,
     StartWorker,
-    TellToEnd,
 )
 from distributed_llm.up.invitation import address_flag, invitation
 from distributed_llm.up.supervisor import Supervisor

@@ -11,25 +11,22 @@ import math
 from enum import Enum, auto
 from typing import assert_never
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import ended_text
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.states import StateTable
 from distributed_llm.up.events import (
     Action,
-    Ended,
+    Child,
     Event,
-    Fail,
-    Finish,
     Listens,
     Logged,
     Progress,
     Seen,
     Serves,
     Show,
-    Signalled,
     StartApi,
     StartWorker,
-    TellToEnd,
 )
 from distributed_llm.up.pauses import Pauses
 from distributed_llm.up.texts import headline
@@ -201,7 +198,7 @@ class Supervisor:
             return [Show(headline(status))]
         return []
 
-    def _coordinator_ended(self, event: Ended) -> list[Action]:
+    def _coordinator_ended(self, event: Ended[Child]) -> list[Action]:
         asked = self._state in (UpState.LEAVING, UpState.ENDING)
         self._enter(UpCause.COORDINATOR_GONE)
         self._start_no_more()
@@ -211,7 +208,7 @@ class Supervisor:
             return [Progress("the coordinator was told to end, and has ended"), Finish(0)]
         return [Fail("coordinator")]
 
-    def _worker_ended(self, event: Ended, now: float) -> list[Action]:
+    def _worker_ended(self, event: Ended[Child], now: float) -> list[Action]:
         since = self._worker.ended()
         match self._state:
             case UpState.LEAVING:
@@ -225,7 +222,7 @@ class Supervisor:
             case _:
                 return []
 
-    def _without_worker(self, event: Ended, now: float, since: float | None) -> list[Action]:
+    def _without_worker(self, event: Ended[Child], now: float, since: float | None) -> list[Action]:
         if event.code == 0:
             return [
                 Progress(
@@ -235,7 +232,7 @@ class Supervisor:
         then = self._worker.again(event.code, now, since, "the coordinator")
         return [Progress(ended_text("the worker of this machine", event.code, then, event.said))]
 
-    def _api_ended(self, event: Ended, now: float) -> list[Action]:
+    def _api_ended(self, event: Ended[Child], now: float) -> list[Action]:
         since = self._api.ended()
         if self._state not in (UpState.JOINING, UpState.RUNNING):
             return []

@@ -27,7 +27,14 @@ def test_every_type_is_split_or_refused_or_tried() -> None:
     assert on_condition == {"bert", "bert-generation", "electra", "ernie"}
     assert states["gemma3"] == SCRIPT["TEXT"]
     tested = {name.partition(" of ")[0] for name in WHOLES}
-    assert SCRIPT["WHOLES"] == tested | {"phi4_multimodal"}
+    assert SCRIPT["WHOLES"] == tested | {"phi4_multimodal", "gemma3n"}
     assert states["qwen3"] == "yes"
     assert "encoder-decoder" in states["bart"]
     assert "picks some of the positions" in states["deepseek_v32"]
+
+
+def test_only_what_is_refused_is_behind_not() -> None:
+    line = SCRIPT["_line"]
+    types = {"qwen3": "Qwen3", "gemma4_unified": "12B", "xglm": "XGLM"}
+    assert line("Some", types) == "- **Some**: Qwen3; untested: text of 12B; not XGLM\n"
+    assert line("Some", {"gemma3n": "E2B"}) == "- **Some**: text of E2B\n"

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
@@ -25,7 +27,7 @@ from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
-from tests.checkpoints import FAMILIES, VOCAB_SIZE
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.quantized_checkpoints import make_quantized
 from tests.wholes import WHOLES, build_phi4, build_whole, edit_config, rename_tensors
@@ -221,6 +223,32 @@ def test_the_text_model_of_phi_4_is_a_phi_3(tmp_path: Path) -> None:
     assert not [name for name in checkpoint.tensors if "extend" in name]
     prompt = list(range(3, 20))
     assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
+
+
+def test_the_text_model_of_gemma_3n(tmp_path: Path) -> None:
+    """Of the whole, transformers needs a package for pictures; its files name tensors like this."""
+    make_checkpoint(tmp_path, "gemma3n_text")
+    text: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    rename_tensors(tmp_path, lambda name: name.replace("model.", "model.language_model.", 1))
+    edit_config(tmp_path, lambda config: {"model_type": "gemma3n", "text_config": config})
+    assert open_checkpoint(tmp_path).model_type == "gemma3n_text"
+    prompt = list(range(3, 20))
+    assert tokens_of(tmp_path, prompt) == generated(text, [prompt])[0]
+
+
+def test_kimi_k2_is_a_deepseek_v3_under_a_name_of_its_own(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", num_layers=2)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    code = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    edit_config(tmp_path, lambda config: {**config, "model_type": "kimi_k2", "auto_map": code})
+    planned = serve.plan(
+        *(str(tmp_path), ["pc=1GiB"], CoordinatorSettings()),
+        parameters_of=parameters_of,
+        check_loading=Stage.check_loading,
+    )
+    assert planned.plans
+    prompt = list(range(3, 20))
+    assert tokens_of(tmp_path, prompt) == generated(model, [prompt])[0]
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "mlx"])

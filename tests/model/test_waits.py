@@ -18,6 +18,7 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker import devices
+from distributed_llm.worker.model import latents
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.tensor_frames import frame_of
 from tests.checkpoints import make_checkpoint
@@ -108,6 +109,30 @@ def test_a_step_waits_once_but_on_the_last_stage(
     stage = Stage.load(checkpoint, LayerRange(layer, layer + 1), device=META, dtype=dtype)
     for parts in (PREFILL, MIXED, DECODE):
         assert waits_of(stage, parts, checkpoint.hidden_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "settings"),
+    [
+        pytest.param("deepseek_v2", torch.float32, {"first_k_dense_replace": 3}, id="latents"),
+        pytest.param("bloom", torch.bfloat16, {}, id="bloom"),
+        pytest.param("falcon", torch.bfloat16, {"alibi": True, "multi_query": False}, id="falcon"),
+        pytest.param("mpt", torch.bfloat16, {}, id="mpt"),
+    ],
+)
+def test_attention_of_other_kinds_waits_no_more_often(
+    tmp_path: Path,
+    family: str,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In 16 bits, attention to latents also looks whether its scores are rounded too much."""
+    monkeypatch.setattr(latents, "_is_alike", lambda *_: True)  # reads values as a stage is loaded
+    other = open_checkpoint(make_checkpoint(tmp_path, family, num_layers=3, **settings))
+    stage = Stage.load(other, LayerRange(1, 2), device=META, dtype=dtype)
+    for parts in (PREFILL, MIXED, DECODE):
+        assert waits_of(stage, parts, other.hidden_size) == ["copy"]
 
 
 # ------------------------------------------------------------------ memory that is pinned

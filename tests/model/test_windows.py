@@ -1,5 +1,6 @@
 """Layers with a window keep what a token may still see, and answer what transformers answers."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,36 @@ def test_what_config_tells_is_what_layers_do(family: str, tmp_path: Path) -> Non
         size = getattr(config, "attention_chunk_size", None) or config.sliding_window or 0
         windows = tuple(size * (one in ("sliding_attention", "chunked_attention")) for one in kinds)
         assert layer_windows(before, 4) == windows
+
+
+DEFAULTS = {"gemma3n_text": (5, 5, 5, 5, 0, 5, 5), "gemma4_text": (5, 5, 5, 5, 5, 0, 0)}
+"""Windows of seven layers, if config.json does not list their types."""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_plans_count_windows_whether_types_are_listed_or_not(
+    family: str, listed: bool, tmp_path: Path
+) -> None:
+    """The list gives the last layer a window, which that of Gemma 4 never has."""
+    windows = (0, 5, 0, 5, 0, 5, 5) if listed else DEFAULTS[family]
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    made = make_checkpoint(tmp_path, family, num_layers=7, layer_types=list(kinds))
+    path = made / "config.json"
+    config = {**json.loads(path.read_text()), "layer_types": kinds if listed else None}
+    if config.pop("per_layer_config", None):  # which tells the types once more
+        config["global_head_dim"] = 32
+    path.write_text(json.dumps(config))
+    checkpoint = open_checkpoint(tmp_path)
+    stage = Stage.load(checkpoint, LayerRange(0, 7), device=CPU, dtype=torch.float32)
+    told = layer_windows(checkpoint.config, 7)
+    assert told == (*windows[:6], DEFAULTS[family][6])
+    assert stage._cache.windows == told
+    assert stage.window == max(told)
+    sizes = checkpoint.layer_kv_bytes("float32")
+    assert stage.kv_bytes_per_token == sum(sizes)
+    windowed = sum(size for size, window in zip(sizes, told, strict=True) if window)
+    assert stage.kv_windowed_bytes_per_token == windowed
 
 
 def test_gpt_neo_has_words_of_its_own(tmp_path: Path) -> None:

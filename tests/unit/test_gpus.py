@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from distributed_llm import worker_command
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.common.errors import ConfigError, DistributedLLMError
 from distributed_llm.common.settings import Settings
 from distributed_llm.common.stopping import exit_code
@@ -20,14 +21,9 @@ from distributed_llm.gpus.group import (
     PAUSE_S,
     WELL_S,
     Action,
-    Ended,
-    Fail,
-    Finish,
     Group,
-    Signalled,
     Start,
     Tell,
-    TellToEnd,
 )
 from distributed_llm.gpus.workers import GpuWorker, gpus_of, workers_for
 from distributed_llm.worker import devices
@@ -166,6 +162,10 @@ def test_a_signal_while_none_runs(group: Group) -> None:
 # ------------------------------------------------------------------ processes
 
 
+CANNOT_START = 99
+"""Made-up exit code of a process that cannot even be started."""
+
+
 @dataclass
 class Script:
     """What a made-up process does: it logs lines, and ends, at once or when it is told to."""
@@ -183,6 +183,8 @@ class FakeProcess:
 
     def __init__(self, name: str, words: Sequence[str], settings: Any, log: Path) -> None:
         self.name, self.words, self.log = name, list(words), log
+        if self.scripts[name].code == CANNOT_START:
+            raise OSError("no process")
         self.exit_code = self.scripts[name].code
         self.closed = False
         log.write_text(self.scripts[name].lines)
@@ -249,6 +251,30 @@ def test_the_failure_of_the_last_one_is_the_groups(processes: type[FakeProcess])
     with pytest.raises(ConfigError, match="pc-gpu1 has no memory"):
         asyncio.run(run.run_workers(TWO, ["worker"]))
     assert all(process.closed for process in processes.made)
+
+
+def test_one_that_cannot_be_started_ends_no_other(
+    processes: type[FakeProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    processes.scripts = {"pc-gpu0": Script(""), "pc-gpu1": Script("", CANNOT_START)}
+
+    async def until_a_signal() -> int:
+        running = asyncio.ensure_future(run.run_workers(TWO, ["worker"]))
+        await asyncio.sleep(0)  # it starts them in one go
+        assert processes.made[0].exit_code is None
+        signal.raise_signal(signal.SIGTERM)
+        return await running
+
+    assert asyncio.run(until_a_signal()) == exit_code(signal.SIGTERM)
+    assert "pc-gpu0 goes on without it. It said: pc-gpu1 could not be started: no" in caplog.text
+
+
+def test_that_none_could_be_started_is_the_groups_failure(processes: type[FakeProcess]) -> None:
+    processes.scripts = {"pc-gpu0": Script("", CANNOT_START), "pc-gpu1": Script("", CANNOT_START)}
+    with pytest.raises(
+        DistributedLLMError, match=r"pc-gpu1 could not be started: no process\. Free"
+    ):
+        asyncio.run(run.run_workers(TWO, ["worker"]))
 
 
 # ------------------------------------------------------------------ the command

@@ -92,6 +92,12 @@ def test_what_has_one_part_stays_as_it_is(model_type: str) -> None:
     assert text_config({**config, "vision_config": {}}) == {**config, "vision_config": {}}
 
 
+def test_a_text_model_under_another_name() -> None:
+    config = {"auto_map": {}, "hidden_size": 64}
+    found = text_config({**config, "model_type": "kimi_k2"})
+    assert found == {**config, "model_type": "deepseek_v3"}
+
+
 def test_a_whole_that_nobody_knows() -> None:
     with pytest.raises(UnsupportedModel, match=r"'nonesuch' is not supported: .* no model_type"):
         text_config({"model_type": "nonesuch", "text_config": {"hidden_size": 64}})

@@ -10,24 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
 from distributed_llm.child_words import GROUP_MARK, LogReader, ended_text, text_of
 from distributed_llm.up import run, texts
 from distributed_llm.up.events import (
     Action,
     Child,
-    Ended,
-    Fail,
-    Finish,
     Listens,
     Logged,
     Progress,
     Seen,
     Serves,
     Show,
-    Signalled,
     StartApi,
     StartWorker,
-    TellToEnd,
 )
 from distributed_llm.up.run import Wanted
 from distributed_llm.up.supervisor import SHOW_AFTER_S, Supervisor, UpState

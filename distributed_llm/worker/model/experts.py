@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.kernels import fastest_linear
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear
@@ -123,8 +124,8 @@ class PackedExperts(nn.Module):
         tokens, k = top_k_index.shape
         groups = self.groups(top_k_index.reshape(-1).tolist())
         device = hidden_states.device
-        states = self.computed(groups, hidden_states[torch.tensor(groups.rows, device=device) // k])
-        outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
+        rows, places = (sent(torch.tensor(each), device) for each in (groups.rows, groups.places))
+        outputs = self.computed(groups, hidden_states[rows // k])[places].view(tokens, k, -1)
         return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
 
     def groups(self, chosen: Sequence[int]) -> "RowGroups":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distributed_llm.common.latents import LatentSizes, absorbing_is_faster
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, QUERIES_AT_ONCE, SCORES_AT_ONCE
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import (
     attend_part,
@@ -62,7 +63,7 @@ def attend_latents(
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
         attended[rows] = _attend_chunk(step, query[:, rows], held, scoring, expansion)
     if step.single:
-        chosen = torch.tensor([part.row for part in step.single], device=query.device)
+        chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         single = (query[:, chosen], shared[:, chosen], latents[:, chosen])
         attended[chosen] = _attend_tokens(step, layer, *single, scoring, expansion)
     return attended

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.attention import ATTENTION_NAME, packed_attention
 
 _Method = Callable[..., Any]
@@ -92,7 +93,7 @@ def _forward_falcon(
         assert position_embeddings is not None
         query, key = rotated(query, key, *position_embeddings)
     else:  # added before the scores are scaled; rounded to bfloat16 in a model of any dtype
-        slopes = (_slopes(module.num_heads).bfloat16() * module.inv_norm_factor).to(query.device)
+        slopes = _rounded_slopes(module.num_heads, module.inv_norm_factor, query.device)
     attended, weights = packed_attention(
         module, query, key, value, None, scaling=module.inv_norm_factor, slopes=slopes
     )
@@ -103,7 +104,7 @@ def _forward_bloom(
     module: Any, hidden_states: Tensor, residual: Tensor, **kwargs: object
 ) -> tuple[Tensor, None]:
     query, key, value = module._reshape(module.query_key_value(hidden_states))
-    slopes = _slopes(module.num_heads).to(query.device)
+    slopes = _slopes(module.num_heads, query.device)
     attended, weights = packed_attention(
         module, query, key, value, None, scaling=module.inv_norm_factor, slopes=slopes
     )
@@ -129,7 +130,7 @@ def _forward_mpt(
 
 
 @functools.cache
-def _slopes(heads: int) -> Tensor:
+def _slopes(heads: int, device: torch.device) -> Tensor:
     """Return how much the scores of each head grow from one position to the next, float32 [heads].
 
     For a power of two heads they are a geometric sequence from 2^(-8 / heads); others take from
@@ -138,7 +139,14 @@ def _slopes(heads: int) -> Tensor:
     power = 1 << (heads.bit_length() - 1)
     exponents = [-8 * number / power for number in range(1, power + 1)]
     between = [-4 * number / power for number in range(1, 2 * (heads - power) + 1, 2)]
-    return torch.tensor([2.0**exponent for exponent in (*exponents, *between)])
+    slopes = [2.0**exponent for exponent in (*exponents, *between)]
+    return sent(torch.tensor(slopes, dtype=torch.float32), device)
+
+
+@functools.cache
+def _rounded_slopes(heads: int, factor: float, device: torch.device) -> Tensor:
+    """Return slopes that are rounded to bfloat16, then scaled by `factor`, bfloat16 [heads]."""
+    return _slopes(heads, device).bfloat16() * factor
 
 
 _METHODS: dict[str, tuple[str, _Method]] = {

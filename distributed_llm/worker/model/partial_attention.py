@@ -103,8 +103,8 @@ def rounds_too_much(scores: Tensor) -> bool:
     """Return whether scores are so large that their dtype makes other weights of them."""
     if scores.dtype == torch.float32:
         return False
-    lowest, highest = torch.aminmax(scores)
-    return max(float(highest), -float(lowest)) > _MAX_ROUNDED
+    lowest, highest = torch.stack(torch.aminmax(scores)).tolist()  # a GPU is waited for once
+    return bool(max(highest, -lowest) > _MAX_ROUNDED)
 
 
 def weighted(scores: Tensor, values: Tensor, softcap: float | None, *, with_lse: bool) -> Partial:

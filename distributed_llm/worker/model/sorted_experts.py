@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.experts import PACKED_AS, PackedExperts
 
 _SORTED = frozenset({"Llama4TextExperts"})
@@ -31,9 +32,9 @@ class SortedExperts(PackedExperts):
             return outputs
         groups = self.groups((chosen // tokens).tolist())
         device = hidden_states.device
-        rows = chosen[torch.tensor(groups.rows, device=device)]
+        rows = chosen[sent(torch.tensor(groups.rows), device)]
         states = self.computed(groups, hidden_states[rows])
-        outputs[chosen] = states[torch.tensor(groups.places, device=device)]
+        outputs[chosen] = states[sent(torch.tensor(groups.places), device)]
         return outputs
 
 

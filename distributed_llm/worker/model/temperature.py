@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.packed_step import PackedStep, running_step
 
 
@@ -50,5 +51,5 @@ def _ahead_of_rows(step: PackedStep, device: torch.device) -> Tensor:
     if not isinstance(made, Tensor):
         starts = torch.tensor([part.start - part.row for part in step.slices])
         counts = torch.tensor([part.num_tokens for part in step.slices])
-        made = step.made["ahead of rows"] = starts.repeat_interleave(counts).to(device)
+        made = step.made["ahead of rows"] = sent(starts.repeat_interleave(counts), device)
     return made
