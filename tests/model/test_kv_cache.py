@@ -301,7 +301,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=25, deadline=None, derandomize=True
 )
 TestCache = CacheMachine.TestCase
 

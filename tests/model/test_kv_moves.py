@@ -228,6 +228,6 @@ class MoveMachine(RuleBasedStateMachine):
 
 
 MoveMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestMoves = MoveMachine.TestCase

@@ -125,7 +125,7 @@ class Cluster:
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
-    max_examples = 75
+    max_examples = 50
     settings_of_core: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:

@@ -896,7 +896,7 @@ class Ledger(RuleBasedStateMachine):
 
 TestLedgerAndStage = Ledger.TestCase
 TestLedgerAndStage.settings = settings(
-    max_examples=400,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

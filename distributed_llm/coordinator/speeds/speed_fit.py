@@ -181,18 +181,15 @@ class SpeedFit:
     def _forget(self, scale: float, elapsed_s: float) -> None:
         """Add the variance of the time since the last task: common, and of each coefficient."""
         idle = min(max(elapsed_s / self._half_life_s, 0.0), 1.0)
-        lost = scale * scale * self._doubts - np.diagonal(self._covariance)
+        lost = scale * scale * self._doubts - self._covariance.diagonal()
         self._wander(_NOISE * _NOISE * (idle + 1 / (_WINDOW * _WINDOW)))
-        np.fill_diagonal(
-            self._covariance,
-            np.diagonal(self._covariance) + _SHAPE_LOSS * np.maximum(0.0, lost),
-        )
+        diagonal = self._covariance.reshape(-1)[:: len(lost) + 1]
+        diagonal += _SHAPE_LOSS * np.maximum(0.0, lost)
 
     def _wander(self, together: float) -> None:
         """Add variance along the coefficients: a common relative change."""
-        self._covariance = self._covariance + together * np.outer(
-            self._coefficients, self._coefficients
-        )
+        products = self._coefficients[:, None] * self._coefficients
+        self._covariance = self._covariance + together * products
 
     def _learn(self, work: Work, error: float, noise: float) -> float:
         """Correct the coefficients; return the expected standard deviation of `error`, seconds.
@@ -207,7 +204,7 @@ class SpeedFit:
         deviation = sqrt(variance)
         variance *= max(1.0, abs(error) / (_LIMIT * deviation))  # Huber's weight
         self._coefficients = np.maximum(0.0, self._coefficients + gain * (error / variance))
-        self._covariance = self._covariance - np.outer(gain, gain) / variance
+        self._covariance = self._covariance - gain[:, None] * gain / variance
         return deviation
 
     def _suspect(
