@@ -99,18 +99,18 @@ def _kinds(config: Config) -> tuple[str, ...]:
 def _delta_net(config: Config) -> MixerSizes:
     key_heads = _size(config, "linear_num_key_heads", "num_attention_heads")
     value_heads = _size(config, "linear_num_value_heads", "num_attention_heads")
-    key_dim = config.get("linear_key_head_dim") or int(0.75 * hidden_size(config) / key_heads)
-    value_dim = config.get("linear_value_head_dim") or 2 * key_dim
+    key_dim = _told(config, "linear_key_head_dim") or int(0.75 * hidden_size(config) / key_heads)
+    value_dim = _told(config, "linear_value_head_dim") or 2 * key_dim
     channels = 2 * key_heads * key_dim + value_heads * value_dim
-    width = config.get("linear_conv_kernel_dim") or 4
+    width = _told(config, "linear_conv_kernel_dim") or 4
     return MixerSizes(channels * width, value_heads, key_dim, value_dim)
 
 
 def _kimi_delta(config: Config) -> MixerSizes:
     told = _linear_attention(config)
-    heads = told.get("num_heads") or _size(config, "linear_num_heads")
-    dim = told.get("head_dim") or _size(config, "linear_head_dim")
-    width = told.get("short_conv_kernel_size") or config.get("linear_conv_kernel_dim") or 4
+    heads = _told(told, "num_heads") or _size(config, "linear_num_heads")
+    dim = _told(told, "head_dim") or _size(config, "linear_head_dim")
+    width = _told(told, "short_conv_kernel_size") or _told(config, "linear_conv_kernel_dim") or 4
     return MixerSizes(3 * heads * dim * width, heads, dim, dim)
 
 
@@ -128,27 +128,33 @@ def _mamba2(config: Config) -> MixerSizes:
     state = _size(config, "mamba_d_state", "ssm_state_size", "state_size")
     groups = _size(config, "mamba_n_groups", "n_groups")
     width = _size(config, "mamba_d_conv", "conv_kernel")
-    dim = config.get("mamba_head_dim") if "mamba_num_heads" in config else None
-    channels = heads * dim if dim else config.get("mamba_d_ssm") or _expanded(config)
+    dim = _told(config, "mamba_head_dim") if "mamba_num_heads" in config else None
+    channels = heads * dim if dim else _told(config, "mamba_d_ssm") or _expanded(config)
     return MixerSizes((channels + 2 * groups * state) * width, heads, state, channels // heads)
 
 
 def _mamba(config: Config) -> MixerSizes:
     own_width = "state_size" in config  # Jamba's intermediate_size is that of its MLPs
-    channels = (config.get("intermediate_size") if own_width else None) or _expanded(config)
+    channels = (_told(config, "intermediate_size") if own_width else None) or _expanded(config)
     width = _size(config, "mamba_d_conv", "conv_kernel")
     state = _size(config, "mamba_d_state", "state_size")
     return MixerSizes(channels * width, channels, state, 1)
 
 
 def _expanded(config: Config) -> int:
-    return int((config.get("mamba_expand") or config.get("expand") or 2) * hidden_size(config))
+    expansion = _told(config, "mamba_expand") or _told(config, "expand") or 2
+    return expansion * hidden_size(config)
 
 
 def _lightning(config: Config) -> MixerSizes:
     heads = _size(config, "num_attention_heads")
-    dim = config.get("head_dim") or hidden_size(config) // heads
+    dim = _told(config, "head_dim") or hidden_size(config) // heads
     return MixerSizes(0, heads, dim, dim)
+
+
+def _told(config: Config, name: str) -> int | None:
+    """Return a size that config.json need not have, None if it has not."""
+    return None if config.get(name) is None else positive(config, name)
 
 
 def _size(config: Config, *names: str) -> int:

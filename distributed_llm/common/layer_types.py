@@ -6,6 +6,8 @@ What a type means for windows, states or sizes is for those who ask.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.errors import CheckpointError
+
 Config = Mapping[str, Any]
 
 FULL = "full_attention"
@@ -131,19 +133,20 @@ def _by_default(config: Config, layer: int, num_layers: int) -> str:
             return FULL
         case "mimo_v2_flash" if not layer:
             return FULL
-        case "olmo_hybrid" if last and num_layers < (config.get("full_attention_interval") or 4):
+        case "olmo_hybrid" if last and num_layers < _whole(config, "full_attention_interval", 4):
             return FULL
         case "flint":
             return FULL if layer < 2 or layer % 4 == 1 or last else SLIDING
         case "cohere2_moe":
             return _of_cohere2_moe(config, layer)
         case "jamba":
-            period, offset = config.get("attn_layer_period", 8), config.get("attn_layer_offset", 4)
+            period = max(1, _whole(config, "attn_layer_period", 8))
+            offset = _whole(config, "attn_layer_offset", 4)
             return FULL if layer % period == offset else LINEAR
         case "bamba":
-            return FULL if layer in (config.get("attn_layer_indices") or ()) else LINEAR
+            return FULL if layer in (_numbers(config, "attn_layer_indices") or ()) else LINEAR
         case "lfm2":
-            attending = config.get("full_attn_idxs")
+            attending = _numbers(config, "full_attn_idxs")
             return FULL if attending is None or layer in attending else CONV
         case "lfm2_moe":
             return CONV
@@ -159,6 +162,30 @@ def _by_default(config: Config, layer: int, num_layers: int) -> str:
     if model_type in _ALL_BUT_EVERY:
         return _but_every(config, _ALL_BUT_EVERY[model_type], layer)
     return _ALL_LAYERS.get(model_type, FULL)
+
+
+def _whole(config: Config, name: str, default: int) -> int:
+    """Return a number of layers that config.json need not have.
+
+    Raises:
+        CheckpointError: it is no whole number.
+    """
+    value = config.get(name)
+    if value is not None and (type(value) is not int or value < 0):
+        raise CheckpointError(f"config.json has {name} = {value!r}; it must be a whole number.")
+    return default if value is None else value
+
+
+def _numbers(config: Config, name: str) -> list[Any] | None:
+    """Return a list of layers that config.json need not have.
+
+    Raises:
+        CheckpointError: it is no list.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(f"config.json has {name} = {value!r}; it must be a list of layers.")
+    return value
 
 
 def _but_every(config: Config, rule: _Every, layer: int) -> str:
@@ -181,4 +208,4 @@ def _of_cohere2_moe(config: Config, layer: int) -> str:
 def _attending_in_kimi(config: Config) -> Any:
     """Return the numbers, from 1, of layers that see everything; None: they are not told."""
     told = config.get("linear_attn_config")
-    return told.get("full_attn_layers") if isinstance(told, Mapping) else None
+    return _numbers(told, "full_attn_layers") if isinstance(told, Mapping) else None

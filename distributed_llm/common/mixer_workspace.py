@@ -12,6 +12,7 @@ from distributed_llm.common.layer_states import (
     MixerSizes,
     mixer_sizes,
 )
+from distributed_llm.common.model_sizes import positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 _FLOAT = ITEM_BYTES["float32"]
@@ -62,7 +63,8 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             columns = values * (8 * item_bytes + 3 * _FLOAT)
             return tokens * (_SCANNED * mixer.recurrent * _FLOAT + columns)
         case kind if kind in MAMBA2:
-            piece = config.get("chunk_size") or config.get("mamba_chunk_size") or _PIECE_OF_MAMBA2
+            names = [n for n in ("chunk_size", "mamba_chunk_size") if config.get(n) is not None]
+            piece = positive(config, *names) if names else _PIECE_OF_MAMBA2
             numbers = 3 * heads * piece + 5 * keys + 10 * values
         case kind if kind in DELTA_NETS:
             piece, numbers = _PIECE, 2 * heads * _PIECE + 7 * keys + 8 * values

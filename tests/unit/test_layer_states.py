@@ -6,6 +6,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
 
 _STATE_ALONE = {"linear_attention", "conv"}
@@ -71,3 +72,23 @@ def test_windows_are_kept_in_the_dtype_of_the_model_and_recurrences_in_float32()
     narrow, wide = window * 2 + recurrence * 4, window * 4 + recurrence * 4
     assert state_bytes(config, "bfloat16") == (narrow, narrow, narrow, 0)
     assert state_bytes(config, "float32") == (wide, wide, wide, 0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "value"),
+    [
+        ("qwen3_5_text", "linear_conv_kernel_dim", "four"),
+        ("qwen3_5_text", "linear_key_head_dim", [8]),
+        ("jamba", "attn_layer_period", 2.5),
+        ("bamba", "attn_layer_indices", 2),
+        ("lfm2", "full_attn_idxs", "all"),
+        ("falcon_h1", "mamba_d_ssm", -1),
+        ("mamba", "conv_kernel", "4"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(model_type: str, name: str, value: object) -> None:
+    config = CONFIG_MAPPING[model_type]().to_dict()
+    for listed in ("layer_types", "layers_block_type"):
+        config.pop(listed, None)
+    with pytest.raises(CheckpointError, match=f"{name} = "):
+        state_bytes({**config, name: value}, "bfloat16")
