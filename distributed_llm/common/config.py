@@ -6,7 +6,7 @@ value is an error that says where it was given.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,8 @@ def read_settings(
     try:
         settings = Settings(**sections)  # type: ignore[arg-type]
     except ValidationError as error:
-        problems = [_problem(details, given) for details in error.errors(include_url=False)]
+        found = [_problem(details, given) for details in error.errors(include_url=False)]
+        problems = [_text(key, [m for k, m in found if k == key]) for key in dict(found)]
         raise ConfigError("\n".join(problems)) from None
     return settings, {key: entry.where for key, entry in given.items()}
 
@@ -173,8 +174,16 @@ def unknown_key(name: str, section: str = "") -> str:
     )
 
 
-def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> str:
-    """Return an error of pydantic as a line for people."""
+def _text(where: tuple[str, str], messages: Sequence[str]) -> str:
+    """Return what is wrong with a value as a line for people; one of `messages` has to be met."""
+    place, value = where
+    first, *others = messages
+    either = "".join(f" or {other.removeprefix('should be ')}" for other in others)
+    return f"{place}: {first}{either}{value}"
+
+
+def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> tuple[tuple[str, str], str]:
+    """Return where an error of pydantic is, and the value there; and what that should be."""
     section, *path = (str(part) for part in details["loc"])
     context = details.get("ctx", {})
     if not path:  # raised by `settings.conflict`
@@ -182,8 +191,8 @@ def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> str:
         path = [next((name for name in named if (section, name) in given), context["keys"][0])]
     entry = given[section, path[0]]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    key = ".".join([section, *(part for part in path if part != "[key]")])
+    key = ".".join([section, *(part for part in path if "[" not in part)])
     if entry.where == _COMMAND_LINE:
         key = f"--{path[0].replace('_', '-')} ({key})"
     value = "" if details["type"] == "conflict" else f", not {details['input']!r:.60}"
-    return f"{entry.where}: {key}: {message}{value}"
+    return (f"{entry.where}: {key}", value), message

@@ -161,6 +161,10 @@ FILES = {
     "section is a number": ("worker: 5\n", ":1: worker: should be a section, not 5"),
     "list": ("- 1\n", ":1: expected sections such as 'worker:', found [1]"),
     "only text": ("hello\n", ":1: expected sections such as 'worker:', found 'hello'"),
+    "neither auto nor a possible number": (
+        "coordinator:\n  max_context: 0\n",
+        "coordinator.max_context: should be 'auto' or greater than or equal to 1, not 0",
+    ),
     "negative time": ("client:\n  connect_timeout_s: -1\n", "should be greater than 0, not -1"),
     "negative time, unit": ("client:\n  connect_timeout_s: -5s\n", "should be greater than 0"),
     "no number": (

@@ -143,9 +143,12 @@ class StepResults:
             return
         finite = torch.isfinite(values).all(dim=-1).tolist()
         named = [s.sequence_id for s, well in zip(slices, finite, strict=True) if not well]
+        cause, remedy = "the model's files are", "Compare the files with the original"
+        if self._dtype != torch.float32:
+            cause = f"{cause}, or {self._dtype} is too narrow for it"
+            remedy = f"{remedy}, serve it with --dtype float32"
         why = (
             f"the {what} after {layers_text(self._layers)} are not finite: the weights on this "
-            f"machine are damaged, the model's files are, or {self._dtype} is too narrow for it; "
-            "then serve it with --dtype float32, or without this machine."
+            f"machine are damaged, or {cause}. {remedy}, or serve it without this machine."
         )
         raise SequencesFailed(named, StageError(why))
