@@ -8,6 +8,7 @@ from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
 from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
+from distributed_llm.common.per_layer_inputs import per_layer_width
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -57,7 +58,15 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
-    positive(config, "vocab_size")
+    vocab_size = positive(config, "vocab_size")
+    own_table = config.get("vocab_size_per_layer_input")
+    counts = config.get("model_type") == "gemma4_text" and per_layer_width(config)
+    if counts and type(own_table) is int and own_table < vocab_size:
+        raise CheckpointError(
+            f"config.json has vocab_size_per_layer_input = {own_table}, but vocab_size = "
+            f"{vocab_size}: layers would have no input for tokens beyond the former. Copy that of "
+            "the original model."
+        )
     for name in _SIZES:
         if config.get(name) is not None and not isinstance(config[name], list):
             positive(config, name)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.layer_sharing import kv_lenders, uncut
+from distributed_llm.common.model_sizes import check_sizes
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.kv.transfer import KVImporter
 from distributed_llm.worker.model.stage import Stage
-from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline
 
 NUM_LAYERS = 6
@@ -188,3 +190,11 @@ def test_projections_that_nobody_reads_are_left_out(
     plain = open_checkpoint(folder)
     assert checkpoint.num_parameters == plain.num_parameters
     assert model_cost(checkpoint, "float32") == model_cost(plain, "float32")
+
+
+def test_a_table_by_layer_that_lacks_tokens_is_refused() -> None:
+    """Transformers would read beyond its end, and every request fail."""
+    config = build_model("gemma4_text").config.to_dict()
+    check_sizes(config)
+    with pytest.raises(CheckpointError, match="vocab_size_per_layer_input = 100, but vocab_size"):
+        check_sizes({**config, "vocab_size_per_layer_input": 100})

@@ -319,8 +319,8 @@ class ModelLoader:
         for name, error in info.conversion_errors.items():
             logger.debug("%s: %s", where, error)
             raise CheckpointError(
-                f"{where}: {original(name)} cannot be made of its tensors, whose shapes do not fit "
-                f"each other. {fix}"
+                f"{where}: {original(name)} cannot be made of its tensors: one is missing, or "
+                f"their shapes do not fit each other. {fix}"
             )
         for name, shape, expected in sorted(info.mismatched_keys):
             raise CheckpointError(
