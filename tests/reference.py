@@ -25,6 +25,20 @@ def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def generated(model: Any, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
+    """Return the greedy answer of a model of transformers, without the prompt."""
+    ids = torch.tensor([list(prompt)])
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        **{"eos_token_id": None, "pad_token_id": 0, **options},
+    )
+    answer: list[int] = made[0, len(prompt) :].tolist()
+    return answer
+
+
 def reference_ids(folder: Path, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
     """Return the greedy answer to `prompt`, without the prompt."""
     return [*_generated(folder, tuple(prompt), new_tokens, **options)]
@@ -34,17 +48,7 @@ def reference_ids(folder: Path, prompt: list[int], new_tokens: int, **options: A
 def _generated(
     folder: Path, prompt: tuple[int, ...], new_tokens: int, **options: Any
 ) -> tuple[int, ...]:
-    ids = torch.tensor([prompt])
-    options = {"eos_token_id": None, **options}
-    made = _model(folder).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        **options,
-    )
-    return tuple(made[0, len(prompt) :].tolist())
+    return tuple(generated(_model(folder), prompt, new_tokens, **options))
 
 
 def check_greedy(folder: Path, prompt: Sequence[int], token_ids: Sequence[int]) -> None:

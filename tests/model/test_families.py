@@ -20,6 +20,7 @@ from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, GREEDY, Pipeline, load_stages
+from tests.reference import generated
 from tests.wholes import WHOLES
 
 LENGTHS = (23, 3, 12)
@@ -106,25 +107,12 @@ PROMPTS = [numbers(length, length) for length in LENGTHS]
 CHILD = [*PROMPTS[0][:SHARED], *numbers(4, 1)]
 
 
-def generated(whole: Any, prompt: list[int]) -> list[int]:
-    """Return what `generate` adds to a prompt."""
-    answer: list[int] = whole.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, len(prompt) :].tolist()
-    return answer
-
-
 class Expected:
     """What transformers makes of the texts: the prompts, and the one that shares a prefix."""
 
     def __init__(self, whole: Any) -> None:
         self.prompts = [*PROMPTS, CHILD]
-        self.answers = [generated(whole, prompt) for prompt in self.prompts]
+        self.answers = [generated(whole, prompt, NEW_TOKENS) for prompt in self.prompts]
         texts = [p + a for p, a in zip(self.prompts, self.answers, strict=True)]
         with torch.inference_mode():
             self._logits = [whole(torch.tensor([t]), use_cache=False).logits[0] for t in texts]

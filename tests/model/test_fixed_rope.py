@@ -21,6 +21,7 @@ from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import Pipeline, load_stages
 from tests.model.workers import Cluster, workers
+from tests.reference import generated
 
 NEW_TOKENS = 6
 TRAINED = 16
@@ -74,18 +75,8 @@ def prompts_of(lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(VOCAB_SIZE, (n,), generator=draw).tolist() for n in lengths]
 
 
-def generated(whole: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [
-        whole.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
+def answers(whole: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [generated(whole, prompt, NEW_TOKENS) for prompt in prompts]
 
 
 def served(folder: Path, prompts: Sequence[Sequence[int]], context: int = 0) -> list[list[int]]:
@@ -101,7 +92,7 @@ def test_long_texts_get_what_transformers_gives_them(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     folder, prompts = request.getfixturevalue(model), prompts_of((23, 17))
-    assert served(folder, prompts) == generated(transformers_model(folder), prompts)
+    assert served(folder, prompts) == answers(transformers_model(folder), prompts)
 
 
 @pytest.mark.parametrize("model", ["phi", "dynamic"])
@@ -109,7 +100,7 @@ def test_short_texts_get_what_transformers_gives_them(
     model: str, request: pytest.FixtureRequest
 ) -> None:
     folder, prompts = request.getfixturevalue(model), prompts_of((3, 10, 5))
-    expected = generated(transformers_model(folder), prompts)
+    expected = answers(transformers_model(folder), prompts)
     assert served(folder, prompts, context=TRAINED) == expected
     assert served(folder, prompts) != expected  # else nothing here depends on the context
 
@@ -126,7 +117,7 @@ def test_dynamic_scaling_is_that_of_the_longest_text(dynamic: Path, context: int
     rotary.inv_freq = ROPE_INIT_FUNCTIONS["dynamic"](whole.config, seq_len=context)[0]
     rotary.rope_type = "default"  # so that transformers leaves the frequencies alone
     prompts = prompts_of((23, 4))
-    assert served(dynamic, prompts, context) == generated(whole, prompts)
+    assert served(dynamic, prompts, context) == answers(whole, prompts)
 
 
 @pytest.mark.parametrize("beside", [None, NO_EPOCH])

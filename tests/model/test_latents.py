@@ -3,7 +3,6 @@
 The reference is transformers, which makes keys and values of every head of all latents.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.model.test_engine_moves import move
 from tests.model.workers import Cluster, workers
+from tests.reference import generated
 
 NUM_LAYERS = 3
 TOKEN_BYTES = NUM_LAYERS * (24 + 8) * 4
@@ -155,20 +155,6 @@ def test_attention_that_expands_in_another_way_is_refused() -> None:
     attention.expand_kv = expand
     keep_latents(model.model.layers[0])
     assert isinstance(attention.kv_b_proj, LatentExpansion)
-
-
-def generated(whole: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """Return what transformers adds to a prompt."""
-    answer = whole.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = answer[0, len(prompt) :].tolist()
-    return tokens
 
 
 def test_workers_keep_and_move_latents(folder: Path, whole: Any) -> None:

@@ -20,6 +20,7 @@ from distributed_llm.worker.kv.transfer import KVImporter
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline
+from tests.reference import generated
 
 NUM_LAYERS = 6
 SHARED = 3
@@ -43,18 +44,8 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def generated(whole: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return [
-        whole.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
+def answers(whole: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return [generated(whole, prompt, NEW_TOKENS) for prompt in prompts]
 
 
 @cache
@@ -82,25 +73,25 @@ def test_the_cuts_here_are_those_that_are_allowed(checkpoint: Checkpoint) -> Non
 
 @pytest.mark.parametrize("split", CUTS, ids=str)
 def test_tokens_are_those_of_generate(
-    folder: Path, prompts: list[list[int]], generated: list[list[int]], split: Sequence[int]
+    folder: Path, prompts: list[list[int]], answers: list[list[int]], split: Sequence[int]
 ) -> None:
     pipeline = pipeline_of(folder, split)
     pipeline.prefill(prompts, [4, 2, 11])
     pipeline.run([(0, 4, 9), (1, 2, 3), (2, 11, 12)])  # chunks, and single tokens among them
     pipeline.run([(0, 9, 22)], sampling=None)
     pipeline.done[1:] = [length - 1 for length in LENGTHS[1:]]
-    assert decoded(pipeline, NEW_TOKENS, [0, 1, 2]) == generated
-    assert len({token for tokens in generated for token in tokens}) > 4
+    assert decoded(pipeline, NEW_TOKENS, [0, 1, 2]) == answers
+    assert len({token for tokens in answers for token in tokens}) > 4
 
 
 def test_what_begins_alike_is_shared(
-    folder: Path, prompts: list[list[int]], generated: list[list[int]]
+    folder: Path, prompts: list[list[int]], answers: list[list[int]]
 ) -> None:
     pipeline = pipeline_of(folder, [1, 5])
     pipeline.prefill(prompts[:1], [20])
     child = pipeline.share(0, 20, prompts[0][20:])
     pipeline.run([(0, 20, 21), (child, 20, 22)])
-    assert decoded(pipeline, NEW_TOKENS, [child]) == generated[:1]
+    assert decoded(pipeline, NEW_TOKENS, [child]) == answers[:1]
 
 
 def test_borrowers_keep_nothing_and_cost_nothing(folder: Path, checkpoint: Checkpoint) -> None:
@@ -129,7 +120,7 @@ def test_kv_cache_moves_with_the_lenders(
     checkpoint: Checkpoint,
     folder: Path,
     prompts: list[list[int]],
-    generated: list[list[int]],
+    answers: list[list[int]],
     donated: bool,
 ) -> None:
     """To a worker that had no layer, or that had the first one."""
@@ -150,7 +141,7 @@ def test_kv_cache_moves_with_the_lenders(
     whole.limit_kv(64 * KV_BLOCK * whole.kv_bytes_per_token)
     pipeline.stages = [whole]
     after = decoded(pipeline, NEW_TOKENS - 3, [0, 1, 2])
-    assert list(map(operator.add, before, after)) == generated
+    assert list(map(operator.add, before, after)) == answers
 
 
 def test_a_stage_that_keeps_its_layers_reads_nothing_again(checkpoint: Checkpoint) -> None:

@@ -30,6 +30,7 @@ from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import random_model
 from tests.model.driver import Pipeline, load_stages
 from tests.real_configs import REAL, shrunk
+from tests.reference import generated
 
 PROMPTS = [list(range(3, 22)), [7, 5]]
 NEW_TOKENS = 5
@@ -135,10 +136,4 @@ def test_a_small_one_of_the_same_structure_answers_as_transformers(
     pipeline.prefill(PROMPTS, [len(prompt) - 1 for prompt in PROMPTS])
     found = [pipeline.decode() for _ in range(NEW_TOKENS)]
     for number, prompt in enumerate(PROMPTS):
-        text = whole.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            **{"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None},
-            pad_token_id=0,
-        )
-        assert [tokens[number] for tokens in found] == text[0, len(prompt) :].tolist()
+        assert [tokens[number] for tokens in found] == generated(whole, prompt, NEW_TOKENS)

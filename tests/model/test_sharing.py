@@ -15,6 +15,7 @@ from distributed_llm.worker.model.failures import MissingPositionsError, Release
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import GREEDY, Pipeline, load_stages
+from tests.reference import generated
 
 NUM_LAYERS = 3
 PREFIX = torch.randint(VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -37,20 +38,6 @@ def pipeline(checkpoint: Checkpoint) -> Pipeline:
     return made
 
 
-def generate(whole: Any, prompt: list[int], count: int) -> list[int]:
-    """Return what transformers adds to the prompt."""
-    answer = whole.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = answer[0, len(prompt) :].tolist()
-    return tokens
-
-
 def kv_blocks(stage: Stage) -> float:
     return stage.kv_bytes / (KV_BLOCK * stage.kv_bytes_per_token)
 
@@ -65,7 +52,7 @@ def test_children_answer_as_if_they_shared_nothing(
     for _ in range(6):
         pipeline.decode()
     for prompt, text in zip(prompts, pipeline.texts, strict=True):
-        assert text == prompt + generate(whole, prompt, 6)
+        assert text == prompt + generated(whole, prompt, 6)
     for stage in pipeline.stages:
         assert kv_blocks(stage) == 2 + 2  # the parent's, and a block for each child to go on in
 
@@ -76,7 +63,7 @@ def test_children_go_on_when_the_parent_is_cut_rewritten_and_released(
     child = pipeline.share(0, 66, RESTS[1])
     grandchild = pipeline.share(0, 66, RESTS[1])
     prompt = list(pipeline.texts[child])
-    expected = generate(whole, prompt, 8)
+    expected = generated(whole, prompt, 8)
     pipeline.decode(numbers=[0, child])
     pipeline.run([(0, 10, 40)], sampling=None)  # the same again, from before what is shared
     pipeline.texts[0][3:60] = [1] * 57
@@ -110,7 +97,7 @@ def test_the_parent_of_a_rewritten_sequence_answers_as_before(
     for _ in range(4):
         pipeline.decode()
     for prompt, text in zip(prompts, pipeline.texts, strict=True):
-        assert text == prompt + generate(whole, prompt, 4)
+        assert text == prompt + generated(whole, prompt, 4)
 
 
 def test_turns_of_a_conversation_take_over_the_turn_before(pipeline: Pipeline, whole: Any) -> None:
@@ -122,7 +109,7 @@ def test_turns_of_a_conversation_take_over_the_turn_before(pipeline: Pipeline, w
     prompt = list(pipeline.texts[turn])
     for _ in range(4):
         pipeline.decode(numbers=[turn])
-    assert pipeline.texts[turn] == prompt + generate(whole, prompt, 4)
+    assert pipeline.texts[turn] == prompt + generated(whole, prompt, 4)
     assert [kv_blocks(stage) for stage in pipeline.stages] == [2, 2]
     with pytest.raises(ReleasedSequence):
         pipeline.run([(0, 0, 1)])

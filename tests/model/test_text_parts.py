@@ -4,7 +4,6 @@ The reference is transformers' model as a whole, `generate` and forward with tex
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.quantized_checkpoints import make_quantized
+from tests.reference import generated
 from tests.wholes import WHOLES, build_phi4, build_whole, edit_config, rename_tensors
 
 LENGTHS = (23, 3, 12)
@@ -58,21 +58,6 @@ def prompts() -> list[list[int]]:
     return [torch.randint(VOCAB_SIZE - 1, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def generated(whole: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Return what `generate` adds to each prompt."""
-    return [
-        whole.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
-
-
 def text_parameters(whole: Any) -> int:
     """Return how many numbers the language model and its head have, tied ones once."""
     of_text = {
@@ -95,7 +80,7 @@ def test_only_the_text_model_counts(folder: Path, checkpoint: Checkpoint, whole:
 def test_tokens_equal_those_of_the_whole_model(
     checkpoint: Checkpoint, whole: Any, prompts: list[list[int]]
 ) -> None:
-    expected = generated(whole, prompts)
+    expected = [generated(whole, prompt, NEW_TOKENS) for prompt in prompts]
     alone = checkpoint.model_type in FAMILIES  # then other splits are tested there
     for split in ([1, 1, 1, 1],) if alone else ([4], [1, 3], [2, 1, 1], [1, 1, 1, 1]):
         pipeline = Pipeline(load_stages(checkpoint, split))
@@ -210,7 +195,7 @@ def test_other_forms_of_the_same_checkpoint(model_type: str, change: Any, tmp_pa
     before = set(open_checkpoint(tmp_path).tensors)
     change(tmp_path)
     prompt = list(range(3, 20))
-    assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
+    assert tokens_of(tmp_path, prompt) == generated(whole, prompt, NEW_TOKENS)
     if change is as_saved_today:
         assert before.isdisjoint(open_checkpoint(tmp_path).tensors)
 
@@ -222,7 +207,7 @@ def test_the_text_model_of_phi_4_is_a_phi_3(tmp_path: Path) -> None:
     assert checkpoint.model_type == "phi3"
     assert not [name for name in checkpoint.tensors if "extend" in name]
     prompt = list(range(3, 20))
-    assert tokens_of(tmp_path, prompt) == generated(whole, [prompt])[0]
+    assert tokens_of(tmp_path, prompt) == generated(whole, prompt, NEW_TOKENS)
 
 
 def test_the_text_model_of_gemma_3n(tmp_path: Path) -> None:
@@ -233,7 +218,7 @@ def test_the_text_model_of_gemma_3n(tmp_path: Path) -> None:
     edit_config(tmp_path, lambda config: {"model_type": "gemma3n", "text_config": config})
     assert open_checkpoint(tmp_path).model_type == "gemma3n_text"
     prompt = list(range(3, 20))
-    assert tokens_of(tmp_path, prompt) == generated(text, [prompt])[0]
+    assert tokens_of(tmp_path, prompt) == generated(text, prompt, NEW_TOKENS)
 
 
 def test_kimi_k2_is_a_deepseek_v3_under_a_name_of_its_own(tmp_path: Path) -> None:
@@ -248,7 +233,7 @@ def test_kimi_k2_is_a_deepseek_v3_under_a_name_of_its_own(tmp_path: Path) -> Non
     )
     assert planned.plans
     prompt = list(range(3, 20))
-    assert tokens_of(tmp_path, prompt) == generated(model, [prompt])[0]
+    assert tokens_of(tmp_path, prompt) == generated(model, prompt, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "fp8", "mlx"])
