@@ -26,6 +26,7 @@ from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.serving.followers import Followers
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.prefix_index import common_prefix
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
@@ -73,7 +74,7 @@ class Scheduler:
         self._new_sequence_id = new_sequence_id
         self._ledger = KVLedger(kv_tokens, self._windows)
         self._running: dict[int, Answer] = {}  # by number, in the order of admission
-        self._followers: dict[Answer, list[Answer]] = {}  # by the answer they wait for
+        self._followers = Followers()
         self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
         self._ending: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
         self._preempted: list[Answer] = []
@@ -146,8 +147,7 @@ class Scheduler:
             return False  # to look for prefixes of a long prompt takes milliseconds
         leader, common = self._leader(answer)
         if leader is not None:
-            answer.waits_for, answer.waits_until = leader, common
-            self._followers.setdefault(leader, []).append(answer)
+            self._followers.add(answer, leader, common)
         elif not self._open(answer):
             self._refused = answer, room
             return False
@@ -298,19 +298,12 @@ class Scheduler:
 
     def _forget_waiting(self, answer: Answer) -> None:
         """Have an answer that no longer runs wait for none, and none wait for it."""
-        if answer.waits_for is not None:
-            self._followers[answer.waits_for].remove(answer)
-            answer.waits_for = None
+        self._followers.remove(answer)
         self._release_followers(answer, everyone=True)
 
     def _release_followers(self, leader: Answer, *, everyone: bool = False) -> None:
         """Let the followers go on whose prefix `leader` has computed, or all of them."""
-        waiting = self._followers.pop(leader, [])
-        for answer in waiting:
-            if not everyone and leader.num_computed_tokens < answer.waits_until:
-                self._followers.setdefault(leader, []).append(answer)
-                continue
-            answer.waits_for = None
+        for answer in self._followers.take_ready(leader, everyone=everyone):
             if not self._open(answer):
                 self._preempt(answer)
 
@@ -428,7 +421,8 @@ class Scheduler:
         if not self._windows.state:
             return size
         start = answer.num_scheduled_tokens
-        stop = stop_before(start, start + size, len(answer.token_ids), self._awaited(answer))
+        awaited = self._followers.awaited(answer)
+        stop = stop_before(start, start + size, len(answer.token_ids), awaited)
         return stop - start
 
     def _keeps_snapshot(self, answer: Answer, sequence_id: SequenceId, stop: int) -> bool:
@@ -436,12 +430,9 @@ class Scheduler:
         if not self._windows.state:
             return False
         latest = self._ledger.latest_snapshot(sequence_id)
-        wanted = is_wanted(stop, len(answer.token_ids), self._awaited(answer), latest)
+        awaited = self._followers.awaited(answer)
+        wanted = is_wanted(stop, len(answer.token_ids), awaited, latest)
         return wanted and self._ledger.keep_snapshot(sequence_id, stop)
-
-    def _awaited(self, answer: Answer) -> set[int]:
-        """Return the lengths of prefixes of an answer that others wait for."""
-        return {other.waits_until for other in self._followers.get(answer, ())}
 
     def _slice(self, answer: Answer, size: int) -> SequenceSlice:
         sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens
@@ -519,8 +510,7 @@ class Scheduler:
                 self._ledger.computed(part.sequence_id, answer.num_computed_tokens)
                 if part.sample:
                     answer.clear_suspicion()
-                if answer in self._followers:
-                    self._release_followers(answer)
+                self._release_followers(answer)
             self._step_ended(part.sequence_id)
             if part.sample:
                 are_current.append(is_current)
@@ -563,7 +553,7 @@ class Scheduler:
             assert answer.num_in_flight or answer.num_computed_tokens < len(answer.token_ids)
             leader = answer.waits_for
             assert leader is None or leader.number in self._running
-            assert leader is None or answer in self._followers[leader]
+            self._followers.validate(answer)
 
 
 def _unread(answers: Iterable[Answer]) -> list[Answer]:
