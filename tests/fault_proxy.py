@@ -177,8 +177,11 @@ class FaultProxy:
         except* OSError:
             pass
         finally:
+            for writer in writers:  # all of them, before anything is awaited: it may be cut again
+                _reset(writer)
             for writer in writers:
-                await _reset(writer)
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
 
 
 class _Direction:
@@ -341,10 +344,8 @@ async def _cancel(connections: set[asyncio.Task[None]]) -> None:
     await asyncio.gather(*cut, return_exceptions=True)
 
 
-async def _reset(writer: asyncio.StreamWriter) -> None:
+def _reset(writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         raw: Any = writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     writer.transport.abort()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()

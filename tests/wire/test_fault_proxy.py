@@ -1,6 +1,7 @@
 """The fault proxy does to a plain echo server what it says, and leaves nothing behind."""
 
 import asyncio
+import gc
 import random
 import socket
 import threading
@@ -314,3 +315,21 @@ def test_nothing_is_left_behind(echo: Echo) -> None:
             proxy.degrade(to_client=Faults(latency_s=1000.0))
     assert threading.active_count() == threads
     eventually(lambda: process.num_fds() <= sockets)  # the server's ends close a little later
+
+
+def test_what_is_cut_again_while_it_ends_is_closed_all_the_same(proxy: FaultProxy) -> None:
+    async def cut_again_and_again() -> None:
+        carrying = list(proxy._connections)
+        for _ in range(8):
+            for task in carrying:
+                task.cancel()
+            await asyncio.sleep(0)  # one step further towards its end
+        await asyncio.gather(*carrying, return_exceptions=True)
+
+    proxy.degrade(to_server=Faults(rate_bytes_per_s=1000.0))
+    with connected(proxy) as client:
+        client.sendall(bytes(200_000))
+        eventually(lambda: proxy.passed_bytes[0] > 0)
+        proxy._thread.run(cut_again_and_again())
+    gc.collect()  # what is not closed says so, which fails a test
+    assert proxy.num_connections == 0
