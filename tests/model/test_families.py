@@ -20,6 +20,7 @@ from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, GREEDY, Pipeline, load_stages
+from tests.model.raw_outputs import answer, other_default_dtype, same
 from tests.reference import generated
 from tests.wholes import WHOLES
 
@@ -136,6 +137,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     expected = Expected(build_model(family, **made))
     whole, halves = load_stages(checkpoint, [count]), load_stages(checkpoint, [1, count - 1])
     check_kv_bytes(whole[0], checkpoint)
+    check_default_dtype(whole[0])
     check_tokens("1 stage", whole, expected, ())
     check_tokens("2 stages", halves, expected, HOT)
     halves[0].reset()
@@ -153,6 +155,14 @@ def check_kv_bytes(stage: Stage, checkpoint: Checkpoint) -> None:
     assert stage.state_bytes == sum(checkpoint.layer_state_bytes("float32")), "planned states"
     windows = layer_windows(checkpoint.config, checkpoint.num_layers)
     assert stage._cache.windows == windows, "planned windows of layers"
+
+
+def check_default_dtype(stage: Stage) -> None:
+    """Whoever builds a model in another thread changes it for the whole process."""
+    before = answer(stage)
+    with other_default_dtype():
+        meanwhile = answer(stage)
+    assert same(meanwhile, before)
 
 
 def check_tokens(

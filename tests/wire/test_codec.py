@@ -197,6 +197,21 @@ def test_what_is_said_of_a_model_comes_back(info: ModelInfo) -> None:
 
 # ------------------------------------------------------------------ damage
 
+OF_EACH_KIND = (
+    *(0x00, 0x01, 0x7F, 0xE0, 0xFF),  # small numbers
+    *(0x80, 0x81, 0x8F, 0x90, 0x91, 0x9F, 0xA0, 0xA1, 0xBF),  # short maps, arrays and texts
+    *range(0xC0, 0xE0),  # all other kinds, and the one that there is not
+)
+"""Bytes of every kind that a value in msgpack begins with, and that no UTF-8 has alone.
+
+All 256 in every place took five times as long, and nothing but numbers of the same kind was new.
+"""
+
+
+def tried(right: int) -> set[int]:
+    """Return what a byte is damaged to: every kind of byte, and itself with any one bit flipped."""
+    return {right, *OF_EACH_KIND, *(right ^ 1 << bit for bit in range(8))}
+
 
 @every_message
 def test_every_damaged_byte_is_refused_or_gives_a_message(
@@ -209,7 +224,7 @@ def test_every_damaged_byte_is_refused_or_gives_a_message(
         frame = bytearray(frames[index])
         damaged = [*frames[:index], frame, *frames[index + 1 :]]
         for position, right in enumerate(bytes(frame)):
-            for byte in range(256):
+            for byte in tried(right):
                 frame[position] = byte
                 try:
                     got, tensors = decoder.decode(damaged)
@@ -221,7 +236,7 @@ def test_every_damaged_byte_is_refused_or_gives_a_message(
                         spec.nbytes for spec in getattr(got, "tensors", ())
                     ]
             frame[position] = right
-    assert refused > 255 * len(PREAMBLE)
+    assert refused >= sum(len(tried(right) - {right}) for right in PREAMBLE)
     assert decoder.decode(frames)[0] == message  # undamaged again
 
 
@@ -235,7 +250,7 @@ def test_every_damaged_byte_of_a_payload_is_refused_or_gives_a_value(
 ) -> None:
     payload = bytearray(encode_payload(value))
     for position, right in enumerate(bytes(payload)):
-        for byte in range(256):
+        for byte in tried(right):
             payload[position] = byte
             try:
                 got = decode(payload)
