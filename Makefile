@@ -12,8 +12,9 @@ all: lint typecheck test
 demo: install
 	@if [ -t 1 ]; then .venv/bin/dllm demo --serve; else .venv/bin/dllm demo; fi
 
+# Three processes for two cores: the tests of one of them mostly wait.
 test: install
-	$(PYTHON) -m pytest -n 2 $(ARGS)
+	$(PYTHON) -m pytest -n 3 $(ARGS)
 
 # The page: its tests, whether what is committed is what its source gives, and a walk through it in a
 # browser. Needs Node 20.19 or newer, npm and Chromium, which nothing else does.

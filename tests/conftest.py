@@ -1,4 +1,4 @@
-"""How tests are collected and shared out to several processes (`pytest -n 2`), and an option."""
+"""How tests are collected and shared out to several processes (`pytest -n 3`), and an option."""
 
 import atexit
 import gc
@@ -30,6 +30,8 @@ hypothesis.settings.load_profile("suite")
 
 _OF_PROCESSES = ("tests/api/", "tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""
+
+_NICENESS = 5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,6 +73,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Give many schedules as much time as they take."""
     for item in items if config.getoption("--schedules") else ():
         item.add_marker(pytest.mark.timeout(0), append=False)
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Let tests that compute give way to those of processes, which look at the time.
+
+    On two cores there are three processes of tests: one of them mostly waits, and now and then
+    another one does.
+    """
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ
+    if beside_others and not nodeid.startswith(_OF_PROCESSES) and hasattr(os, "nice"):
+        os.nice(max(0, _NICENESS - os.nice(0)))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
