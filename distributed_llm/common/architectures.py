@@ -7,6 +7,7 @@ a small random model of that type, whole and split.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers
@@ -191,10 +192,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "zaya",
     ),
     _EMBEDDING_AGAIN: ("zamba", "zamba2"),
-    _ENCODER: (
-        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
-        *("musicgen", "musicgen_melody"),
-    ),
+    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
@@ -267,8 +265,10 @@ def _transformers_has(model_type: str) -> bool:
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") and not is_encoder_decoder(config):
         yield _ENCODER
+    if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
+        yield "config.json says that it is no encoder-decoder, and others of its type are"
     if config.get("alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":

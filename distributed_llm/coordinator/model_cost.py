@@ -19,7 +19,8 @@ class ModelCost:
         layer_bytes: weights of each layer, with `table_bytes`.
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
-        shared_bytes: a tied embedding, needed by the first and by the last stage.
+        shared_bytes: a matrix that several stages need: a tied embedding, or one by which encoder
+            and decoder embed.
         each_bytes: what every stage needs, of all else (see `common.per_layer_inputs`).
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
@@ -29,6 +30,10 @@ class ModelCost:
         table_bytes: what a layer has of tables outside the layers, which are read by rows and never
             lie on a disk.
         uncut: layers before which no stage may begin (see `common.layer_sharing`).
+        shared_by: the layers of which any stage that has one needs `shared_bytes`; empty: the
+            first and the last.
+        encoder_layers: the first layers, which compute sources and no answers; 0: the model is a
+            decoder alone.
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
             taken off the memory of each worker before plans are made (`ServedModel.planned`).
     """
@@ -45,6 +50,8 @@ class ModelCost:
     uncut: tuple[int, ...] = ()
     layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
+    shared_by: tuple[int, ...] = ()
+    encoder_layers: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -101,9 +108,18 @@ class ModelCost:
             sum(self.layer_bytes[layers.start : layers.stop])
             + self.first_bytes * first
             + self.last_bytes * last
-            + self.shared_bytes * (first or last)
+            + self.shared_bytes * self.shares(layers)
             + self.each_bytes
         )
+
+    @property
+    def sharers(self) -> tuple[int, ...]:
+        """The layers of which any stage that has one needs `shared_bytes`."""
+        return self.shared_by or (0, self.num_layers - 1)
+
+    def shares(self, layers: LayerRange) -> bool:
+        """Return whether a stage of these layers needs `shared_bytes`."""
+        return any(layers.start <= layer < layers.stop for layer in self.sharers)
 
     @property
     def pieces(self) -> list[LayerRange]:

@@ -149,12 +149,12 @@ def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -
     layers = set(_numbers(after)) - set(_numbers(before))
     first = after.start == 0 and before.start != 0
     last = after.stop == size and before.stop != size
-    has_shared = before.start == 0 or before.stop == size
+    shared = cost.shares(after) and not cost.shares(before)
     return (
         sum(cost.layer_bytes[layer] for layer in layers)
         + cost.first_bytes * first
         + cost.last_bytes * last
-        + cost.shared_bytes * ((first or last) and not has_shared)
+        + cost.shared_bytes * shared
     )
 
 

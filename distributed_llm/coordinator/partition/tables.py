@@ -285,10 +285,13 @@ def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
     """
     sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
     table = _range_sums([fixed + kv * kv_tokens for fixed, kv in sizes])
-    table[0, :] += cost.first_bytes + cost.shared_bytes
+    table[0, :] += cost.first_bytes
     table[:, -1] += cost.last_bytes
-    table[1:, -1] += cost.shared_bytes
     table += cost.each_bytes
+    shares = np.zeros(table.shape, dtype=bool)
+    for layer in cost.sharers:
+        shares[: layer + 1, layer + 1 :] = True
+    table += cost.shared_bytes * shares
     uncut = list(cost.uncut)
     table[uncut, :] = table[:, uncut] = np.inf
     table[np.tril_indices(len(table))] = np.inf
