@@ -52,8 +52,13 @@ class Step:
 
     @property
     def decodes(self) -> bool:
-        """Whether every slice is a single token: the step has no prefill chunks."""
-        return len(self.token_ids) == len(self.slices)
+        """Whether every slice is a single token of an answer: the step has no prefill chunks."""
+        return len(self.token_ids) == len(self.slices) and not self.is_source
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the step is for what an encoder reads; no other tokens are in it then."""
+        return self.slices[0].is_source
 
 
 def wrong_tokens(

@@ -74,7 +74,7 @@ class StepDone:
     Attributes:
         token_ids: the sampled tokens, one for each slice that samples.
         logprobs: one for each slice that samples; None where none were asked for.
-        timings: one for each stage.
+        timings: one for each stage from `first` on, the index of the first that it went through.
         depth: steps in flight when this one began, itself included.
         round_trip_s: from beginning to end.
         sums: of hidden states, one for each slice that embeds.
@@ -87,6 +87,7 @@ class StepDone:
     depth: int
     round_trip_s: float
     sums: list[FloatVector] = field(default_factory=list)
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,21 +27,36 @@ class TaskInputs:
         layers: of the stage.
         hidden_size: width of the hidden states.
         vocab_size: exclusive upper bound of token ids.
+        encoder_layers: of the whole model; 0: it is a decoder alone.
     """
 
     layers: LayerRange
     hidden_size: int
     vocab_size: int
+    encoder_layers: int = 0
 
-    def made_up(self, total: int) -> tuple[Tensor, Tensor | None]:
+    def begins_with(self, *, source: bool) -> bool:
+        """Return whether a step begins at this stage, which is given no hidden states then.
+
+        Args:
+            source: whether the step computes what an encoder reads.
+        """
+        first = 0 if source else self.encoder_layers
+        return self.layers.start <= first < self.layers.stop
+
+    def made_up(self, total: int, *, source: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return random token ids and hidden states of `total` tokens, as `Stage.run` takes them.
 
         They are random so that mixture-of-experts layers choose experts about as for real tokens,
         and the same at every call.
+
+        Args:
+            total: number of tokens.
+            source: whether the step computes what an encoder reads.
         """
         draw = torch.Generator().manual_seed(0)
         token_ids = torch.randint(self.vocab_size, (total,), generator=draw, dtype=torch.int32)
-        if self.layers.start == 0:
+        if self.begins_with(source=source):
             return token_ids, None
         return token_ids, torch.randn(total, self.hidden_size, generator=draw)
 
