@@ -4,14 +4,15 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Capabilities
-from distributed_llm.common.settings import Objective
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.messages import Capabilities, StageReady
+from distributed_llm.common.settings import CoordinatorSettings, Objective
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import search as partition
 from distributed_llm.coordinator.partition.exact import solve_exactly
@@ -24,13 +25,23 @@ from distributed_llm.coordinator.partition.tables import (
     WorkerTimes,
     make_tables,
 )
-from distributed_llm.coordinator.plan import LayerMap, kv_tokens_of, longest_tokens_of, plan_of
+from distributed_llm.coordinator.plan import (
+    LayerMap,
+    PipelineStage,
+    kv_tokens_of,
+    longest_tokens_of,
+    plan_of,
+)
+from distributed_llm.coordinator.planning.dry_run import dry_run
 from distributed_llm.coordinator.planning.forecast import best_forecast, forecast
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+from distributed_llm.summary import stage_row
+from tests.unit.fake_model import MODEL
 
 OBJECTIVES: tuple[PartitionObjective, ...] = ("throughput", "latency")
 SCORES: tuple[Objective, ...] = ("throughput", "latency", "auto")
@@ -99,9 +110,10 @@ hops = st.builds(Hop, milliseconds, milliseconds)
 def problems(draw: st.DrawFn) -> tuple[ModelCost, dict[WorkerId, Candidate], Links, int]:
     encoder, decoder = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     size = encoder + decoder
-    layer_bytes = (draw(st.integers(1, 40)),) * encoder + (draw(st.integers(1, 40)),) * decoder
+    sizes = st.sampled_from([3, 20, 40])
+    layer_bytes = (draw(sizes),) * encoder + (draw(sizes),) * decoder
     first, last, shared = (draw(st.integers(0, 60)) for _ in range(3))
-    kv = (0,) * encoder + (draw(st.integers(1, 2)),) * decoder
+    kv = (0,) * encoder + (draw(st.integers(0, 2)),) * decoder
     cost = ModelCost(
         layer_bytes,
         *(first, last, shared, kv),
@@ -344,6 +356,46 @@ def test_an_encoder_without_room_to_spare_limits_no_request() -> None:
     plan = plan_of(T5_LARGE, memory, ((SLOW, ENCODER), (FAST, DECODER)))
     assert kv_tokens_of(plan) == KV_TOKENS
     assert longest_tokens_of(plan, T5_LARGE, step_tokens=256) == KV_TOKENS
+
+
+def test_what_a_worker_with_encoder_layers_alone_reports_limits_no_request_either() -> None:
+    memory = dict.fromkeys((SLOW, FAST), T5_LARGE.stage_bytes(DECODER, KV_TOKENS))
+    plan = plan_of(T5_LARGE, memory, ((SLOW, ENCODER), (FAST, DECODER)))
+    stages = tuple(
+        PipelineStage(PeerId(stage.worker.encode()), stage.worker, stage.layers) for stage in plan
+    )
+    pipeline = Pipeline(
+        *(Epoch(1), plan, stages, replace(MODEL, cost=T5_LARGE), CoordinatorSettings()),
+        *(lambda: SequenceId(1), lambda changed: None),
+    )
+    for stage, kv_tokens, token_bytes in zip(stages, (16, 1024), (0, 1), strict=True):
+        ready = StageReady(
+            epoch=Epoch(1),
+            credits=1,
+            load_s=1.0,
+            weight_bytes=1,
+            kv_tokens=kv_tokens,
+            kv_token_bytes=token_bytes,
+        )
+        pipeline.stage_ready(stage.peer, ready)
+    assert pipeline.kv_tokens == pipeline.longest_tokens == 1024
+
+
+def test_people_see_which_layers_are_the_encoder_s_and_which_the_decoder_s() -> None:
+    workers = ("slow=1200MiB,10GB/s", "fast=1200MiB,30GB/s")
+    settings = CoordinatorSettings(objective="latency", replicas=1)
+    model = replace(MODEL, cost=T5_LARGE, dtype="float16")
+    found = dry_run(model, workers, settings)
+    (plan,) = found.plans
+    rows = [stage_row(stage, found.memory[stage.worker], T5_LARGE) for stage in plan]
+    last = plan[0].layers.stop
+    assert [row[:2] for row in rows] == [
+        ["slow", f"encoder 1-{last}"],
+        ["fast", f"encoder {last + 1}-24, decoder 1-24"],
+    ]
+    assert rows[0][-1] == "-"
+    assert "token" in rows[1][-1]
+    assert found.one_tokens_per_s > 1.0
 
 
 def test_the_work_of_both_stacks_is_the_whole_work() -> None:
