@@ -73,7 +73,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """Return a random encoder-decoder, in float32."""
-    kind = CONFIG_MAPPING[model_type]
+    kind: Any = CONFIG_MAPPING[model_type]
     tokens = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
     config = kind(
         vocab_size=VOCAB_SIZE,
@@ -82,7 +82,8 @@ def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind](config)
+        of_kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind]
+        model: PreTrainedModel = of_kind(config)
         for name, parameter in model.named_parameters():
             if "embed_positions" in name and not parameter.requires_grad:
                 continue  # sines and cosines

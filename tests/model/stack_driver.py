@@ -12,6 +12,7 @@ from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.step_results import StageOutput
 
 CPU = torch.device("cpu")
 Part = tuple[int, int, int]
@@ -105,8 +106,8 @@ class StackPipeline:
 
     def _pass(
         self, stages: Sequence[Stage], slices: Sequence[SequenceSlice], tokens: Sequence[int]
-    ):  # type: ignore[no-untyped-def]
-        hidden_states, output = None, None
+    ) -> StageOutput:
+        hidden_states, output = None, StageOutput()
         for stage in stages:
             output = stage.run(slices, torch.tensor(tokens, dtype=torch.int32), hidden_states)
             hidden_states = output.hidden_states

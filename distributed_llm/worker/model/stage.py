@@ -392,7 +392,12 @@ class Stage:
             ValueError: this stage holds sequences already.
         """
         self._refuse_states()
-        assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
+        if self.layers.stop <= self.inputs.encoder_layers:
+            return  # nothing is kept of sources
+        own = None
+        if donor and donor.layers.stop > self.inputs.encoder_layers:
+            own = donor._cache, donor.layers
+        assemble(self._cache, self.layers, own, imports)
 
     def _refuse_states(self) -> None:
         if self.state_bytes:
