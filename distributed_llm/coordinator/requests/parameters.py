@@ -106,43 +106,44 @@ def resolve(
     kv_tokens: int,
     seed: int,
     constrained: bool = False,
+    source_tokens: int = 0,
 ) -> Limits:
     """Return the parameters of a request after defaults.
 
     Args:
         params: the parameters that the user gave.
         defaults: the checkpoint's defaults.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; of an encoder-decoder, tokens that its decoder starts
+            with. Positions in the result count from there.
         kv_tokens: positions of KV cache that the largest pipeline has room for.
         seed: seed for a request without one.
         constrained: whether a grammar says which tokens may be sampled; none is forced then.
+        source_tokens: length of what the encoder of an encoder-decoder reads.
 
     Raises:
-        ContextLengthExceeded: prompt and answer are longer than the model's context.
+        ContextLengthExceeded: prompt and answer are longer than the model's context, or the source
+            is.
         NotEnoughMemory: no pipeline has room for their KV cache.
         InvalidRequest: the prompt is empty, or parameters contradict one another.
     """
-    if prompt_tokens == 0:
+    if prompt_tokens == 0 or (defaults.decoder_start and source_tokens == 0):
         raise InvalidRequest("The prompt is empty. Give at least one token.")
+    if source_tokens > defaults.context_length:
+        raise ContextLengthExceeded(too_long_text(source_tokens, defaults.context_length))
     kv_tokens -= kv_tokens % KV_BLOCK
-    room = min(defaults.context_length, kv_tokens) - prompt_tokens
+    room = min(defaults.context_length, kv_tokens - source_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
     max_new_tokens = params.max_new_tokens or usual
     if params.fit_context or not params.max_new_tokens:
         max_new_tokens = max(1, min(max_new_tokens, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
-        raise ContextLengthExceeded(
-            f"The prompt has {prompt_tokens} tokens and the answer may have {max_new_tokens}: with "
-            f"{total} tokens that exceeds the context window, as this model's maximum "
-            f"context length is {defaults.context_length} tokens. Shorten the prompt or lower "
-            "max_new_tokens."
-        )
-    if total > kv_tokens:
+        raise ContextLengthExceeded(_too_long(defaults, prompt_tokens, max_new_tokens))
+    if source_tokens + total > kv_tokens:
         raise NotEnoughMemory(
-            f"Prompt and answer may take {count_text(total, 'token')} of context, but the workers' "
-            f"memory has room for {kv_tokens:,}. Add a worker, raise --max-memory, or lower "
-            "max_new_tokens."
+            f"Prompt and answer may take {count_text(source_tokens + total, 'token')} of context, "
+            f"but the workers' memory has room for {kv_tokens:,}. Add a worker, raise "
+            "--max-memory, or lower max_new_tokens."
         )
     eos = () if params.ignore_eos else _eos(params, defaults)
     ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
@@ -198,6 +199,23 @@ def embedding_limits(defaults: GenerationDefaults, *, prompt_tokens: int, kv_tok
     return Limits(sampling=(sampling,), max_new_tokens=1, end_token_ids=())
 
 
+def _too_long(defaults: GenerationDefaults, prompt_tokens: int, max_new_tokens: int) -> str:
+    """Return that prompt and answer are too long, or that of an encoder-decoder the answer is."""
+    shorten = "Lower" if defaults.decoder_start else "Shorten the prompt or lower"
+    return (
+        f"{_before_answer(defaults, prompt_tokens)} and the answer may have {max_new_tokens}: with "
+        f"{prompt_tokens + max_new_tokens} tokens that exceeds the context window, as this model's "
+        f"maximum context length is {defaults.context_length} tokens. {shorten} max_new_tokens."
+    )
+
+
+def _before_answer(defaults: GenerationDefaults, prompt_tokens: int) -> str:
+    """Return how many tokens there are before the answer."""
+    if defaults.decoder_start:
+        return f"The decoder starts with {count_text(prompt_tokens, 'token')}"
+    return f"The prompt has {prompt_tokens} tokens"
+
+
 def _eos(params: SamplingParams, defaults: GenerationDefaults) -> tuple[int, ...]:
     return defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
 
@@ -212,9 +230,10 @@ def _usual_max_new_tokens(defaults: GenerationDefaults, prompt_tokens: int) -> i
     if defaults.params.max_new_tokens or not longest:
         return defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if prompt_tokens >= longest:
+        both = "start" if defaults.decoder_start else "prompt"
         raise InvalidRequest(
-            f"The prompt has {prompt_tokens} tokens, and the model's generation_config.json allows "
-            f"{longest} for prompt and answer together (max_length). Give max_new_tokens."
+            f"{_before_answer(defaults, prompt_tokens)}, and the model's settings of generation "
+            f"allow {longest} for {both} and answer together (max_length). Give max_new_tokens."
         )
     return longest - prompt_tokens
 
