@@ -210,6 +210,20 @@ def test_the_search_comes_close_to_the_best(objective: PartitionObjective) -> No
     assert sum(gaps) / len(gaps) < 0.03
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_layers_of_one_size_are_not_alike_if_some_are_an_encoder_s(
+    objective: PartitionObjective,
+) -> None:
+    """All links are alike, too: no way that is for uniform problems must be taken."""
+    cost = ModelCost((10,) * 4, 0, 0, 0, (0,) * 4, encoder_layers=2)
+    times = {"a": WorkerTimes(0.0, 0.1, 0.0, source_s=1.0), "b": WorkerTimes(0.0, 1.0, 0.0, 0.1)}
+    candidates = [Candidate(WorkerId(name), 20, taken) for name, taken in times.items()]
+    links = Links(Hop(0.0, 0.0), {})
+    found = best_partition(cost, candidates, links, objective=objective, kv_tokens=0)
+    assert found is not None
+    assert found.layer_map == (("b", LayerRange(0, 2)), ("a", LayerRange(2, 4)))
+
+
 def test_a_hop_that_cannot_be_made_is_made_by_no_source_either() -> None:
     cost = ModelCost((10, 10), 0, 0, 0, (0, 1), encoder_layers=1)
     a, b = (Candidate(WorkerId(name), 12, WorkerTimes(0.0, 1.0, 0.0, 1.0)) for name in "ab")

@@ -29,7 +29,9 @@ Timer = Callable[[Callable[[], object]], StageTime]
 """Runs a step as a task is run, and returns the time it took."""
 
 
-def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, ...]:
+def try_out(
+    stage: Stage, timer: Timer, *, kv_tokens: int, context_length: int = 0
+) -> tuple[StageTrial, ...]:
     """Return the times of decoding with more and more sequences, and of longer and longer prompts.
 
     The prompts of an encoder-decoder are sources. Only stages with encoder layers are timed with
@@ -41,8 +43,10 @@ def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, 
         stage: without sequences; has none afterwards either.
         timer: runs and times a step.
         kv_tokens: positions that the KV cache has room for.
+        context_length: of an encoder-decoder, tokens of the longest source, for a table of its
+            positions may end there; 0: any number.
     """
-    trials = _Trials(stage, timer)
+    trials = _Trials(stage, timer, context_length if stage.inputs.encoder_layers else 0)
     try:
         for sequences in _SEQUENCES:
             if sequences * KV_BLOCK > kv_tokens or not trials.run(sequences):
@@ -53,9 +57,10 @@ def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, 
 
 
 class _Trials:
-    def __init__(self, stage: Stage, timer: Timer) -> None:
+    def __init__(self, stage: Stage, timer: Timer, longest: int) -> None:
         self._stage = stage
         self._timer = timer
+        self._longest = longest
         layers, encoder_layers = stage.inputs.layers, stage.inputs.encoder_layers
         self._has_sources = encoder_layers > 0
         self._reads = not self._has_sources or layers.start < encoder_layers
@@ -71,9 +76,11 @@ class _Trials:
         together; and decoding one token after that prompt.
 
         Returns:
-            Whether there was time for them; if not, nothing was run.
+            Whether there was time for them and such a prompt may be; if not, nothing was run.
         """
         tokens = sequences * _PROMPT_TOKENS
+        if self._longest and tokens > self._longest:
+            return False
         if tokens * self._token_s > self._left_s:
             return False
         prepared = self._timed(self._prompts(sequences, _PROMPT_TOKENS))
