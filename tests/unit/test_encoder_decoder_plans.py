@@ -15,7 +15,12 @@ from distributed_llm.common.settings import CoordinatorSettings, Objective
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import search as partition
-from distributed_llm.coordinator.partition.exact import solve_exactly
+from distributed_llm.coordinator.partition.exact import (
+    Window,
+    held_karp,
+    path_times,
+    solve_exactly,
+)
 from distributed_llm.coordinator.partition.search import best_partition, predict
 from distributed_llm.coordinator.partition.tables import (
     Candidate,
@@ -224,6 +229,33 @@ def test_layers_of_one_size_are_not_alike_if_some_are_an_encoder_s(
     assert found.layer_map == (("b", LayerRange(0, 2)), ("a", LayerRange(2, 4)))
 
 
+def test_a_part_of_the_stages_is_solved_with_the_hops_at_its_ends() -> None:
+    """At its start steps that decode are not under way yet; at its end they are."""
+    cost, candidates, links = random_problem(0)
+    tables = make_tables(cost, candidates, links, kv_tokens=0)
+    between, before, after = 0, 1, 2
+    start, stop = cost.encoder_layers, cost.encoder_layers + 2
+    times = path_times(tables, [between, before, after], math.inf, slice(start, stop + 1))
+    value, found = held_karp(times, Window(1, 1, 2))
+    assert found == [(0, 0, stop - start)]
+    stage_s = float(tables.stages[between, start, stop])
+    enter_s = float(tables.source_delays[before, between])
+    leave_s = float(tables.delays[between, after])
+    assert value == pytest.approx(enter_s + stage_s + leave_s, abs=1e-8)
+    assert enter_s < 0.6 * tables.delays[before, between]
+
+
+def test_a_search_starts_from_workers_as_quick_as_they_are_on_average() -> None:
+    cost, candidates, links = random_problem(0)
+    tables = make_tables(cost, candidates, links, kv_tokens=0)
+    alike = replace(tables.alike(10, 0), memory=tables.memory * 0 + 1e9)
+    roomy = replace(tables, memory=alike.memory)
+    answer_s = tables.times[4]
+    decodes = 1 - cost.encoder_layers / cost.num_layers
+    expected = roomy.stages[:, 0, -1] - (1 - decodes) * answer_s
+    assert alike.stages[:, 0, -1] == pytest.approx(expected)
+
+
 def test_a_hop_that_cannot_be_made_is_made_by_no_source_either() -> None:
     cost = ModelCost((10, 10), 0, 0, 0, (0, 1), encoder_layers=1)
     a, b = (Candidate(WorkerId(name), 12, WorkerTimes(0.0, 1.0, 0.0, 1.0)) for name in "ab")
@@ -306,6 +338,22 @@ def test_decoder_layers_on_the_slower_machine_cost_more_than_encoder_layers_ther
         rates[name] = forecast(T5_LARGE, some, layer_map, ONE).alone_tokens_per_s
     assert rates["decoder"] < 0.5 * rates["encoder"]
     assert rates["encoder"] < rates["alone"]
+
+
+def test_many_answers_at_once_do_not_wait_for_an_encoder_far_away_either() -> None:
+    demand = Demand(sequences=8, positions=200, prompt_tokens=0, chunk_tokens=1)
+    names = (SLOW, WorkerId("w1"), WorkerId("w2"))
+    layer_map = tuple(zip(names, (ENCODER, LayerRange(24, 36), LayerRange(36, 48)), strict=True))
+    rates = []
+    for rtt_s in (0.001, 5.0):
+        network = LinkSpeeds(bytes_per_token=4096)
+        for pair in itertools.permutations(names, 2):
+            network.observe(*pair, rtt_s=rtt_s if SLOW in pair else 0.001, bytes_per_s=1e8)
+        some = replace(machines(1.0, workers=names), links=network.links)
+        found = forecast(T5_LARGE, some, layer_map, demand)
+        assert found.depth > 1
+        rates.append(found.tokens_per_s)
+    assert rates[1] == pytest.approx(rates[0])
 
 
 @pytest.mark.parametrize("objective", SCORES)

@@ -175,6 +175,9 @@ def test_steps_that_decode_are_of_the_last_stages() -> None:
     expected = made.observe(APART, token_written(), now=0.2)
     assert expected[0] is None
     assert expected[1] == pytest.approx(ANSWER_S * 2 * DECODER + TASK_S + 0.002, rel=0.05)
+    again = made.observe(APART, source_read(), now=0.3)
+    assert again[0] == pytest.approx(SOURCE_S * 2 * ENCODER + TASK_S, rel=0.05)
+    assert again[1] is None  # what a decoder does for a source is not predicted
     assert made.untried(A) is False
 
 
