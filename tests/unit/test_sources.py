@@ -180,8 +180,8 @@ def test_answers_begin_at_the_first_stage_with_decoder_layers() -> None:
 def test_a_step_that_begins_later_overtakes_nothing() -> None:
     _, steps, reading, writing = both()
     for stage in (0, 1):
-        frames = (b"\0" * 9 * HIDDEN * 2,)
-        relayed = steps.result(PEERS[stage], result(reading, stage, first=0), frames, now=0.5)
+        states = b"\0" * 9 * HIDDEN * 2
+        relayed = steps.result(PEERS[stage], result(reading, stage, first=0), (states,), now=0.5)
         assert isinstance(relayed, SendTask)
     frames = (frame_of_token_ids([1])[1],)
     assert isinstance(
