@@ -57,7 +57,10 @@ CACHE_COLUMNS = ("model", "kept", "of", "last used")
 
 def headline(status: ClusterStatus) -> str:
     """Return which model is served, by which plans, and how full they are."""
-    what = f"{status.model} ({count_text(status.num_layers, 'layer')}): {status.state}"
+    layers = count_text(status.num_layers, "layer")
+    if status.encoder_layers:
+        layers += f", {status.encoder_layers:,} of them the encoder's"
+    what = f"{status.model} ({layers}): {status.state}"
     epochs = sorted({worker.epoch for worker in status.workers if worker.layers})
     if epochs:
         what += f" {'plan' if len(epochs) == 1 else 'plans'} {list_text(map(str, epochs))}"

@@ -83,6 +83,7 @@ class Reporting:
             note=self.note(now=now),
             epoch=self._pipelines.epoch,
             num_layers=self._cluster.model.cost.num_layers,
+            encoder_layers=self._cluster.model.cost.encoder_layers,
             context_length=self._cluster.model.defaults.context_length,
             kv_tokens=sum(each.kv_tokens for each in pipelines.values()),
             kv_tokens_used=sum(each.kv_tokens_used for each in pipelines.values()),

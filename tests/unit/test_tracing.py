@@ -7,6 +7,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.tracing import trace_step
+from distributed_llm.summary import headline
 from tests.unit.fake_client import Answer
 from tests.unit.fake_model import MODEL, with_sources
 from tests.unit.simulation import World, finish, with_settings
@@ -90,7 +91,9 @@ def test_answers_of_an_encoder_decoder_go_by_stages_that_write_them() -> None:
         assert [hop.bytes_in for hop in step.hops] == [4, MODEL.activation_bytes]
         assert step.hops[0].link_s is None
         assert step.hops[1].link_s
-    (pipeline,) = world.core.status(now=world.now).pipelines
+    status = world.core.status(now=world.now)
+    (pipeline,) = status.pipelines
+    assert "(6 layers, 2 of them the encoder's): serving" in headline(status)
     assert [stage.step_s == 0.0 for stage in pipeline.stages] == [True, False, False]
     tokens = [link.bytes_sent // MODEL.activation_bytes for link in pipeline.links]
     assert tokens == [len(PROMPT), len(PROMPT) + 6]

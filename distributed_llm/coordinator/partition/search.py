@@ -116,9 +116,8 @@ def times_of(
             taken += times.source_s * float(source_lengths[layers.start, layers.stop])
             taken += times.answer_s * (layers.stop > cost.encoder_layers)
         stages.append(taken)
-    before = links.of_sources if cost.encoder_layers else links
     hops = [
-        (before if held.stop <= cost.encoder_layers else links).hop(sender, receiver)
+        links.hop(sender, receiver, for_sources=held.stop <= cost.encoder_layers)
         for (sender, held), (receiver, _) in pairwise(layer_map)
     ]
     return stages, hops

@@ -93,7 +93,7 @@ class Hop:
     busy_s: float
 
     def part(self, steps: float, tokens: float) -> "Hop":
-        """Return the hop if only some steps with some of the tokens take it, as shares.
+        """Return the hop if only shares of the steps and of the tokens take it.
 
         Who cannot be reached remains so.
         """
@@ -119,16 +119,16 @@ class Links:
     source_steps: float = 1.0
     source_tokens: float = 1.0
 
-    def hop(self, sender: WorkerId, receiver: WorkerId) -> Hop:
-        """Return the hop from `sender` to `receiver`."""
-        return self.known.get((sender, receiver), self.default)
+    def hop(self, sender: WorkerId, receiver: WorkerId, *, for_sources: bool = False) -> Hop:
+        """Return the hop from `sender` to `receiver`.
 
-    @property
-    def of_sources(self) -> "Links":
-        """The links as they are before the first decoder layer of an encoder-decoder."""
-        steps, tokens = self.source_steps, self.source_tokens
-        known = {pair: hop.part(steps, tokens) for pair, hop in self.known.items()}
-        return Links(self.default.part(steps, tokens), known)
+        Args:
+            sender: a worker.
+            receiver: another.
+            for_sources: whether it is before the first decoder layer of an encoder-decoder.
+        """
+        hop = self.known.get((sender, receiver), self.default)
+        return hop.part(self.source_steps, self.source_tokens) if for_sources else hop
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def make_tables(
     delays, busy = _hop_tables(names, links)
     source_delays, source_busy = delays, busy
     if cost.encoder_layers:
-        source_delays, source_busy = _hop_tables(names, links.of_sources)
+        source_delays, source_busy = _hop_tables(names, links, for_sources=True)
     times = [
         (each.task_s, each.layer_s, each.last_s, each.source_s, each.answer_s)
         for each in (candidate.times for candidate in candidates)
@@ -338,13 +338,18 @@ def make_tables(
     )
 
 
-def _hop_tables(workers: Sequence[WorkerId], links: Links) -> tuple[Floats, Floats]:
-    """Return `delays` and `busy` of `Tables` for workers in this order."""
+def _hop_tables(
+    workers: Sequence[WorkerId], links: Links, *, for_sources: bool = False
+) -> tuple[Floats, Floats]:
+    """Return `delays` and `busy` of `Tables` for workers in this order; see `Links.hop`."""
+    steps, tokens = links.source_steps, links.source_tokens
     index = {worker: w for w, worker in enumerate(workers)}
-    delays = np.full((len(index), len(index)), links.default.latency_s + links.default.busy_s)
-    busy = np.full_like(delays, links.default.busy_s)
-    for (sender, receiver), hop in links.known.items():
+    default = links.default.part(steps, tokens) if for_sources else links.default
+    delays = np.full((len(index), len(index)), default.latency_s + default.busy_s)
+    busy = np.full_like(delays, default.busy_s)
+    for (sender, receiver), known in links.known.items():
         if sender in index and receiver in index:
+            hop = known.part(steps, tokens) if for_sources else known
             delays[index[sender], index[receiver]] = hop.latency_s + hop.busy_s
             busy[index[sender], index[receiver]] = hop.busy_s
     np.fill_diagonal(delays, np.inf)
