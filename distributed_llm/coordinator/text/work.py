@@ -115,7 +115,8 @@ class TextWork:
         answers: list[_Answer] = []
         try:
             token_ids = self._token_ids(prompt)
-            continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
+            # A turn of a conversation is a text of its own, and so is what a decoder writes.
+            continued = prompt.kind != "chat" and not self._tokenizer.has_source
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
             answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
