@@ -269,6 +269,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
+        yield "its encoder and its decoder have hidden states of different sizes"
     if config.get("alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -288,6 +290,13 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
+    for part in ("encoder", "decoder"):
+        if isinstance(own := config.get(part), Mapping):
+            yield own.get("hidden_size")
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:

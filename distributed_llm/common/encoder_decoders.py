@@ -15,7 +15,7 @@ from distributed_llm.common.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-_BIASED = frozenset({"mt5", "t5"})
+BIASED = frozenset({"mt5", "t5"})
 """Types whose first layers hold the bias of relative positions of all layers of their stack."""
 
 _WITHOUT_PREFIX = frozenset({"mt5", "t5", "umt5"})
@@ -24,12 +24,15 @@ _WITHOUT_PREFIX = frozenset({"mt5", "t5", "umt5"})
 _IN_PARTS = frozenset({"t5gemma"})
 """Types whose config.json describes each stack by itself."""
 
+_COMPUTED_POSITIONS = frozenset({"m2m_100", "marian", "pegasus"})
+"""Types whose positions are sines and cosines, which some files have as if they were weights."""
+
 ENCODER_DECODERS = frozenset(
     {
-        *_BIASED,
+        *BIASED,
         *_WITHOUT_PREFIX,
         *_IN_PARTS,
-        *("bart", "mbart", "plbart", "mvp", "pegasus", "marian", "m2m_100"),
+        *("bart", "mbart", "plbart", "pegasus", "marian", "m2m_100"),
         *("blenderbot", "blenderbot-small"),
     }
 )
@@ -168,6 +171,8 @@ class StackNames:
 
     def holds(self, name: str) -> bool:
         """Return whether the model has tensor `name` of the files."""
+        if ".embed_positions." in name and self.config.get("model_type") in _COMPUTED_POSITIONS:
+            return False
         match = _OUTSIDE.match(name)
         if match is None or not match["rest"].endswith((_EMBEDDING, _SHARED)):
             return "EncDecAttention.relative_attention_bias" not in name  # in old files of T5
@@ -179,7 +184,7 @@ class StackNames:
             return self.matrices[name]
         if match := _LAYER.match(name):
             stack, layer, rest = match["stack"], int(match["layer"]), match["rest"]
-            if rest == _BIAS_IN_LAYER and self.config.get("model_type") in _BIASED:
+            if rest == _BIAS_IN_LAYER and self.config.get("model_type") in BIASED:
                 return f"{stack}.{_BIAS}"
             before = 0 if stack == "encoder" else encoder_layers(self.config)
             return f"{PATH}.{before + layer}.{rest}"

@@ -47,7 +47,7 @@ def served_model(
         checkpoint.config,
         dtype,
         vocab_size=checkpoint.vocab_size,
-        tokens=settings.max_batch_tokens,
+        tokens=max(settings.max_batch_tokens, checkpoint.context_length * bool(checkpoint.stacks)),
         rows=settings.max_batch_sequences,
     )
     costs = [

@@ -47,6 +47,7 @@ from tests.unit.fake_model import (
     MODEL,
     NUM_LAYERS,
     POISON,
+    with_sources,
     with_states,
     with_workspace,
 )
@@ -208,7 +209,10 @@ class Cluster:
             trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
+            encoders = self.model.cost.encoder_layers
+            whole = Answer(
+                tuple(prompt), params, grammar=grammar, encoder_layers=encoders
+            ).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params, grammar)
@@ -523,6 +527,15 @@ class StatefulCluster(MovingCluster):
         self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
 
 
+class SourcesCluster(MovingCluster):
+    """An encoder reads prompts, and layers move."""
+
+    model = with_workspace(with_sources(MODEL))
+    max_examples = 16
+    least_moves = 2
+    num_moves: ClassVar[list[int]] = []
+
+
 class MovingTwins(MovingCluster):
     """Likewise, and the model is served as often as is fastest."""
 
@@ -676,6 +689,7 @@ class FailingMoves(FailingLoads, MovingCluster):
         TwinCluster,
         MovingCluster,
         StatefulCluster,
+        SourcesCluster,
         MovingTwins,
         AutoCluster,
         AutoTwins,

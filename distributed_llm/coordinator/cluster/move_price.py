@@ -90,7 +90,7 @@ class MovePrices:
             left_bytes = rooms[stage.worker] - own_bytes - added
             room = min(room, left_bytes // max(1, kv_bytes))
         room -= room % KV_BLOCK
-        transfers = transfers_between(old.stages, stages)
+        transfers = transfers_between(old.stages, stages, cost.encoder_layers)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
         most = max((cost.kv_bytes(transfer.layers) for transfer in transfers), default=0)
         token_s = most / self._copy_bytes_per_s

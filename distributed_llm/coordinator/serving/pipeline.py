@@ -199,6 +199,11 @@ class Pipeline:
         return KVWindows.of_stages(told, margin)
 
     @property
+    def encoder_layers(self) -> int:
+        """The model's first layers that are an encoder's."""
+        return self._model.cost.encoder_layers
+
+    @property
     def longest_tokens(self) -> int:
         """Positions of the longest sequence that has room if it is alone."""
         return self.kv_windows.longest(self.kv_tokens)

@@ -216,7 +216,13 @@ class RequestBook:
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
-        request.accept(event.token_ids, limits, number=event.key[2], mask=event.mask)
+        request.accept(
+            event.token_ids,
+            limits,
+            number=event.key[2],
+            mask=event.mask,
+            start=self._defaults.decoder_start,
+        )
         self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
@@ -226,6 +232,7 @@ class RequestBook:
         return []
 
     def _limits(self, request: Request, prompt_tokens: int) -> Limits:
+        start = self._defaults.decoder_start
         if request.embeds:
             return embedding_limits(
                 self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
@@ -233,7 +240,8 @@ class RequestBook:
         return resolve(
             request.params,
             self._defaults,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(start) or prompt_tokens,
+            source_tokens=prompt_tokens if start else 0,
             kv_tokens=self._kv_tokens,
             seed=self._draw_seed(),
             constrained=request.constrained,
