@@ -184,7 +184,7 @@ def numbered(pieces: Sequence[str]) -> dict[str, int]:
     return {piece: i for i, piece in enumerate(pieces)}
 
 
-def m2m_100() -> Path:
+def m2m_100(*, languages_are_special: bool = True) -> Path:
     pieces = numbered(["<s>", "<pad>", "</s>", "<unk>", *pieces_of(english())])
     files = {"vocab.json": pieces, "sentencepiece.bpe.model": english()}
     languages = M2M100Tokenizer.from_pretrained(folder_with("m2m_100", files)).lang_token_to_id
@@ -192,7 +192,7 @@ def m2m_100() -> Path:
         "m2m_100",
         files,
         tokenizer_class="M2M100Tokenizer",
-        additional_special_tokens=list(languages),
+        additional_special_tokens=list(languages) if languages_are_special else [],
         tgt_lang="de",
     )
 
@@ -249,6 +249,7 @@ MADE: dict[str, Callable[[], Path]] = {
     "marian": marian,
     "marian, two vocabularies": marian_apart,
     "m2m_100": m2m_100,
+    "m2m_100, languages are text": lambda: m2m_100(languages_are_special=False),
     "nllb": nllb,
     "nllb, saved": new_nllb,
     "blenderbot": blenderbot,

@@ -114,6 +114,19 @@ def test_languages_of_the_source_are_those_of_the_files() -> None:
     assert [tokenizer.special_name(token) for token in (ids[0], ids[-1])] == ["__en__", "</s>"]
 
 
+def test_the_language_of_the_answer_is_given_as_it_is_written() -> None:
+    for kind, written in (("nllb", "deu_Latn"), ("mbart50", "de_DE"), ("m2m_100", "__de__")):
+        tokenizer, reference = opened(kind)
+        token = tokenizer.id_of(written)
+        assert token == reference.convert_tokens_to_ids(written)
+        assert token != reference.unk_token_id
+        assert streamed(tokenizer, [token]) == ""
+    with pytest.raises(InvalidRequest, match=r"no token 'Klingon', which forced_bos_token_id"):
+        tokenizer.id_of("Klingon")
+    with pytest.raises(InvalidRequest, match="without forced_bos_token_id as a text"):
+        Tokenizer(None).id_of("de_DE")
+
+
 @pytest.mark.parametrize(
     ("model_type", "file", "missing"),
     [
@@ -148,10 +161,11 @@ def test_an_answer_is_a_text_of_its_own(kind: Literal["text", "token_ids"]) -> N
     source = reference("Hello")["input_ids"]
     payload = b"Hello" if kind == "text" else np.array(source, np.int32).tobytes()
     work = TextWork(tokenizer, 64)
-    work.put(Prompt(request=1, kind=kind, payload=payload, num_choices=1, rules=TextRules()))
+    rules = TextRules(first="</s>")
+    work.put(Prompt(request=1, kind=kind, payload=payload, num_choices=1, rules=rules))
     done = work.do(work.take())
     assert isinstance(done, Encoded)
-    assert (token_ids_of_frame(done.token_ids), done.context) == (source, ())
+    assert (token_ids_of_frame(done.token_ids), done.context, done.first) == (source, (), 1)
     (piece,) = work.texts(Tokens(answers=(AnswerTokens(1, 0, tuple(source), True),))).pieces
     assert piece.text == "Hello"  # no space before it, as within a text
 

@@ -76,7 +76,8 @@ class PythonBackend:
         """Return the ids of pieces of answers; only Marian may have others for prompts."""
         if getattr(self._tokenizer, "separate_vocabs", False):
             return dict(self._tokenizer.target_encoder)
-        return dict(self._tokenizer.get_vocab())
+        languages = getattr(self._tokenizer, "lang_token_to_id", {})  # M2M100's
+        return {**languages, **self._tokenizer.get_vocab()}
 
     @cached_property
     def _pieces(self) -> dict[int, str]:

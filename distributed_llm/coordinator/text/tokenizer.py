@@ -179,6 +179,22 @@ class Tokenizer:
         """Return whether the vocabulary has a token."""
         return self._backend is not None and self._backend.id_to_token(token_id) is not None
 
+    def id_of(self, written: str) -> int:
+        """Return the id of a token, by how it is written ("deu_Latn").
+
+        Raises:
+            InvalidRequest: there is no such token, or no tokenizer.
+        """
+        if self._backend is None:
+            raise InvalidRequest(NO_TOKENIZER.format("forced_bos_token_id as a text"))
+        token_id = self._backend.token_to_id(written)
+        if token_id is None:
+            raise InvalidRequest(
+                f"The model's tokenizer has no token {written!r}, which forced_bos_token_id "
+                "names. Give one that it has, or an id."
+            )
+        return int(token_id)
+
     def special_name(self, token_id: int) -> str:
         """Return how a special token is written ("</s>"); empty for any other token."""
         return self._special.get(token_id, "")

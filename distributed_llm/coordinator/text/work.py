@@ -121,7 +121,13 @@ class TextWork:
             answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
             mask = _first_mask(answers[0]) if answers else b""  # an embedding has no answers
-            result = Encoded(request=prompt.request, token_ids=ids, context=context, mask=mask)
+            result = Encoded(
+                request=prompt.request,
+                token_ids=ids,
+                context=context,
+                mask=mask,
+                first=self._tokenizer.id_of(prompt.rules.first) if prompt.rules.first else None,
+            )
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))
             answers = []
