@@ -24,6 +24,7 @@ from distributed_llm.common.wording import (
     rate_text,
     room_text,
     size_text,
+    stacks_text,
     times_text,
 )
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -172,10 +173,10 @@ def stage_row(stage: PlannedStage, memory_bytes: int, cost: ModelCost) -> list[s
     texts = stage.kv_tokens // one_text if one_text else 0  # of such a stage, tokens are bytes
     return [
         stage.worker,
-        str(stage.layers),
+        stacks_text(stage.layers, cost.encoder_layers),
         size_text(memory_bytes),
         size_text(stage.weight_bytes),
-        room_text(stage.kv_tokens, texts),
+        "-" if cost.only_encodes(stage.layers) else room_text(stage.kv_tokens, texts),
     ]
 
 

@@ -10,6 +10,9 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.kv_windows import StageKV
 
+_ACROSS = 1 / 8
+"""Share of a decoder layer that a source needs: the keys and values of attention across to it."""
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -57,6 +60,29 @@ class ModelCost:
     def num_layers(self) -> int:
         """Layers of the model."""
         return len(self.layer_bytes)
+
+    def only_encodes(self, layers: LayerRange) -> bool:
+        """Return whether a stage of these layers keeps nothing of sequences: all are an encoder's.
+
+        Steps that decode do not reach it.
+        """
+        return layers.stop <= self.encoder_layers
+
+    @property
+    def answer_bytes(self) -> tuple[int, ...]:
+        """Weights of each layer that a token of an answer needs: of an encoder's layers none."""
+        return (0,) * self.encoder_layers + self.layer_bytes[self.encoder_layers :]
+
+    @property
+    def source_bytes(self) -> tuple[float, ...]:
+        """Weights of each layer that a token of a source needs, which an encoder reads.
+
+        A decoder without an encoder reads prompts with all of its layers, and no sources.
+        """
+        if not self.encoder_layers:
+            return (0.0,) * self.num_layers
+        across = (_ACROSS * size for size in self.layer_bytes[self.encoder_layers :])
+        return (*self.layer_bytes[: self.encoder_layers], *across)
 
     @property
     def all_layer_bytes(self) -> int:

@@ -170,8 +170,10 @@ class Reporting:
                 for at, stage in enumerate(pipeline.stages)
             ),
             links=tuple(
-                self._link(pipeline, sender, receiver)
-                for sender, receiver in pairwise(pipeline.stages)
+                self._link(pipeline, sender, receiver, tokens)
+                for (sender, receiver), tokens in zip(
+                    pairwise(pipeline.stages), meter.tokens, strict=False
+                )
             ),
             move=_move(move, now) if move and move.old is pipeline else None,
             kv_tokens=pipeline.kv_tokens,
@@ -194,7 +196,7 @@ class Reporting:
         )
 
     def _link(
-        self, pipeline: Pipeline, sender: PipelineStage, receiver: PipelineStage
+        self, pipeline: Pipeline, sender: PipelineStage, receiver: PipelineStage, tokens: int
     ) -> LinkStatus:
         measured = self._cluster.measurements.link(sender.worker, receiver.worker)
         latency_s, bytes_per_s = measured or (None, None)
@@ -204,7 +206,7 @@ class Reporting:
             how=pipeline.link_of(sender.peer),
             latency_s=latency_s,
             bytes_per_s=bytes_per_s,
-            bytes_sent=pipeline.meter.tokens * self._cluster.model.activation_bytes,
+            bytes_sent=tokens * self._cluster.model.activation_bytes,
         )
 
     def _forecast(self, pipeline: Pipeline) -> ForecastStatus | None:

@@ -1,16 +1,18 @@
 """What new layers take is tried on real ones, and leaves nothing behind."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from distributed_llm.common.checkpoint import open_checkpoint
-from distributed_llm.common.messages import StageTime, StageTrial
-from distributed_llm.common.types import KV_BLOCK, NO_EPOCH, Epoch, LayerRange
+from distributed_llm.common.messages import SequenceSlice, StageTime, StageTrial
+from distributed_llm.common.types import KV_BLOCK, NO_EPOCH, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
 from tests.checkpoints import make_checkpoint
 from tests.model.workers import Cluster, Plan, Worker, workers
@@ -111,6 +113,67 @@ def test_what_was_tried_is_forgotten_when_it_fails(llama: Path) -> None:
     with pytest.raises(RuntimeError):
         try_out(stage, timed, kv_tokens=64 * KV_BLOCK)
     assert stage.kv_bytes == 0
+
+
+# ------------------------------------------------------------------ encoder-decoders
+
+
+class StackStage:
+    """A stage of an encoder-decoder with so many encoder layers, as trials see it.
+
+    It holds against them what such a stage refuses, and computes nothing.
+    """
+
+    def __init__(self, layers: tuple[int, int], encoder_layers: int) -> None:
+        self.inputs = TaskInputs(LayerRange(*layers), 8, 100, encoder_layers)
+        self.read: dict[SequenceId, int] = {}  # length of the source of each sequence
+
+    def run(
+        self, step: Sequence[SequenceSlice], _: torch.Tensor, hidden: torch.Tensor | None
+    ) -> None:
+        source, layers = step[0].is_source, self.inputs.layers
+        first = 0 if source else self.inputs.encoder_layers
+        assert (hidden is None) == (layers.start <= first < layers.stop)
+        for part in step:
+            assert part.sample != source
+            assert part.is_source == source
+            if source:
+                assert (part.start, part.num_tokens) == (0, part.source)
+                self.read[part.sequence_id] = part.source
+            else:
+                assert layers.stop > self.inputs.encoder_layers
+                assert self.read[part.sequence_id] == part.source == part.start
+                assert part.sampling is not None
+
+    def reset(self) -> None:
+        self.read.clear()
+
+
+SOURCES = [(1, 0, 8 * n) for n in (1, 4, 16, 64)]
+ANSWERS = [each for n in (1, 4, 16, 64) for each in ((n, 8, 1), (1, 8 * n, 1))]
+
+
+@pytest.mark.parametrize(
+    ("layers", "sources", "answers"),
+    [
+        ((0, 2), SOURCES, []),
+        ((1, 2), SOURCES, []),
+        ((0, 4), SOURCES, ANSWERS),
+        ((1, 3), SOURCES, ANSWERS),
+        ((2, 4), [], ANSWERS),
+        ((3, 4), [], ANSWERS),
+    ],
+)
+def test_each_stack_is_tried_with_what_reaches_it(
+    layers: tuple[int, int],
+    sources: list[tuple[int, int, int]],
+    answers: list[tuple[int, int, int]],
+) -> None:
+    stage = StackStage(layers, encoder_layers=2)
+    trials = try_out(cast("Stage", stage), takes(1e-4), kv_tokens=64 * KV_BLOCK)
+    assert sizes(tuple(trial for trial in trials if trial.is_source)) == sources
+    assert sizes(tuple(trial for trial in trials if not trial.is_source)) == answers
+    assert stage.read == {}
 
 
 # ------------------------------------------------------------------ when it is tried

@@ -490,6 +490,7 @@ class FakeStage:
         assert all(bool(part.source) == bool(self.encoder_layers) for part in task.sequences)
         sources = [part for part in task.sequences if part.is_source]
         assert not sources or len(sources) == len(task.sequences), "sources and answers in a step"
+        assert not any(part.embed and self.encoder_layers for part in task.sequences)
         for part in sources:
             assert (part.start, part.num_tokens) == (0, part.source), "a part of a source"
             assert not part.sample

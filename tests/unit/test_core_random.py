@@ -421,6 +421,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
         causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
+    if answer.embeds and answer.encoder_layers:
+        causes.add("invalid_request")
     if num_errors >= 2:
         causes.add("stage_error")
     assert answer.code in causes, answer.end

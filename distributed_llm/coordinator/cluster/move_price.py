@@ -88,7 +88,8 @@ class MovePrices:
             layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
             kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
             left_bytes = rooms[stage.worker] - own_bytes - added
-            room = min(room, left_bytes // max(1, kv_bytes))
+            if kv_bytes or left_bytes < 0 or not cost.encoder_layers:  # an encoder keeps nothing
+                room = min(room, left_bytes // max(1, kv_bytes))
         room -= room % KV_BLOCK
         transfers = transfers_between(old.stages, stages, cost.encoder_layers)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)

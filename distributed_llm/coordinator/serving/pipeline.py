@@ -175,8 +175,16 @@ class Pipeline:
 
     @property
     def kv_tokens(self) -> int:
-        """Positions of KV cache that every stage has room for: as planned, or less as reported."""
-        reported = (ready.kv_tokens for ready in self._ready.values())
+        """Positions of KV cache that every stage has room for: as planned, or less as reported.
+
+        What stages report that keep none, for they have layers of an encoder only, does not matter.
+        """
+        cost = self._model.cost_at(self.quantize)
+        reported = (
+            ready.kv_tokens
+            for stage in self.stages
+            if (ready := self._ready.get(stage.peer)) and not cost.only_encodes(stage.layers)
+        )
         tokens = min((kv_tokens_of(self.plan), *reported))
         return tokens - tokens % KV_BLOCK
 
