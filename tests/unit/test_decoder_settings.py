@@ -218,6 +218,24 @@ def test_source_and_answer_fit_the_memory_together() -> None:
         limits_of(defaults, source=64, kv=64)
 
 
+def test_a_request_may_say_the_first_token() -> None:
+    defaults = defaults_of(OLD["summaries"])
+    (usual,), (asked,) = (
+        limits_of(defaults, **params).sampling for params in ({}, {"forced_bos_token_id": 9})
+    )
+    assert (usual.forced_bos_token_id, asked.forced_bos_token_id) == (0, 9)
+    with pytest.raises(InvalidRequest, match="forced_bos_token_id and a grammar both say"):
+        resolve(
+            SamplingParams(forced_bos_token_id=9),
+            defaults,
+            prompt_tokens=1,
+            kv_tokens=1024,
+            seed=1,
+            constrained=True,
+            source_tokens=3,
+        )
+
+
 def test_an_empty_source_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="prompt is empty"):
         limits_of(defaults_of({"bos_token_id": 1}), source=0)

@@ -84,8 +84,9 @@ def _named_tokens(params: SamplingParams) -> tuple[int, ...]:
     """Return the token ids that a request's parameters name."""
     words = (token for word in params.bad_words_ids or () for token in word)
     ends = (params.eos_token_id or (), params.stop_token_ids)
+    first = params.forced_bos_token_id
     others = (*ends, params.suppress_tokens or (), params.logit_bias)
-    return (*words, *chain.from_iterable(others))
+    return (*words, *chain.from_iterable(others), *((first,) if isinstance(first, int) else ()))
 
 
 def text_rules(
@@ -95,7 +96,10 @@ def text_rules(
     eos = _eos(params, defaults)
     hidden = None if params.skip_special_tokens else (*eos, *params.stop_token_ids)
     ends = () if grammar is None or params.ignore_eos else eos
-    return TextRules(params.stop_strings, hidden, grammar, ends)
+    first = params.forced_bos_token_id
+    return TextRules(
+        params.stop_strings, hidden, grammar, ends, first if isinstance(first, str) else ""
+    )
 
 
 def resolve(
@@ -111,7 +115,7 @@ def resolve(
     """Return the parameters of a request after defaults.
 
     Args:
-        params: the parameters that the user gave.
+        params: the parameters that the user gave; of `forced_bos_token_id`, the id.
         defaults: the checkpoint's defaults.
         prompt_tokens: length of the prompt; of an encoder-decoder, tokens that its decoder starts
             with. Positions in the result count from there.
@@ -130,6 +134,11 @@ def resolve(
         raise InvalidRequest("The prompt is empty. Give at least one token.")
     if source_tokens > defaults.context_length:
         raise ContextLengthExceeded(too_long_text(source_tokens, defaults.context_length))
+    if constrained and params.forced_bos_token_id is not None:
+        raise InvalidRequest(
+            "forced_bos_token_id and a grammar both say what an answer begins with. Give one of "
+            "them."
+        )
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens - source_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
@@ -272,7 +281,7 @@ def _constraints(
         "bad_words_ids": tuple(word for word in bad_words if word not in ends),
         "suppress_tokens": _first(params.suppress_tokens, usual.suppress_tokens) or (),
         "begin_suppress_tokens": checkpoint.begin_suppress_tokens,
-        "forced_bos_token_id": checkpoint.forced_bos_token_id,
+        "forced_bos_token_id": _first(params.forced_bos_token_id, checkpoint.forced_bos_token_id),
         "forced_eos_token_ids": checkpoint.forced_eos_token_id,
         "encoder_repetition_penalty": checkpoint.encoder_repetition_penalty,
         "encoder_no_repeat_ngram_size": checkpoint.encoder_no_repeat_ngram_size,

@@ -10,6 +10,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
+import msgspec
+
 from distributed_llm.common.errors import (
     DeadlineExceeded,
     DistributedLLMError,
@@ -168,6 +170,12 @@ class RequestBook:
         wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
+        if embeds and self._defaults.decoder_start:
+            none = InvalidRequest(
+                "This model is an encoder-decoder, and encoder-decoders have no embeddings here. "
+                "Use a model with a decoder alone."
+            )
+            return self.refuse(peer, message.request_id, none)
         try:
             payload, grammar = split(message, frames)
         except InvalidRequest as exc:
@@ -208,6 +216,10 @@ class RequestBook:
         request = self._find(event.key)
         if request is None:
             return []
+        if event.first is not None:
+            request.params = msgspec.structs.replace(
+                request.params, forced_bos_token_id=event.first
+            )
         vocab_size = self._defaults.vocab_size
         if error := unknown_token(event.token_ids, request.params, vocab_size):
             return self.fail(event.key, error)
@@ -233,11 +245,6 @@ class RequestBook:
 
     def _limits(self, request: Request, prompt_tokens: int) -> Limits:
         start = self._defaults.decoder_start
-        if request.embeds and start:
-            raise InvalidRequest(
-                "This model is an encoder-decoder, of which no embeddings are made. Use a model "
-                "without an encoder, or one that is made for embeddings."
-            )
         if request.embeds:
             return embedding_limits(
                 self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
