@@ -179,6 +179,14 @@ def test_an_answer_is_a_text_of_its_own(kind: Literal["text", "token_ids"]) -> N
     assert piece.text == "Hello"  # no space before it, as within a text
 
 
+@pytest.mark.parametrize("kind", ["marian", "marian, two vocabularies", "plbart", "byt5"])
+def test_spellings_of_tokens_join_to_their_text(kind: str) -> None:
+    tokenizer, reference = opened(kind)
+    ids = reference(text_target="Größe Welt springt nicht", add_special_tokens=False)["input_ids"]
+    spelled = b"".join(one.written for one in tokenizer.spell(ids) if one)
+    assert spelled.decode().removeprefix(" ") == reference.decode(ids)
+
+
 # ------------------------------------------------------------------ grammars
 
 
