@@ -155,7 +155,7 @@ _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
 _EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
-_ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
+_ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _TWICE = "its layers attend more than once, and a KV cache has one place for each layer"

@@ -239,11 +239,6 @@ class RequestBook:
 
     def _limits(self, request: Request, prompt_tokens: int) -> Limits:
         start = self._defaults.decoder_start
-        if request.embeds and start:
-            raise InvalidRequest(
-                "This model is an encoder-decoder, of which no embeddings are made. Use a model "
-                "without an encoder, or one that is made for embeddings."
-            )
         if request.embeds:
             return embedding_limits(
                 self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
