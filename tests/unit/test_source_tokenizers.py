@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import transformers
 from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Chat, ChatMessage
@@ -84,6 +87,12 @@ def test_answers_are_decoded_as_by_transformers(kind: str) -> None:
 def test_the_class_is_that_of_transformers(kind: str) -> None:
     tokenizer, reference = opened(kind)
     assert type(tokenizer._hugging_face) is type(reference)
+
+
+@pytest.mark.parametrize("model_type", sorted(ENCODER_DECODERS))
+def test_the_usual_class_is_that_of_transformers(model_type: str) -> None:
+    usual = getattr(transformers, class_name({"model_type": model_type}, {}))
+    assert usual is getattr(transformers, str(TOKENIZER_MAPPING_NAMES[model_type]))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ _OF_TYPE: Mapping[str, str] = {
     "marian": "MarianTokenizer",
     "mbart": "MBartTokenizer",
     "mt5": "T5Tokenizer",
-    "mvp": "MvpTokenizer",
     "pegasus": "PegasusTokenizer",
     "plbart": "PLBartTokenizer",
     "t5": "T5Tokenizer",
