@@ -233,7 +233,9 @@ def t5gemma() -> Path:
 
 def umt5() -> Path:
     folder = new_t5()
-    return folder_with("umt5", {"tokenizer.json": (folder / "tokenizer.json").read_bytes()})
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    content = (folder / "tokenizer.json").read_bytes()
+    return folder_with("umt5", {"tokenizer.json": content}, **special)
 
 
 MADE: dict[str, Callable[[], Path]] = {
@@ -255,6 +257,7 @@ MADE: dict[str, Callable[[], Path]] = {
     "blenderbot": blenderbot,
     "blenderbot-small": blenderbot_small,
     "t5gemma": t5gemma,
+    "byt5": lambda: folder_with("t5", {}, tokenizer_class="ByT5Tokenizer"),
 }
 
 

@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import transformers
 from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Chat, ChatMessage
@@ -86,6 +89,12 @@ def test_the_class_is_that_of_transformers(kind: str) -> None:
     assert type(tokenizer._hugging_face) is type(reference)
 
 
+@pytest.mark.parametrize("model_type", sorted(ENCODER_DECODERS))
+def test_the_usual_class_is_that_of_transformers(model_type: str) -> None:
+    usual = getattr(transformers, class_name({"model_type": model_type}, {}))
+    assert usual is getattr(transformers, str(TOKENIZER_MAPPING_NAMES[model_type]))
+
+
 @pytest.mark.parametrize(
     ("model_type", "named", "name"),
     [
@@ -149,6 +158,15 @@ def test_without_a_tokenizer_a_source_is_token_ids(tmp_path: Path) -> None:
     assert not Tokenizer.open(tmp_path).has_source
 
 
+@every_kind
+def test_what_is_known_of_a_tokenizer(kind: str) -> None:
+    tokenizer, reference = opened(kind)
+    facts = tokenizer.facts()
+    assert (facts.available, facts.chat_template) == (True, None)
+    assert facts.end_token == reference.eos_token_id
+    assert facts.special_tokens["eos_token"] == reference.eos_token
+
+
 def test_a_conversation_is_refused() -> None:
     tokenizer, _ = opened("t5")
     with pytest.raises(InvalidRequest, match=r"no chat template.*Send the prompt as text"):
@@ -170,14 +188,22 @@ def test_an_answer_is_a_text_of_its_own(kind: Literal["text", "token_ids"]) -> N
     assert piece.text == "Hello"  # no space before it, as within a text
 
 
+@pytest.mark.parametrize("kind", ["marian", "marian, two vocabularies", "plbart", "byt5"])
+def test_spellings_of_tokens_join_to_their_text(kind: str) -> None:
+    tokenizer, reference = opened(kind)
+    ids = reference(text_target="Größe Welt springt nicht", add_special_tokens=False)["input_ids"]
+    spelled = b"".join(one.written for one in tokenizer.spell(ids) if one)
+    assert spelled.decode().removeprefix(" ") == reference.decode(ids)
+
+
 # ------------------------------------------------------------------ grammars
 
 
-@pytest.mark.parametrize("kind", ["mt5", "marian", "m2m_100", "plbart"])
+@pytest.mark.parametrize("kind", ["mt5", "marian", "m2m_100", "plbart", "byt5"])
 def test_an_answer_follows_its_grammar(kind: str) -> None:
     tokenizer, _ = opened(kind)
     end = tokenizer.encode("")[-1]
-    (grammar,) = Grammars(tokenizer).begin(Grammar("regex", "(stop|hello) the quick"), [end], 1)
+    (grammar,) = Grammars(tokenizer).begin(Grammar("regex", "(stop|Größe) the quick"), [end], 1)
     chosen, ids = random.Random(1), list[int]()
     while mask := grammar.mask():
         bits = [byte >> bit & 1 for byte in mask for bit in range(8)]
@@ -185,7 +211,7 @@ def test_an_answer_follows_its_grammar(kind: str) -> None:
         if ids[-1] == end:
             break
         grammar.feed(ids[-1:])
-    assert streamed(tokenizer, ids) in ("stop the quick", "hello the quick")
+    assert streamed(tokenizer, ids) in ("stop the quick", "Größe the quick")
 
 
 def test_tokens_that_others_part_follow_no_grammar() -> None:

@@ -32,14 +32,20 @@ class PythonBackend:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    @cached_property
+        self._kind = type(tokenizer).__name__
+
+    @property
     def joins_words(self) -> bool:
         """Whether the piece before it says if there is a space before a piece."""
-        return type(self._tokenizer).__name__ == "BlenderbotSmallTokenizer"
+        return self._kind == "BlenderbotSmallTokenizer"
 
-    def written(self, piece: str) -> str:
+    def written(self, piece: str) -> bytes:
         """Return how a piece is written in the middle of a text."""
-        return piece.removesuffix(WORD_GOES_ON) if self.joins_words else piece.replace(_SPACE, " ")
+        if self.joins_words:
+            return piece.removesuffix(WORD_GOES_ON).encode()
+        if self._kind == "ByT5Tokenizer" and len(piece) == 1:
+            return bytes([ord(piece)])
+        return piece.replace(_SPACE, " ").encode()
 
     def encode_batch_fast(
         self, texts: Sequence[str], *, add_special_tokens: bool

@@ -20,6 +20,8 @@ _MADE_FOR_ALL = "tokenizer.json"
 _GENERIC = "PreTrainedTokenizerFast"
 """Whose files say all."""
 
+_OF_BYTES = "ByT5Tokenizer"
+
 _OF_TYPE: Mapping[str, str] = {
     "bart": "BartTokenizer",
     "blenderbot": "BlenderbotTokenizer",
@@ -28,7 +30,6 @@ _OF_TYPE: Mapping[str, str] = {
     "marian": "MarianTokenizer",
     "mbart": "MBartTokenizer",
     "mt5": "T5Tokenizer",
-    "mvp": "MvpTokenizer",
     "pegasus": "PegasusTokenizer",
     "plbart": "PLBartTokenizer",
     "t5": "T5Tokenizer",
@@ -40,7 +41,7 @@ _OF_TYPE: Mapping[str, str] = {
 _NAMED = frozenset(
     {
         *_OF_TYPE.values(),
-        *("AlbertTokenizer", "BarthezTokenizer", "BertTokenizer", "ByT5Tokenizer"),
+        *("AlbertTokenizer", "BarthezTokenizer", "BertTokenizer", _OF_BYTES),
         *("GPT2Tokenizer", "MBart50Tokenizer", "NllbTokenizer", "RobertaTokenizer"),
         *("XLMRobertaTokenizer",),
     }
@@ -57,6 +58,12 @@ def source_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME
     config = read_json(path) if path.exists() else {}
     return config if is_encoder_decoder(config) else None
+
+
+def needs_no_files(folder: Path) -> bool:
+    """Return whether the tokenizer is one of an encoder-decoder whose tokens are bytes."""
+    config = source_config(folder)
+    return config is not None and class_name(config, _tokenizer_config(folder)) == _OF_BYTES
 
 
 def class_name(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> str:
@@ -86,8 +93,7 @@ def read_source_tokenizer(config: Mapping[str, Any], folder: Path) -> Any:
     """
     import transformers
 
-    path = folder / "tokenizer_config.json"
-    name = class_name(config, read_json(path) if path.exists() else {})
+    name = class_name(config, _tokenizer_config(folder))
     kind = getattr(transformers, name)
     if missing := _missing_files(folder, kind):
         raise CheckpointError(
@@ -97,6 +103,11 @@ def read_source_tokenizer(config: Mapping[str, Any], folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # never used
         return kind.from_pretrained(folder, local_files_only=True)
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _missing_files(folder: Path, kind: Any) -> list[str]:

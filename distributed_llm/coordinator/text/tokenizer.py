@@ -273,7 +273,7 @@ class Tokenizer:
         if byte is not None:
             return bytes([byte])
         if isinstance(self._backend, PythonBackend):
-            return self._backend.written(piece).encode()
+            return self._backend.written(piece)
         if self._letters:
             known = [self._letters.get(letter) for letter in piece]
             return piece.encode() if None in known else bytes(b for b in known if b is not None)

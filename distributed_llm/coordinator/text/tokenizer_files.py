@@ -14,7 +14,11 @@ from typing import Any
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import read_json
 from distributed_llm.coordinator.text.chat_template import short
-from distributed_llm.coordinator.text.source_tokenizers import read_source_tokenizer, source_config
+from distributed_llm.coordinator.text.source_tokenizers import (
+    needs_no_files,
+    read_source_tokenizer,
+    source_config,
+)
 
 _MADE_FOR_ALL = "tokenizer.json"
 _TEKKEN = "tekken.json"
@@ -30,7 +34,7 @@ _OLD_TEMPLATE = "chat_template.json"
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether `folder` has the files of a tokenizer."""
-    return any((folder / name).exists() for name in _FILES)
+    return any((folder / name).exists() for name in _FILES) or needs_no_files(folder)
 
 
 def read_tokenizer(folder: Path) -> Any:
