@@ -58,7 +58,7 @@ def sent(source: KVCache, max_pieces: int = MAX_PIECES_SENT) -> list[list[Frame]
 def take(into: KVImporter, arrived: list[Frame], layouts: Mapping[int, KVLayout]) -> None:
     message, frames = codec.to_next_worker.decode(arrived)
     if isinstance(message, KVPieces):
-        for piece in decode_pieces(message, frames, layouts):
+        for piece in decode_pieces(message, frames, layouts, {}):
             into.add(piece)
     elif isinstance(message, KVEnd):
         into.update(decode_end(message, frames))
@@ -90,7 +90,7 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
     pieces = [KVPiece(parts[0], keys[:, :2], values[:, :2])]
     pieces += [KVPiece(parts[1], keys[:, 2:], values[:, 2:])]
     message, frames = encode_pieces(Epoch(2), LayerRange(1, 3), 1, pieces)
-    back = list(decode_pieces(message, frames, {1: layout, 2: layout}))
+    back = list(decode_pieces(message, frames, {1: layout, 2: layout}, {}))
     for given_, got in zip(pieces, back, strict=True):
         for one, other in ((given_.keys, got.keys), (given_.values, got.values)):
             assert one.dtype == other.dtype
@@ -113,7 +113,7 @@ def test_numbers_become_those_of_the_worker_they_come_to(
     """A worker without bfloat16 computes in float16, or in float32, beside others that do not."""
     message, frames, piece = one_piece(sent_in)
     layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
-    (back,) = decode_pieces(message, frames, {1: layout})
+    (back,) = decode_pieces(message, frames, {1: layout}, {})
     assert torch.equal(back.keys, piece.keys.to(kept_in))
     assert torch.equal(back.values, piece.values.to(kept_in))
     assert bool(back.keys[0, 0, 0].isinf()) == (kept_in == torch.float16)
@@ -128,7 +128,7 @@ def test_rows_of_bytes_do_not_become_numbers(sent_in: torch.dtype, kept_in: torc
     message, frames = encode_pieces(Epoch(2), LayerRange(1, 2), 1, [ones])
     layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
     with pytest.raises(KVTransferError, match="is kept as"):
-        list(decode_pieces(message, frames, {1: layout}))
+        list(decode_pieces(message, frames, {1: layout}, {}))
 
 
 def test_a_message_does_not_change_with_the_cache() -> None:
