@@ -59,6 +59,7 @@ def take(into: KVImporter, arrived: list[Frame], layouts: Mapping[int, KVLayout]
     message, frames = codec.to_next_worker.decode(arrived)
     if isinstance(message, KVPieces):
         for piece in decode_pieces(message, frames, layouts, {}):
+            assert isinstance(piece, KVPiece)
             into.add(piece)
     elif isinstance(message, KVEnd):
         into.update(decode_end(message, frames))
@@ -92,6 +93,7 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
     message, frames = encode_pieces(Epoch(2), LayerRange(1, 3), 1, pieces)
     back = list(decode_pieces(message, frames, {1: layout, 2: layout}, {}))
     for given_, got in zip(pieces, back, strict=True):
+        assert isinstance(got, KVPiece)
         for one, other in ((given_.keys, got.keys), (given_.values, got.values)):
             assert one.dtype == other.dtype
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -114,6 +116,7 @@ def test_numbers_become_those_of_the_worker_they_come_to(
     message, frames, piece = one_piece(sent_in)
     layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
     (back,) = decode_pieces(message, frames, {1: layout}, {})
+    assert isinstance(back, KVPiece)
     assert torch.equal(back.keys, piece.keys.to(kept_in))
     assert torch.equal(back.values, piece.values.to(kept_in))
     assert bool(back.keys[0, 0, 0].isinf()) == (kept_in == torch.float16)

@@ -41,11 +41,13 @@ def tensors(layer: int, rows: Sequence[float]) -> StateTensors:
 
 
 def step(
-    store: StateStore, layers: LayerRange, *parts: tuple[int, int, int], **fields: bool
+    store: StateStore, layers: LayerRange, *parts: tuple[int, int, int], snapshot: bool = False
 ) -> None:
     """Run a step: of sequences, from and to positions."""
     slices = [
-        SequenceSlice(sequence_id=SequenceId(i), start=start, num_tokens=stop - start, **fields)
+        SequenceSlice(
+            sequence_id=SequenceId(i), start=start, num_tokens=stop - start, snapshot=snapshot
+        )
         for i, start, stop in parts
     ]
     store.begin(slices)

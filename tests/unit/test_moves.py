@@ -106,6 +106,29 @@ def test_the_latest_standstill_is_the_one_that_is_expected() -> None:
     assert price(parts).standstill_s == pytest.approx(before + 1.2)
 
 
+STATEFUL = replace(COST, layer_state_bytes=(32,) * 6)
+
+
+def test_states_of_running_answers_are_sent_while_they_stand_still() -> None:
+    """At 64 bytes per second: 128 positions of one layer before that, one state meanwhile."""
+    parts = moving(cost=STATEFUL)
+    parts.worker("b").load_bytes_per_s = 500.0
+    found = price(parts)
+    assert found.copies
+    assert found.copy_s == pytest.approx(2.0, abs=0.1)
+    assert found.handover_s == pytest.approx(0.5)
+    assert found.standstill_s == pytest.approx(0.3 + 0.5 + 0.5 * (2.0 + found.copy_s))
+
+
+@pytest.mark.parametrize(("state_bytes", "copies"), [(124, True), (132, False)])
+def test_states_that_would_take_too_long_are_computed_again(state_bytes: int, copies: bool) -> None:
+    """Half the speed is lost for 2 s, then all of it; to compute all again takes b 2 s."""
+    parts = moving(cost=replace(COST, layer_state_bytes=(state_bytes,) * 6))
+    found = price(parts)
+    assert found.copies == copies
+    assert found.handover_s == (pytest.approx(state_bytes / 64) if copies else 0.0)
+
+
 def test_nothing_is_sent_where_nothing_is_used() -> None:
     parts = moving(prompt=0)
     found = price(parts)
@@ -271,6 +294,19 @@ def test_a_move_from_beginning_to_end() -> None:
     assert parts.pipelines.all == [move.new]
     assert parts.worker("b").layers == LayerRange(2, 6)
     parts.goes_on()
+
+
+def test_what_states_should_have_taken_is_no_standstill_to_be_learnt() -> None:
+    parts = moving(cost=replace(COST, layer_state_bytes=(16,) * 6))
+    _, move, _ = begun(parts)
+    assert move.price.handover_s == pytest.approx(0.25)
+    loaded(parts)
+    parts.moves.copied(parts.worker("a"), KVCopied(epoch=Epoch(2), bytes_sent=128), now=12.0)
+    for name in ("a", "b"):
+        parts.moves.handed_over(parts.worker(name), HandedOver(epoch=Epoch(2)))
+    parts.moves.settle(now=12.6)
+    assert parts.moves.stall_s == pytest.approx(0.6)
+    assert parts.moves.prices.stall_s == pytest.approx(0.35)
 
 
 def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
