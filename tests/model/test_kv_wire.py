@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import RemoteProtocolError
-from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
+from distributed_llm.common.messages import KVEnd, KVPart, KVPieces, StatePart
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.kv import wire as kv_wire
@@ -163,6 +163,21 @@ def test_the_largest_message_is_in_bounds() -> None:
             number=HIGHEST,
             dtype="bfloat16",
             parts=parts,
+            tensors=specs,
+        ),
+        (b"\0",),
+    )
+    state = StatePart(
+        state=HIGHEST, layer=65535, tensor=255, offset=HIGHEST, count=2**31 - 1, dtype="bfloat16"
+    )
+    codec.encode(
+        KVPieces(
+            epoch=Epoch(HIGHEST),
+            layers=ALL,
+            number=HIGHEST,
+            dtype="bfloat16",
+            parts=(),
+            states=(state,) * MAX_PIECES_SENT,
             tensors=specs,
         ),
         (b"\0",),

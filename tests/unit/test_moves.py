@@ -406,6 +406,21 @@ def test_a_move_to_stages_without_room_for_what_runs_is_undone() -> None:
     parts.goes_on()
 
 
+def test_states_are_counted_as_the_new_stages_charge_them() -> None:
+    """Two take 640 of what there is room for now, and 512 where stages have fewer layers."""
+    cost = replace(COST, layer_kv_bytes=(0,) * 6, layer_state_bytes=(100,) * 6)
+    parts = moving(cost=cost)
+    old, move, _ = begun(parts, ("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    assert old.scheduler
+    assert old.scheduler.kv_tokens_used >= 640
+    for name in ("a", "b", "c"):
+        said = msgspec.structs.replace(ready(2), kv_tokens=512 + 2 * KV_BLOCK)
+        parts.moves.stage_ready(parts.worker(name), said, now=11.0)
+    move.copy_timed_out(now=12.0)
+    assert parts.moves.settle(now=12.0) == []
+    assert move.state is MoveState.HANDOVER
+
+
 def test_a_move_is_undone_for_a_larger_request_that_came_before_the_commit() -> None:
     parts = moving(prompt=50)
     old, move, _ = begun(parts)

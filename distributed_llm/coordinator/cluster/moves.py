@@ -247,7 +247,8 @@ class Moves:
         if move is None:
             return []
         if move.state not in (MoveState.LOADING, MoveState.COMMITTED):
-            room, needed = move.new.kv_tokens, self._cluster.needed_tokens(move.old)
+            room = move.new.kv_tokens
+            needed = self._cluster.needed_tokens(move.old, move.new.kv_windows)
             if room < needed:
                 why = f"the new stages have room for {room} tokens, and requests need {needed}"
                 return self.undo(why, now=now)
