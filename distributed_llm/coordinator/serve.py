@@ -33,6 +33,7 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
@@ -178,7 +179,7 @@ def plan(
     if folder is None:
         served, checkpoint = open_model(model, settings)
         check_loading(checkpoint)
-        return dry_run(served, workers, settings)
+        return dry_run(_with_tokenizer(served, checkpoint.folder), workers, settings)
     config = read_config(folder)
     if (how := quantization(config)) is not None:
         raise UnsupportedModel(
@@ -189,8 +190,18 @@ def plan(
     check_architecture(config)
     checkpoint = Checkpoint(folder, config, parameters_of(config))
     source = ModelSource(kind="folder", name=str(folder))
-    run = dry_run(served_model(source, checkpoint, settings, {}), workers, settings)
+    served = _with_tokenizer(served_model(source, checkpoint, settings, {}), folder)
+    run = dry_run(served, workers, settings)
     return replace(run, assumed=("weights as config.json describes them", *run.assumed))
+
+
+def _with_tokenizer(model: ServedModel, folder: Path) -> ServedModel:
+    """Return the model with what its tokenizer says, read as a coordinator has it read.
+
+    Raises:
+        CheckpointError: the tokenizer in `folder` cannot be read.
+    """
+    return model.with_tokenizer(Tokenizer.open(folder).facts())
 
 
 def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
