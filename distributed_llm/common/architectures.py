@@ -1,12 +1,13 @@
 """Which architectures can be split into stages, which cannot, and why.
 
-A model type in neither table may still work: before a worker serves a checkpoint of it, it compares
-a small random model of that type, whole and split.
+A model type in neither table may still work if transformers has it: before a worker serves a
+checkpoint of it, it compares a small random model of that type, whole and split.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers
@@ -225,7 +226,7 @@ _WHAT_TO_DO = "Use a model of a kind that is known to work, such as llama, qwen3
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise if a model of this config is known to be computed wrongly when split.
+    """Raise if a model of this config is known to be computed wrongly when split, or unknown.
 
     Args:
         config: the content of a checkpoint's config.json.
@@ -235,12 +236,46 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """
     reason = why_refused(config)
     if reason is not None:
-        model_type = repr(str(config.get("model_type")))
-        if PART_OF in config:  # which people know
-            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
-        raise UnsupportedModel(
-            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
-        )
+        raise unsupported(config, reason)
+    model_type = str(config.get("model_type"))
+    if model_type in VERIFIED:
+        return
+    if not has_type(model_type):
+        raise unknown_type(model_type)
+    if not generates_text(model_type):
+        raise generates_nothing(model_type)
+
+
+def unsupported(config: Mapping[str, Any], reason: str) -> UnsupportedModel:
+    """Return the error for a model of this config.
+
+    Args:
+        config: the content of a checkpoint's config.json.
+        reason: as it follows "is not supported: ".
+    """
+    model_type = repr(str(config.get("model_type")))
+    if PART_OF in config:  # which people know
+        model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
+    return UnsupportedModel(
+        f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
+    )
+
+
+def unknown_type(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type that the installed transformers does not have."""
+    return UnsupportedModel(
+        f"The installed transformers does not know the model type {model_type!r}. Upgrade it "
+        "(pip install -U transformers) on every machine; if that does not help, use another "
+        "model: code that comes with checkpoints is never run."
+    )
+
+
+def generates_nothing(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type of which transformers has no class that generates text."""
+    return UnsupportedModel(
+        f"The model type {model_type!r} is no decoder language model. Use one that generates "
+        "text, such as llama, qwen3 or mistral."
+    )
 
 
 def why_refused(config: Mapping[str, Any]) -> str | None:
@@ -248,21 +283,13 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
     model_type = str(config.get("model_type"))
     reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
     reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
-    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+    known = model_type in VERIFIED or has_type(model_type)
+    if reason is None and "auto_map" in config and not known:
         return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
             "is never run"
         )
     return reason
-
-
-def _transformers_has(model_type: str) -> bool:
-    """Return whether transformers has code for this type, so that none in a checkpoint is asked."""
-    if model_type in VERIFIED:
-        return True
-    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # loads no torch
-
-    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:

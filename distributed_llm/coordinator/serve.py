@@ -99,7 +99,11 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
                 announcers.append(Announcer(address, machine_name(), key))
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
-            logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
+            logger.info(
+                "no test covers the model type %r: each worker tries a small model of it before it "
+                "loads layers, and refuses it if that gives other tokens when it is split",
+                checkpoint.model_type,
+            )
         if note := note_on_rope(checkpoint, model.defaults.context_length):
             logger.info("%s", note)
         logger.info("%s", how_to_join(address, insecure=settings.insecure))

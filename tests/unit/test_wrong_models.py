@@ -455,6 +455,24 @@ def test_masks_and_positions_are_no_quantized_weights(
     serve.open_model(str(write(tmp_path, weights=weights)), CoordinatorSettings())
 
 
+# ------------------------------------------------------------------ types that no table has
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("nonesuch", "does not know the model type 'nonesuch'. Upgrade it"),
+        ("vit", "'vit' is no decoder language model"),
+    ],
+)
+def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words: str) -> None:
+    assert words in refusal(write(tmp_path, {"model_type": model_type}))
+
+
+def test_a_type_that_workers_may_try(tmp_path: Path) -> None:
+    serve.open_model(str(write(tmp_path, {"model_type": "plbart"})), CoordinatorSettings())
+
+
 # ------------------------------------------------------------------ files that are something else
 
 

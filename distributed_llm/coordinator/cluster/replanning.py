@@ -185,7 +185,7 @@ class Replanning:
         )
         others = self._cluster.registry.fit or self._pipelines.has_served
         if failed.code == UnsupportedModel.code and not others:
-            return [note, Stop(UnsupportedModel(failed.message))]
+            return [Stop(UnsupportedModel(f"{failed.message} Worker {worker.id} found that."))]
         return [note, *(self._ask_for_recovery(worker) if pipeline else [])]
 
     def _ask_for(self, *needs: Need) -> list[Action]:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from distributed_llm.common import model_sizes
+from distributed_llm.common.architectures import generates_nothing, unknown_type
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
@@ -47,17 +48,10 @@ def model_config(config: Mapping[str, Any], context_length: int | None = None) -
     """
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModel(
-            f"The installed transformers does not know the model type {model_type!r}. Upgrade it "
-            "(pip install -U transformers) on every machine; if that does not help, use another "
-            "model: code that comes with checkpoints is never run."
-        )
+        raise unknown_type(model_type)
     kind = CONFIG_MAPPING[model_type]
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and model_type not in WITHOUT_HEAD:
-        raise UnsupportedModel(
-            f"The model type {model_type!r} is no decoder language model. Use one that generates "
-            "text, such as llama, qwen3 or mistral."
-        )
+        raise generates_nothing(model_type)
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
     left_out = {*QUANTIZATION_NAMES, PART_OF}
     kept = {name: value for name, value in config.items() if name not in left_out}
