@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.config_defaults import generates_text, has_type
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.layer_windows import layer_sections
-from distributed_llm.common.model_sizes import num_layers
+from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -233,6 +233,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 
     Raises:
         UnsupportedModel: with what, why and what to do.
+        CheckpointError: it says something that is not known.
     """
     reason = why_refused(config)
     if reason is not None:
@@ -296,25 +297,56 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
     if config.get("is_encoder_decoder"):
         yield _ENCODER
-    if config.get("alibi") and config.get("model_type") != "falcon":
+    if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
         yield _ALIBI
-    if config.get("reorder_and_upcast_attn"):
+    if _flag(config, "reorder_and_upcast_attn"):
         yield "reorder_and_upcast_attn makes it compute its attention by itself"
-    if config.get("add_cross_attention"):
+    if _flag(config, "add_cross_attention"):
         yield _ENCODER
-    bidirectional = config.get("use_bidirectional_attention")
-    if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
+    if config.get("is_causal") is False or _sees_both_ways(config):
         yield _UNMASKED
     if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
         yield _UNMASKED
     if _has_window_in_mask(config):
         yield _WINDOW_IN_MASK
-    if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
-        yield _CHUNKED
+    if config.get("attention_chunk_size") is not None:
+        positive(config, "attention_chunk_size")
+        if not any(layer_sections(config, num_layers(config))):
+            yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    """Return a flag that config.json need not have.
+
+    Raises:
+        CheckpointError: it is neither true nor false.
+    """
+    told = config.get(name)
+    if told is None or isinstance(told, bool):
+        return bool(told)
+    raise CheckpointError(
+        f"config.json has {name} = {told!r}; it must be true or false. Copy that of the original "
+        "model."
+    )
+
+
+def _sees_both_ways(config: Mapping[str, Any]) -> bool:
+    """Return whether tokens of a text see those after them.
+
+    Raises:
+        CheckpointError: what config.json says about that is not known.
+    """
+    told = config.get("use_bidirectional_attention")
+    if told is not None and not (isinstance(told, bool) or told in ("vision", "all")):
+        raise CheckpointError(
+            f"config.json has use_bidirectional_attention = {told!r}; it must be true, false, "
+            "'vision' or 'all'. Copy that of the original model."
+        )
+    return told is True or told == "all"
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
@@ -322,7 +354,7 @@ def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
     match config.get("model_type"):
         case "qwen2_moe":
-            return bool(config.get("use_sliding_window"))
+            return _flag(config, "use_sliding_window")
         case "phimoe":  # published with one that is as long as the texts may be
             return isinstance(window, int) and isinstance(length, int) and 0 < window < length
     return False

@@ -23,7 +23,7 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import as_token_ids
-from distributed_llm.worker.model.empty_model import model_config, new_model
+from distributed_llm.worker.model.empty_model import model_config, new_model, parameters_of
 from distributed_llm.worker.model.layer_loading import without_progress_bars
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.small_config import LONG_TEXT, shrink_config
@@ -82,7 +82,7 @@ def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
     """
     check_architecture(checkpoint.config)
     if checkpoint.model_type not in VERIFIED:
-        model_config(checkpoint.config)
+        parameters_of(checkpoint.config)  # raises if config.json is damaged
         check: Any = _self_check  # lru_cache is typed for hashable protocols only
         check(json.dumps(checkpoint.config, sort_keys=True), load)
 

@@ -23,10 +23,12 @@ from distributed_llm.worker.kv.held import HeldSequences
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
+from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
 )
+from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -88,6 +90,7 @@ class Stage:
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
+        self._checkpoint = checkpoint
         self._warm_up(of_states)
 
     @classmethod
@@ -124,7 +127,8 @@ class Stage:
         Raises:
             NotEnoughMemory: the disk is full.
             CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
-            CheckpointError: the files lack tensors that the layers need.
+            CheckpointError: the files lack tensors that the layers need, or these are not finite;
+                or config.json has a value with which nothing can be computed.
             UnsupportedModel: the architecture gives wrong results when it is split.
             ValueError: the donor has another device or dtype.
         """
@@ -399,18 +403,27 @@ class Stage:
 
         Raises:
             StageError: a layer's state takes others.
+            CheckpointError: weights are not finite, or config.json has a value with which nothing
+                can be computed.
         """
         token_ids, hidden_states = self.inputs.made_up(1)
         for _ in range(2):
             one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
             step = self._begin([one], token_ids)
-            self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
+            with computing(self._checkpoint.config):
+                result = self._forward.run(step, token_ids, hidden_states, [0] * self._last)
+        if result is not None and not result.isfinite().all():
+            self.check_finite_weights()
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
         (group,) = step.groups
         measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
         if measured != list(of_states):
             raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
+
+    def check_finite_weights(self) -> None:
+        """Raise CheckpointError if weights are not finite; reads all of them."""
+        check_finite_weights(self._held, self._checkpoint)
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
