@@ -136,6 +136,16 @@ def test_a_folder_that_is_not_there(
     assert "in 'models' there is 'llama-3b'" in said
 
 
+def test_a_folder_of_nearly_that_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quite different is not told: an id of the hub may be meant."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "llama-3b")
+    assert f"(looked up from {tmp_path}); there is 'llama-3b'. As a model id" in refusal("lama-3b")
+    assert f"(looked up from {tmp_path}). As a model id" in refusal("qwen")
+
+
 def test_a_folder_above_the_model(tmp_path: Path) -> None:
     write(tmp_path / "models" / "llama-3b")
     assert f"Give that: {tmp_path / 'models' / 'llama-3b'}" in refusal(tmp_path / "models")
