@@ -57,6 +57,7 @@ async def work(settings: WorkerSettings) -> int:
     login = await _login(settings)
     cores = own_cores()
     threads = settings.threads or cores.threads
+    logger.info("measuring the memory and the speed of this machine")
     # Who only looks slower would have cores of its own.
     measured = _measure(settings, threads, cores.shares if settings.slowdown == 1 else "")
     capabilities = msgspec.structs.replace(
