@@ -60,7 +60,7 @@ def read_tokenizer(folder: Path) -> Any:
         raise CheckpointError(
             f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
             "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
-            ".save_pretrained(folder) writes one where sentencepiece is installed."
+            ".save_pretrained(folder) writes one."
         ) from exc
     if getattr(loaded, "backend_tokenizer", None) is None and source_config(folder) is None:
         raise CheckpointError(
