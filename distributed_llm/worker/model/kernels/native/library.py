@@ -27,6 +27,7 @@ _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
 _ARGUMENTS = {
     "attend_tokens": (*[_ADDRESS] * 9, *[_REAL] * 2, *[_SMALL] * 2),
     "replay": (_ADDRESS, _COUNT, *[_ADDRESS] * 3, _SMALL),
+    "cut_probabilities": (*[_ADDRESS] * 3, *[_COUNT] * 3, _SMALL),
     "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
     "pack_int8": (*[_ADDRESS] * 2, *[_COUNT] * 2, _SMALL),
     "pack_int4": (*[_ADDRESS] * 4, *[_COUNT] * 3, _REAL, _SMALL),
