@@ -246,7 +246,7 @@ def test_values_that_are_off_mean_what_they_mean_to_transformers(
         assert scores.argmax() == made.sequences[0, -1]
         return
     (row,) = scaled_rows(torch.from_numpy(scores[None]), [sampling])
-    left = candidates(row)
+    left = candidates(row).left()
     probabilities = torch.softmax(made.scores[0][0], dim=0).numpy()
     assert sorted(left.token_ids) == probabilities.nonzero()[0].tolist()
     np.testing.assert_allclose(left.probabilities, probabilities[left.token_ids], rtol=1e-4)
