@@ -549,7 +549,7 @@ class StatefulMoves(StatefulCluster):
     calm = True
     faulty: ClassVar[list[type[Message]]] = [Task, TaskResult]
     task_s = 0.02
-    max_examples = 6
+    max_examples = 5
     least_moves = 6
     num_moves: ClassVar[list[int]] = []
     num_shared: ClassVar[list[int]] = []
