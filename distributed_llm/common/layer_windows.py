@@ -23,9 +23,16 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
     sections = layer_sections(config, num_layers)
     if any(sections):
         return sections
-    name = "window_size" if config.get("model_type") == "gpt_neo" else "sliding_window"
-    window = 0 if config.get("use_sliding_window") is False else _positive(config, name)
+    name = window_setting(config)
+    window = 0 if name is None else _positive(config, name)
     return tuple(window * (kind == SLIDING) for kind in layer_types(config, num_layers))
+
+
+def window_setting(config: Mapping[str, Any]) -> str | None:
+    """Return the name under which config.json tells of a window; None: it tells of none."""
+    name = "window_size" if config.get("model_type") == "gpt_neo" else "sliding_window"
+    unused = config.get("use_sliding_window") is False or config.get(name) is None
+    return None if unused else name
 
 
 def layer_sections(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

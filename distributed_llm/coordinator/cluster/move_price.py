@@ -125,7 +125,7 @@ class MovePrices:
             read_s = added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S)
             load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
         room = _room_beside(old, stages, cost, rooms)
-        transfers = transfers_between(old.stages, stages)
+        transfers = transfers_between(old.stages, stages, cost.encoder_layers)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
         kept = _Kept.by(old)
         sizes = [
@@ -200,7 +200,8 @@ def _room_beside(
         left_bytes = rooms[stage.worker] - own_bytes - added_bytes(cost, before, stage.layers)
         layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
         kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
-        room = min(room, left_bytes // max(1, kv_bytes))
+        if kv_bytes or left_bytes < 0 or not cost.encoder_layers:  # an encoder keeps nothing
+            room = min(room, left_bytes // max(1, kv_bytes))
         if state_tokens:
             state_bytes = sum(cost.layer_state_bytes[layer] for layer in layers)
             room = min(room, int(left_bytes * state_tokens / max(1, state_bytes)))
@@ -215,12 +216,12 @@ def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -
     layers = set(_numbers(after)) - set(_numbers(before))
     first = after.start == 0 and before.start != 0
     last = after.stop == size and before.stop != size
-    has_shared = before.start == 0 or before.stop == size
+    shared = cost.shares(after) and not cost.shares(before)
     return (
         sum(cost.layer_bytes[layer] for layer in layers)
         + cost.first_bytes * first
         + cost.last_bytes * last
-        + cost.shared_bytes * ((first or last) and not has_shared)
+        + cost.shared_bytes * shared
     )
 
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import lenders_within
@@ -21,13 +23,16 @@ from distributed_llm.worker.kv.held import HeldSequences
 from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
 from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
+from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
 )
+from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.step_results import StageOutput, StepResults
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
@@ -63,7 +68,8 @@ class Stage:
         self.layers = layers
         self._held = stage_model
         self._last = layers.stop == checkpoint.num_layers
-        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
+        encoders = encoder_layers(checkpoint.config)
+        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size, encoders)
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
@@ -75,17 +81,24 @@ class Stage:
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
-        self._forward = Forward(
-            stage_model,
-            checkpoint.num_layers,
-            device,
-            dtype,
-            keeps_kv=keeps_kv(checkpoint.config)[own],
-            keeps_state=[nbytes > 0 for nbytes in of_states],
-        )
+        self._forward: Forward | StackForward
+        if encoders:
+            self._forward = StackForward(
+                stage_model, checkpoint.num_layers, encoders, device, dtype
+            )
+        else:
+            self._forward = Forward(
+                stage_model,
+                checkpoint.num_layers,
+                device,
+                dtype,
+                keeps_kv=keeps_kv(checkpoint.config)[own],
+                keeps_state=[nbytes > 0 for nbytes in of_states],
+            )
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
+        self._checkpoint = checkpoint
         self._warm_up(of_states)
 
     @classmethod
@@ -122,7 +135,8 @@ class Stage:
         Raises:
             NotEnoughMemory: the disk is full.
             CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
-            CheckpointError: the files lack tensors that the layers need.
+            CheckpointError: the files lack tensors that the layers need, or these are not finite;
+                or config.json has a value with which nothing can be computed.
             UnsupportedModel: the architecture gives wrong results when it is split.
             ValueError: the donor has another device or dtype.
         """
@@ -297,6 +311,8 @@ class Stage:
             )
         made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
         self._held_sequences.commit(sequences, made)
+        if self.layers.stop <= self.inputs.encoder_layers:  # nothing is kept of sources
+            self._held_sequences.free([part.sequence_id for part in sequences])
         return output
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:
@@ -370,7 +386,11 @@ class Stage:
             KVTransferError: a layer has no source, or states have not arrived; nothing was changed.
             ValueError: this stage holds sequences already.
         """
-        own = (donor._held_sequences, donor.layers) if donor else None
+        if self.layers.stop <= self.inputs.encoder_layers:
+            return  # nothing is kept of sources
+        own = None
+        if donor and donor.layers.stop > self.inputs.encoder_layers:
+            own = donor._held_sequences, donor.layers
         self._held_sequences.assemble(self.layers, own, imports)
 
     def _warm_up(self, of_states: Sequence[int]) -> None:
@@ -383,12 +403,24 @@ class Stage:
 
         Raises:
             StageError: a layer's state takes others.
+            CheckpointError: weights are not finite, or config.json has a value with which nothing
+                can be computed.
         """
-        token_ids, hidden_states = self.inputs.made_up(1)
-        for _ in range(2):
-            one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
-            step = self._begin([one], token_ids)
-            self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
+        encoders = self.inputs.encoder_layers
+        one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1, source=int(bool(encoders)))
+        steps = [one, one]
+        if encoders and self.layers.stop > encoders:
+            steps.append(msgspec.structs.replace(one, start=1))
+        for part in steps:
+            source = part.is_source
+            token_ids, hidden_states = self.inputs.made_up(1, source=source)
+            step = self._begin([part], token_ids)
+            rows = [0] if self._last and not source else []
+            with computing(self._checkpoint.config):
+                result = self._forward.run(step, token_ids, hidden_states, rows)
+            if result is not None and not result.isfinite().all():
+                self.check_finite_weights()
+            self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
         (group,) = step.groups
@@ -396,6 +428,10 @@ class Stage:
         self._held_sequences.learn(group.made)
         if measured != list(of_states):
             raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
+
+    def check_finite_weights(self) -> None:
+        """Raise CheckpointError if weights are not finite; reads all of them."""
+        check_finite_weights(self._held, self._checkpoint)
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
@@ -432,7 +468,9 @@ class Stage:
         for part in sequences:
             stop = row + part.num_tokens
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
-            slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
+            slices.append(
+                PackedSlice(part.sequence_id, part.start, row, part.num_tokens, part.source)
+            )
             row = stop
         begun = [self._held_sequences.state_at(s.sequence_id, s.start) for s in slices]
         num_layers = len(self.layers)
