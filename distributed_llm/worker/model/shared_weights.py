@@ -107,8 +107,11 @@ class SharedModules:
         return layer_copy
 
     def has(self, name: str) -> bool:
-        """Return whether the module that a tensor belongs to, outside the layers, is shared."""
-        if self._donor is None:
+        """Return whether the module that a tensor belongs to, outside the layers, is shared.
+
+        What belongs to no module but the model itself is not.
+        """
+        if self._donor is None or "." not in name:
             return False
         held = self._donor.numbers
         if self._cut.applies_to(name):
