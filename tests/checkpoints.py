@@ -50,6 +50,7 @@ _PER_LAYER = (
     "num_attention_heads_per_layer",
     "attention_types",
     "activation_sparsity_pattern",
+    "indexer_types",
 )
 _SHARED_EXPERT = {
     "num_experts": 4,

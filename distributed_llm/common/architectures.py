@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers
 from distributed_llm.common.text_config import PART_OF
@@ -19,6 +20,7 @@ VERIFIED: frozenset[str] = frozenset(
         "arcee",
         "aria_text",
         "axk1",
+        "axk2",
         "bamba",
         "beam",
         "bert",
@@ -36,6 +38,7 @@ VERIFIED: frozenset[str] = frozenset(
         "dbrx",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
         "dots1",
         "electra",
         "ernie",
@@ -61,6 +64,7 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4v_moe_text",
         "glm4v_text",
         "glm_ocr_text",
+        "glm_moe_dsa",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
@@ -286,7 +290,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _WINDOW_IN_MASK
     if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
         yield _CHUNKED
-    if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
+    # Short texts, as in a check, would not show it.
+    if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
         yield "its attention picks some of the positions of a long text"
 
 

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 KEEPS_LATENTS: frozenset[str] = frozenset(
     {
         "axk1",
+        "axk2",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
         "glm4_moe_lite",
+        "glm_moe_dsa",
         "kimi_linear",
         "minicpm3",
         "mistral4",

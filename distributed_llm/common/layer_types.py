@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.indexers import INDEXED
 
 Config = Mapping[str, Any]
 
@@ -16,6 +17,7 @@ CHUNKED = "chunked_attention"
 LINEAR = "linear_attention"
 CONV = "conv"
 HYBRID = "hybrid"
+_INDEXED = "indexed_attention"
 
 _LISTS = ("layer_types", "layers_block_type")
 """Names under which config.json lists the types; the first is that of today."""
@@ -72,6 +74,7 @@ _ALL_BUT_EVERY: Mapping[str, _Every] = {
 _ALL_LAYERS: Mapping[str, str] = {
     **dict.fromkeys(("ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"), SLIDING),
     "falcon_h1": HYBRID,
+    **dict.fromkeys(INDEXED, _INDEXED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "granitemoehybrid", "nemotron_h"), LINEAR),
 }
 """Model types whose layers are all of one type."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
 from distributed_llm.common.layer_sharing import kv_lenders
@@ -114,18 +115,19 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
-    share; of model types whose attention keeps its latents for itself, keys and values for every
-    head of the queries. Layers that read the keys and values of others keep none.
+    share, with an indexer's key behind it; of model types whose attention keeps its latents for
+    itself, keys and values for every head of the queries. Layers that read the keys and values of
+    others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     if keeps_latents(config):
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
     count = num_layers(config)
-    kinds, sizes = layer_types(config, count), []
+    kinds, index_dims, sizes = layer_types(config, count), index_key_dims(config, count), []
     for layer, lender in enumerate(kv_lenders(config, count)):
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
-        dims = (heads.key_dim, heads.value_dim)
+        dims = (heads.key_dim + index_dims[layer], heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
         sizes.append(one if lender is None else 0)
     return tuple(sizes)

@@ -12,9 +12,9 @@ import torch
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.layer_sharing import pieces, uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
@@ -140,10 +140,10 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, variant: str) -> None:
     check_tokens("2 stages", halves, expected, HOT)
     halves[0].reset()
     rest = [
-        Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=torch.float32)
-        for i in range(1, count)
+        Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
+        for layers in pieces(count, uncut(checkpoint.config, count))[1:]
     ]
-    check_tokens("a stage for each layer", [halves[0], *rest], expected, ())
+    check_tokens("as many stages as may be", [halves[0], *rest], expected, ())
     assert len({token for answer in expected.answers for token in answer}) > 1
 
 

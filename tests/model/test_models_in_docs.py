@@ -30,7 +30,7 @@ def test_every_type_is_split_or_refused_or_tried() -> None:
     assert SCRIPT["WHOLES"] == tested | {"phi4_multimodal", "gemma3n"}
     assert states["qwen3"] == "yes"
     assert "encoder-decoder" in states["bart"]
-    assert "picks some of the positions" in states["deepseek_v32"]
+    assert "picks some of the positions" in states["deepseek_v4"]
 
 
 def test_only_what_is_refused_is_behind_not() -> None:

@@ -51,6 +51,7 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "gpt2": (1.5, {}),
     "deepseek_v3": (1.7, {**_LATENTS, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "minicpm3": (1.7, {**_LATENTS, "kv_lora_rank": 32}),  # all attend to latents as they are
+    "deepseek_v32": (1.7, {**_LATENTS, "index_topk": 128, "index_head_dim": 64}),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""

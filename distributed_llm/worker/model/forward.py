@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
+from distributed_llm.common.indexers import INDEXED
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
@@ -68,11 +69,11 @@ class Forward:
     def _calls_attention_plainly(self) -> bool:
         """Return whether a layer's attention depends on what it is given and its own cache alone.
 
-        Not if it is in code of its own, or gives keys and values to other layers.
+        Not if it is in code of its own, gives keys and values to other layers, or chooses some.
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION
+        return not shares and config.model_type not in OWN_ATTENTION | INDEXED
 
     @property
     def progress(self) -> Callable[[], None] | None:
