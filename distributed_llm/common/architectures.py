@@ -39,6 +39,7 @@ VERIFIED: frozenset[str] = frozenset(
         "deepseek_v2",
         "deepseek_v3",
         "deepseek_v32",
+        "diffllama",
         "dots1",
         "electra",
         "ernie",
@@ -69,6 +70,7 @@ VERIFIED: frozenset[str] = frozenset(
         "gpt_bigcode",
         "gpt_neo",
         "gpt_neox",
+        "gpt_neox_japanese",
         "gpt_oss",
         "gptj",
         "granite",
@@ -94,6 +96,7 @@ VERIFIED: frozenset[str] = frozenset(
         "lfm2_moe",
         "lfm3",
         "llama",
+        "megatron-bert",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
@@ -134,12 +137,14 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "rembert",
         "seed_oss",
         "smollm3",
         "solar_open",
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "xglm",
         "youtu",
     }
 )
@@ -178,12 +183,8 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_ATTENTION: (
         "xlnet",
         "big_bird",
-        "gpt_neox_japanese",
-        "megatron-bert",
         "reformer",
-        "rembert",
         "roformer",
-        "xglm",
         "xlm",
     ),
     _OWN_STATE: (
@@ -203,7 +204,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
-    _TWICE: ("diffllama", "longcat_flash"),
+    _TWICE: ("longcat_flash",),
     _LOOPS: ("hrm_text",),
     _BYTES: ("blt",),
     _POSITIONS: (
@@ -220,7 +221,9 @@ _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
 
-_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+_MADE_TO_ENCODE = frozenset(
+    {"bert", "bert-generation", "electra", "ernie", "megatron-bert", "rembert", "roc_bert"}
+)
 """Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")

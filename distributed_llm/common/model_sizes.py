@@ -168,6 +168,8 @@ def head_sizes(config: Config) -> HeadSizes:
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
+    if config.get("model_type") == "diffllama":  # two heads of keys and values are kept as one
+        return HeadSizes(heads, kv_heads // 2, 2 * dim, 2 * dim)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
 
 

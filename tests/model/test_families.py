@@ -205,7 +205,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("phimoe", {"sliding_window": 64, "max_position_embeddings": 128}),
         ("bert", {}),
         ("roberta", {"is_decoder": True}),
-        ("diffllama", {}),
+        ("longcat_flash", {}),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused(family: str, settings: dict[str, object]) -> None:

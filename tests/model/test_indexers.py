@@ -91,7 +91,8 @@ def test_keys_of_indexers_may_be_kept_in_8_bits(
     ],
 )
 def test_layers_take_what_those_do_that_transformers_names(told: dict[str, Any]) -> None:
-    made = CONFIG_MAPPING["glm_moe_dsa"](num_hidden_layers=8, **told).indexer_types
+    kind: Any = CONFIG_MAPPING["glm_moe_dsa"]
+    made = kind(num_hidden_layers=8, **told).indexer_types
     found = choosers({"model_type": "glm_moe_dsa", **told}, 8)
     assert [kind == "shared" for kind in made] == [chooser is not None for chooser in found]
     assert all(made[one] == "full" and one < layer for layer, one in enumerate(found) if one)
