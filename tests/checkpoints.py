@@ -281,6 +281,12 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "expert_layer_offset": 0,
         "mamba_d_state": 8,
     },
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"],
+        "attention_window_size": 5,
+        "lru_width": 48,
+        "logits_soft_cap": 10.0,
+    },
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 4},

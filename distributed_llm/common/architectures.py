@@ -137,6 +137,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "recurrent_gemma",
         "rembert",
         "seed_oss",
         "smollm3",
@@ -190,7 +191,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_STATE: (
         "bailing_hybrid",
         "qwen4_exp_text",
-        "recurrent_gemma",
         "rwkv",
         "xlstm",
         "zaya",

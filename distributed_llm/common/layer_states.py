@@ -152,6 +152,11 @@ def _lightning(config: Config) -> MixerSizes:
     return MixerSizes(0, heads, dim, dim)
 
 
+def _griffin(config: Config) -> MixerSizes:
+    width = _told(config, "lru_width") or hidden_size(config)
+    return MixerSizes(width * ((_told(config, "conv1d_width") or 4) - 1), width, 1, 1)
+
+
 def _told(config: Config, name: str) -> int | None:
     """Return a size that config.json need not have, None if it has not."""
     return None if config.get(name) is None else positive(config, name)
@@ -177,6 +182,7 @@ _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     **dict.fromkeys(MAMBA2, _mamba2),
     **dict.fromkeys(MAMBA, _mamba),
     "minimax": _lightning,
+    "recurrent_gemma": _griffin,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

@@ -148,6 +148,9 @@ def _by_default(config: Config, layer: int, num_layers: int) -> str:
             return FULL if layer % period == offset else LINEAR
         case "bamba":
             return FULL if layer in (_numbers(config, "attn_layer_indices") or ()) else LINEAR
+        case "recurrent_gemma":
+            blocks = _numbers(config, "block_types") or ["recurrent", "recurrent", "attention"]
+            return LINEAR if blocks[layer % len(blocks)] == "recurrent" else SLIDING
         case "lfm2":
             attending = _numbers(config, "full_attn_idxs")
             return FULL if attending is None or layer in attending else CONV

@@ -9,6 +9,12 @@ from typing import Any
 
 from distributed_llm.common.layer_types import CHUNKED, SLIDING, layer_types
 
+_WINDOW_NAMES: Mapping[str, str] = {
+    "gpt_neo": "window_size",
+    "recurrent_gemma": "attention_window_size",
+}
+"""Under which name model types tell their window, if it is not the usual one."""
+
 
 def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return how many positions a token sees at most in each layer, itself included; 0: all.
@@ -23,7 +29,7 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
     sections = layer_sections(config, num_layers)
     if any(sections):
         return sections
-    name = "window_size" if config.get("model_type") == "gpt_neo" else "sliding_window"
+    name = _WINDOW_NAMES.get(str(config.get("model_type")), "sliding_window")
     window = 0 if config.get("use_sliding_window") is False else _positive(config, name)
     return tuple(window * (kind == SLIDING) for kind in layer_types(config, num_layers))
 

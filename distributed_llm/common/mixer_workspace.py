@@ -27,6 +27,9 @@ _PIECE = 64
 _PIECE_OF_MAMBA2 = 256
 """The same of Mamba 2 if config.json does not tell."""
 
+_RECURRENT_COPIES = 10
+"""RecurrentGemma: numbers of the width of a recurrence for every token."""
+
 _STEP_COPIES = 6
 """Copies of the states of a batch of single tokens: taken, fading, added to, and read."""
 
@@ -70,6 +73,8 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             piece, numbers = _PIECE, 2 * heads * _PIECE + 7 * keys + 8 * values
         case "kimi_linear":  # fades by a number per key, so products of keys cannot be shared
             piece, numbers = _PIECE, (3 * _PIECE + 12) * keys
+        case "recurrent_gemma":
+            return tokens * values * _RECURRENT_COPIES * item_bytes
         case _:
             return 0
     padded = -(-tokens // piece) * piece

@@ -195,7 +195,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     ("family", "settings"),
     [
         ("llama", {"alibi": True}),
-        ("recurrent_gemma", {}),
+        ("xlstm", {}),
         ("zamba2", {}),
         ("t5", {}),
         ("mllama", {}),

@@ -66,6 +66,7 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     "mamba": (1.1, {"intermediate_size": 512, "state_size": 16}),
     "mamba2": (1.3, {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128}),
     "qwen3_next": (1.2, _DELTA_NET),
+    "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
 }
 """The same for models whose layers with a state take most, with what they have beside."""

@@ -46,6 +46,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
+from distributed_llm.worker.model.recurrent_blocks import replace_recurrent_blocks
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 from distributed_llm.worker.model.text_classes import conversions_of
 
@@ -125,6 +126,7 @@ class ModelLoader:
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
             share_states(self._shell)
+            replace_recurrent_blocks(layer, number)
             wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
