@@ -89,7 +89,7 @@ def _gated(unit: Any, states: Tensor, *, begins: bool) -> tuple[Tensor, Tensor]:
 
 def _gate(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return a gate for states; each block of their numbers has a matrix [rows, columns]."""
-    blocks = states.view(-1, *bias.shape).transpose(0, 1)
+    blocks = states.reshape(-1, *bias.shape).transpose(0, 1)
     gates = torch.baddbmm(bias[:, None], blocks, weight).sigmoid_()
     return gates.transpose(0, 1).reshape(states.shape)
 
