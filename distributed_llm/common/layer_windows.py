@@ -15,6 +15,9 @@ _WINDOW_NAMES: Mapping[str, str] = {
 }
 """Under which name model types tell their window, if it is not the usual one."""
 
+_BEFORE = "sliding_window_size"
+"""Under which MiMo tells its window, without the token itself."""
+
 
 def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return how many positions a token sees at most in each layer, itself included; 0: all.
@@ -31,6 +34,8 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
         return sections
     name = _WINDOW_NAMES.get(str(config.get("model_type")), "sliding_window")
     window = 0 if config.get("use_sliding_window") is False else _positive(config, name)
+    if config.get("model_type") == "mimo_v2_flash" and (before := _positive(config, _BEFORE)):
+        window = before + 1
     return tuple(window * (kind == SLIDING) for kind in layer_types(config, num_layers))
 
 

@@ -30,10 +30,10 @@ _PIECE_OF_MAMBA2 = 256
 _RECURRENT_COPIES = 10
 """RecurrentGemma: numbers of the width of a recurrence for every token."""
 
-_STEP_COPIES = 6
-"""Copies of the states of a batch of single tokens: taken, fading, added to, and read."""
+_STEP_COPIES = 7
+"""Copies of the states of a batch of single tokens: joined, taken, fading, added to, and read."""
 
-_STEP_COPIES_OF_DELTA = 4
+_STEP_COPIES_OF_DELTA = 5
 """The same where states are changed in place."""
 
 
@@ -67,7 +67,7 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             return tokens * (_SCANNED * mixer.recurrent * _FLOAT + columns)
         case kind if kind in MAMBA2:
             names = [n for n in ("chunk_size", "mamba_chunk_size") if config.get(n) is not None]
-            piece = positive(config, *names) if names else _PIECE_OF_MAMBA2
+            piece = min(tokens, positive(config, *names) if names else _PIECE_OF_MAMBA2)
             numbers = 3 * heads * piece + 5 * keys + 10 * values
         case kind if kind in DELTA_NETS:
             piece, numbers = _PIECE, 2 * heads * _PIECE + 7 * keys + 8 * values

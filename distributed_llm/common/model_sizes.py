@@ -157,9 +157,10 @@ class HeadSizes(NamedTuple):
 
 def head_sizes(config: Config) -> HeadSizes:
     """Return the heads of attention; of latent attention, as they are when it is expanded."""
-    if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
-        heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
-        return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
+    if config.get("model_type") == "jetmoe":  # each expert of a token has queries for all keys
+        kv_heads = positive(config, "num_key_value_heads")
+        heads = kv_heads * positive(config, "num_experts_per_tok")
+        return HeadSizes(heads, kv_heads, *[positive(config, "kv_channels")] * 2)
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")

@@ -151,15 +151,20 @@ def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
     assert 1.0 <= room / peak <= most
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next"])
-def test_single_tokens_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
-    """Beside the states that sequences keep, which the latest step has made anew."""
-    given = {"hidden_size": 256, "intermediate_size": 512, **MIXERS[family][1], "chunk_size": 8}
+def test_single_tokens_in_layers_with_a_state(family: str, begins: bool, tmp_path: Path) -> None:
+    """Beside the states that sequences keep, which the latest step has made anew.
+
+    Those that begin are computed one by one, and need not be planned for.
+    """
+    given = {"hidden_size": 256, "intermediate_size": 512, **MIXERS[family][1]}
     folder = make_checkpoint(tmp_path / "model", family, num_layers=2, **given)
     kept = 32 * sum(open_checkpoint(folder).layer_state_bytes("bfloat16"))
-    peak = measured(folder, 32, Sampling(), 32) - kept
+    peak = measured(folder, 32, Sampling(), 32, begins=begins) - kept
     room = planned(folder, 32, 32) - SMALL_BYTES
-    assert 1.0 <= room / peak <= 1.6
+    assert room / peak >= 1.0
+    assert begins or room / peak <= 1.6
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), EVERYTHING], ids=["greedy", "everything"])

@@ -87,6 +87,13 @@ def test_sizes_are_of_layers_whatever_the_length_of_the_list() -> None:
     assert layer_kv_bytes(MIMO, "bfloat16") == (80, 160, 160)
 
 
+def test_windows_of_mimo_are_those_of_transformers() -> None:
+    told = {"sliding_window": 128, "sliding_window_size": 128}
+    made: Any = CONFIG_MAPPING["mimo_v2_flash"](num_hidden_layers=3, **told)
+    assert layer_windows({**MIMO, **told}, 3) == (0, made.sliding_window, made.sliding_window)
+    assert layer_windows({**MIMO, "sliding_window": 128}, 3) == (0, 128, 128)
+
+
 def test_every_layer_of_qwen3_moe_has_the_window() -> None:
     config = {"model_type": "qwen3_moe", **WINDOWED}
     assert layer_windows(config, 7) == (8,) * 7

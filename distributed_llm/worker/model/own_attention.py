@@ -201,6 +201,28 @@ def _forward_diffllama(
     return module.o_proj(normed.flatten(2)), weights
 
 
+def _forward_jetmoe(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: object,
+) -> tuple[Tensor, None, Tensor]:
+    """Compute JetMoe's attention: each expert of a token has a query for each head of keys."""
+    from transformers.models.jetmoe import modeling_jetmoe
+
+    rotated: Any = modeling_jetmoe.apply_rotary_pos_emb
+    queries, router_logits, topology = module.experts.map(hidden_states)  # [1, tokens, experts, ..]
+    key, value = (
+        states.view(1, states.shape[1], -1, module.head_dim).transpose(1, 2)
+        for states in module.kv_proj(hidden_states).chunk(2, dim=-1)
+    )
+    by_head = queries.unflatten(-1, (-1, module.head_dim)).permute(0, 3, 2, 1, 4)
+    query, key = rotated(by_head.flatten(1, 2), key, *position_embeddings)
+    attended, weights = packed_attention(module, query, key, value, None, scaling=module.scaling)
+    by_expert = attended.view(1, attended.shape[1], key.shape[1], module.top_k, -1).transpose(2, 3)
+    return module.experts.reduce(by_expert.flatten(3), topology), weights, router_logits
+
+
 @functools.cache
 def _slopes(heads: int, device: torch.device) -> Tensor:
     """Return how much the scores of each head grow from one position to the next, float32 [heads].
@@ -234,13 +256,14 @@ _METHODS: dict[str, tuple[str, _Method]] = {
     "MegatronBertSelfAttention": ("forward", _forward_like_bert),
     "RemBertSelfAttention": ("forward", _forward_like_bert),
     "DiffLlamaAttention": ("forward", _forward_diffllama),
+    "JetMoeAttention": ("forward", _forward_jetmoe),
 }
 """By the name of a class of attention modules: the method that is replaced, and by what."""
 
 OWN_ATTENTION = frozenset(
     {
         *("bloom", "codegen", "diffllama", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj"),
-        *("megatron-bert", "mpt", "openai-gpt", "rembert", "xglm"),
+        *("jetmoe", "megatron-bert", "mpt", "openai-gpt", "rembert", "xglm"),
     }
 )
 """Types of models with these classes."""

@@ -26,11 +26,11 @@ class PackedSlice:
 class StateGroup:
     """Slices for which a layer with a state of its own is called together.
 
-    They are of one token each, or it is one slice.
+    They are of one token each and go on from a state, or it is one slice.
 
     Attributes:
         parts: the slices.
-        begun: their states before the step; None: their sequences begin here.
+        begun: their states before the step; None: the sequence begins here.
         made: by layer of the stage, the tensors of the states after the step.
     """
 
@@ -96,7 +96,8 @@ def grouped(
     """
     together: dict[object, list[tuple[PackedSlice, SequenceState | None]]] = {}
     for part, state in zip(slices, states, strict=True):
-        key = part.row if part.num_tokens > 1 else ("going on" if state else "beginning")
+        # What begins is computed in whole pieces of a text, which would take each its memory.
+        key = part.row if part.num_tokens > 1 or state is None else "going on"
         together.setdefault(key, []).append((part, state))
     groups = []
     for both in together.values():

@@ -1,7 +1,8 @@
-"""The scan of Mamba's state space over a chunk that goes on from a state.
+"""The scans of Mamba and Mamba 2 over chunks, as mixers call them by transformers' names.
 
-Transformers' own function begins anew with every chunk. Mixers call it by the name of theirs; the
-state to go on from is told beside their call (`going_on_from`).
+Transformers' function for Mamba begins anew with every chunk; the state to go on from is told
+beside the mixers' call (`going_on_from`). That for Mamba 2 computes a text in pieces of one length,
+and fills up the last one.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ def scan_from_states(of_transformers: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return of_transformers(hidden_states, dt, A, B, C, **kwargs)
         return _scan(state, hidden_states, dt, A, B, C, **kwargs)
+
+    return scan
+
+
+def scan_in_short_pieces(of_transformers: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what computes what Mamba 2's scan does, in pieces no longer than the text."""
+
+    def scan(hidden_states: Tensor, *args: Tensor, chunk_size: int, **kwargs: Any) -> Any:
+        size = min(chunk_size, hidden_states.shape[1])
+        return of_transformers(hidden_states, *args, chunk_size=size, **kwargs)
 
     return scan
 
