@@ -44,6 +44,7 @@ _NO_GQA = {"num_key_value_heads": 4}
 _DECODER = {**_NO_GQA, "is_decoder": True}
 _PER_LAYER = (
     "layer_types",
+    "layers_block_type",
     "no_rope_layers",
     "mlp_layer_types",
     "layer_rope_theta",
@@ -286,6 +287,25 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "attention_window_size": 5,
         "lru_width": 48,
         "logits_soft_cap": 10.0,
+    },
+    "zamba": {
+        **_NO_GQA,
+        "layers_block_type": ["hybrid", "hybrid", "linear_attention"],
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        **_NO_GQA,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        "num_mem_blocks": 1,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+        "use_mem_rope": True,
     },
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},

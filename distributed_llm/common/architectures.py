@@ -147,6 +147,8 @@ VERIFIED: frozenset[str] = frozenset(
         "vaultgemma",
         "xglm",
         "youtu",
+        "zamba",
+        "zamba2",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -163,7 +165,6 @@ _OWN_ATTENTION = (
 _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
-_EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
@@ -195,7 +196,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "xlstm",
         "zaya",
     ),
-    _EMBEDDING_AGAIN: ("zamba", "zamba2"),
     _ENCODER: (
         *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
         *("musicgen", "musicgen_melody"),

@@ -124,9 +124,9 @@ def _short_convolution(config: Config) -> MixerSizes:
 
 
 def _mamba2(config: Config) -> MixerSizes:
-    heads = _size(config, "mamba_n_heads", "mamba_num_heads", "num_heads")
+    heads = _size(config, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
     state = _size(config, "mamba_d_state", "ssm_state_size", "state_size")
-    groups = _size(config, "mamba_n_groups", "n_groups")
+    groups = _size(config, "mamba_n_groups", "mamba_ngroups", "n_groups")
     width = _size(config, "mamba_d_conv", "conv_kernel")
     dim = _told(config, "mamba_head_dim") if "mamba_num_heads" in config else None
     channels = heads * dim if dim else _told(config, "mamba_d_ssm") or _expanded(config)
@@ -169,10 +169,10 @@ def _size(config: Config, *names: str) -> int:
 DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
 """Model types whose state fades by a number per head."""
 
-MAMBA = frozenset({"jamba", "mamba", "falcon_mamba"})
+MAMBA = frozenset({"jamba", "mamba", "falcon_mamba", "zamba"})
 """Model types whose state fades by a number per channel and place."""
 
-MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2"})
+MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2", "zamba2"})
 """Model types whose state fades by a number per head, with a window of all channels."""
 
 _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {

@@ -148,6 +148,11 @@ def _by_default(config: Config, layer: int, num_layers: int) -> str:
             return FULL if layer % period == offset else LINEAR
         case "bamba":
             return FULL if layer in (_numbers(config, "attn_layer_indices") or ()) else LINEAR
+        case "zamba":
+            period = max(1, _whole(config, "attn_layer_period", 6))
+            after = layer - 3
+            periodic = after >= 0 and after % period == _whole(config, "attn_layer_offset", 4)
+            return HYBRID if layer == 2 or periodic else LINEAR
         case "recurrent_gemma":
             blocks = _numbers(config, "block_types") or ["recurrent", "recurrent", "attention"]
             return LINEAR if blocks[layer % len(blocks)] == "recurrent" else SLIDING

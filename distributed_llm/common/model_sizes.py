@@ -50,6 +50,9 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
+_READS_BOTH = frozenset({"zamba", "zamba2"})
+"""Model types whose attention reads hidden states and embedding side by side."""
+
 
 def check_sizes(config: Config) -> None:
     """Raise if a model of this config cannot be.
@@ -169,6 +172,8 @@ def head_sizes(config: Config) -> HeadSizes:
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
+    if config.get("model_type") in _READS_BOTH:
+        dim = int(config.get("attention_head_dim") or 2 * hidden_size(config) // heads)
     if config.get("model_type") == "diffllama":  # two heads of keys and values are kept as one
         return HeadSizes(heads, kv_heads // 2, 2 * dim, 2 * dim)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))

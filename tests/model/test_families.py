@@ -196,7 +196,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     [
         ("llama", {"alibi": True}),
         ("xlstm", {}),
-        ("zamba2", {}),
+        ("rwkv", {}),
         ("t5", {}),
         ("mllama", {}),
         ("gemma", {"part_of": "paligemma"}),

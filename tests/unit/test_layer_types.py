@@ -10,7 +10,7 @@ from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.model_sizes import layer_kv_bytes
 
-ALWAYS_LISTED = {"gpt_neo", "nemotron_h"}
+ALWAYS_LISTED = {"gpt_neo", "nemotron_h", "zamba2"}
 """Types of which no file leaves out the list, under a name of their own or today's."""
 WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5}
 TOLD: dict[str, tuple[str, dict[str, Any]]] = {

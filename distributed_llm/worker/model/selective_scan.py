@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-_begun: ContextVar[Tensor | None] = ContextVar("begun", default=None)
+_begun: ContextVar[Iterator[Tensor] | None] = ContextVar("begun", default=None)
 
 
 @contextmanager
 def going_on_from(state: Tensor | None) -> Iterator[None]:
-    """Have scans in this context go on from a state; None: their sequences begin."""
-    token = _begun.set(state)
+    """Have scans in this context go on from a state; None: their sequences begin.
+
+    Args:
+        state: [sequences, channels, size]; or [sequences, heads, channels, size], if a mixer scans
+            head by head.
+    """
+    by_head = None if state is None else iter(state.unbind(1) if state.dim() == 4 else (state,))
+    token = _begun.set(by_head)
     try:
         yield
     finally:
@@ -33,10 +39,10 @@ def scan_from_states(of_transformers: Callable[..., Any]) -> Callable[..., Any]:
     def scan(
         hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any
     ) -> Any:
-        state = _begun.get()
-        if state is None:
+        states = _begun.get()
+        if states is None:
             return of_transformers(hidden_states, dt, A, B, C, **kwargs)
-        return _scan(state, hidden_states, dt, A, B, C, **kwargs)
+        return _scan(next(states), hidden_states, dt, A, B, C, **kwargs)
 
     return scan
 
