@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from tests.mixtures import (
+    DENSE_FIRST,
     EXPERTS,
     LATENT,
     MIXED,
@@ -240,6 +241,19 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 24,
         **EXPERTS,
+    },
+    "bailing_hybrid": {
+        **LATENT,
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+        "layer_group_size": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": DENSE_FIRST,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_token": 3,
+        "num_expert_group": 4,
+        "topk_group": 2,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {

@@ -21,6 +21,7 @@ VERIFIED: frozenset[str] = frozenset(
         "aria_text",
         "axk1",
         "axk2",
+        "bailing_hybrid",
         "bamba",
         "beam",
         "bert",
@@ -190,7 +191,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "xlm",
     ),
     _OWN_STATE: (
-        "bailing_hybrid",
         "qwen4_exp_text",
         "rwkv",
         "xlstm",

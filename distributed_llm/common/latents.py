@@ -11,6 +11,7 @@ KEEPS_LATENTS: frozenset[str] = frozenset(
     {
         "axk1",
         "axk2",
+        "bailing_hybrid",
         "deepseek_v2",
         "deepseek_v3",
         "deepseek_v32",

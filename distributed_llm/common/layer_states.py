@@ -114,6 +114,12 @@ def _kimi_delta(config: Config) -> MixerSizes:
     return MixerSizes(3 * heads * dim * width, heads, dim, dim)
 
 
+def _bailing_delta(config: Config) -> MixerSizes:
+    heads, dim = _size(config, "num_attention_heads"), _told(config, "head_dim") or 128
+    width = _told(config, "short_conv_kernel_size") or 4
+    return MixerSizes(3 * heads * dim * width, heads, dim, dim)
+
+
 def _linear_attention(config: Config) -> Mapping[str, Any]:
     told = config.get("linear_attn_config")
     return told if isinstance(told, Mapping) else {}
@@ -178,6 +184,7 @@ MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mam
 _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     **dict.fromkeys(DELTA_NETS, _delta_net),
     "kimi_linear": _kimi_delta,
+    "bailing_hybrid": _bailing_delta,
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _short_convolution),
     **dict.fromkeys(MAMBA2, _mamba2),
     **dict.fromkeys(MAMBA, _mamba),

@@ -68,6 +68,7 @@ _ALL_BUT_EVERY: Mapping[str, _Every] = {
         _Every(4, "full_attention_interval", LINEAR),
     ),
     "kimi_linear": _Every(4, others=LINEAR, first=4),
+    "bailing_hybrid": _Every(6, "layer_group_size", LINEAR),
     "minimax": _Every(2, others=LINEAR, first=0),
 }
 

@@ -71,7 +71,9 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             numbers = 3 * heads * piece + 5 * keys + 10 * values
         case kind if kind in DELTA_NETS:
             piece, numbers = _PIECE, 2 * heads * _PIECE + 7 * keys + 8 * values
-        case "kimi_linear":  # fades by a number per key, so products of keys cannot be shared
+        case (
+            "kimi_linear" | "bailing_hybrid"
+        ):  # fades by a number per key, so products of keys cannot be shared
             piece, numbers = _PIECE, (3 * _PIECE + 12) * keys
         case "recurrent_gemma":
             return tokens * values * _RECURRENT_COPIES * item_bytes

@@ -14,7 +14,10 @@ from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
-_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+_CONTEXTS = (
+    *("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
+    "model_max_length",
+)
 """Names of the context."""
 
 _ALIBI_CONTEXT = 2048

@@ -159,12 +159,13 @@ def _mlp_width(config: Config, hidden: int) -> int:
     activation = config.get("hidden_act", config.get("activation_function"))
     in_steps = activation in _IN_STEPS or config.get("swiglu_limit") is not None
     held = _MLP_IN_STEPS if in_steps else _MLP
-    chosen = _size(config, "num_experts_per_tok")
+    chosen = _size(config, "num_experts_per_tok") or _size(config, "num_experts_per_token")
     if not chosen:
         return held * dense
     expert = _size(config, "moe_intermediate_size") or dense
     shared = _size(config, "shared_expert_intermediate_size")
-    shared = shared or _size(config, "n_shared_experts") * expert
+    shared_experts = _size(config, "n_shared_experts") or _size(config, "num_shared_experts")
+    shared = shared or shared_experts * expert
     return max(held * dense, chosen * (held * expert + 4 * hidden) + held * shared)
 
 
