@@ -43,6 +43,8 @@ _COMMON: Mapping[str, Any] = {
 }
 _NO_GQA = {"num_key_value_heads": 4}
 _DECODER = {**_NO_GQA, "is_decoder": True}
+_COUNTED = {"longcat_flash": 2}
+"""As how many hidden layers transformers counts a layer of these families."""
 _PER_LAYER = (
     "layer_types",
     "layers_block_type",
@@ -369,7 +371,8 @@ def build_model(
 
 def config_of(family: str, *, num_layers: int = 4, **settings: Any) -> Any:
     """Return the configuration of a small model, of the class that transformers has for it."""
-    values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
+    counted = num_layers * _COUNTED.get(family, 1)
+    values = {**_COMMON, "num_hidden_layers": counted, **FAMILIES.get(family, {}), **settings}
     for name in _PER_LAYER:
         if name in values:
             repeated = values[name] * num_layers

@@ -102,6 +102,7 @@ VERIFIED: frozenset[str] = frozenset(
         "mimo_v2_flash",
         "minicpm3",
         "llama4_text",
+        "longcat_flash",
         "mamba",
         "mamba2",
         "minimax",
@@ -169,7 +170,6 @@ _OWN_STATE = (
 _ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
-_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
 _LOOPS = "its layers run several times for each token"
 _BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
 _POSITIONS = (
@@ -204,7 +204,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
-    _TWICE: ("longcat_flash",),
     _LOOPS: ("hrm_text",),
     _BYTES: ("blt",),
     _POSITIONS: (

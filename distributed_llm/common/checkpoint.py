@@ -20,6 +20,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.fingerprints import fingerprints_of
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
+from distributed_llm.common.idle_experts import is_of_idle_expert
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
@@ -238,6 +239,8 @@ class Checkpoint:
             return True
         if self.block_of(name) not in (None, self.block_sources[layer]):
             return True  # the same as the weights of its source
+        if is_of_idle_expert(self.config, name):
+            return True
         return self._lenders[layer] is not None and bool(_KV_NAME.search(match["rest"]))
 
     @cached_property

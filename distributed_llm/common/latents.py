@@ -18,6 +18,7 @@ KEEPS_LATENTS: frozenset[str] = frozenset(
         "glm4_moe_lite",
         "glm_moe_dsa",
         "kimi_linear",
+        "longcat_flash",
         "minicpm3",
         "mistral4",
         "youtu",

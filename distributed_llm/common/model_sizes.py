@@ -53,6 +53,9 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
+_TWICE = frozenset({"longcat_flash"})
+"""Model types whose layers attend twice."""
+
 _READS_BOTH = frozenset({"zamba", "zamba2"})
 """Model types whose attention reads hidden states and embedding side by side."""
 
@@ -81,11 +84,18 @@ def check_sizes(config: Config) -> None:
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers."""
+    if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
+        return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
         if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
             return len(listed)
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
+
+
+def attentions_per_layer(config: Config) -> int:
+    """Return how many times a layer attends, each time to keys and values of their own."""
+    return 2 if config.get("model_type") in _TWICE else 1
 
 
 def hidden_size(config: Config) -> int:
@@ -135,7 +145,7 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
         dims = (heads.key_dim + index_dims[layer], heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
-        sizes.append(one if lender is None else 0)
+        sizes.append(one * attentions_per_layer(config) if lender is None else 0)
     return tuple(sizes)
 
 

@@ -160,9 +160,11 @@ def _mlp_width(config: Config, hidden: int) -> int:
     in_steps = activation in _IN_STEPS or config.get("swiglu_limit") is not None
     held = _MLP_IN_STEPS if in_steps else _MLP
     chosen = _size(config, "num_experts_per_tok") or _size(config, "num_experts_per_token")
+    chosen = chosen or _size(config, "moe_topk")
     if not chosen:
         return held * dense
-    expert = _size(config, "moe_intermediate_size") or dense
+    expert = _size(config, "moe_intermediate_size") or _size(config, "expert_ffn_hidden_size")
+    expert = expert or dense
     shared = _size(config, "shared_expert_intermediate_size")
     shared_experts = _size(config, "n_shared_experts") or _size(config, "num_shared_experts")
     shared = shared or shared_experts * expert

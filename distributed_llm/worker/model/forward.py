@@ -26,6 +26,7 @@ class Forward:
         device: to compute on.
         dtype: to compute in.
         keeps_kv: whether each of the layers appends keys and values in every step.
+        attentions: how many times it does so.
         keeps_state: whether each of them makes a new state of its own.
 
     Attributes:
@@ -40,6 +41,7 @@ class Forward:
         dtype: torch.dtype,
         *,
         keeps_kv: Sequence[bool],
+        attentions: int,
         keeps_state: Sequence[bool],
     ) -> None:
         self._model = stage_model.model
@@ -47,7 +49,7 @@ class Forward:
         self._device = device
         self._dtype = dtype
         self._streams = getattr(stage_model.model.config, "altup_num_inputs", 1)
-        self._appending = [int(keeps) for keeps in keeps_kv]
+        self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
         self._hooks = LayerHooks(
@@ -60,7 +62,7 @@ class Forward:
         record_layers(
             stage_model.layers,
             [
-                kv and not state and self._calls_attention_plainly()
+                kv and not state and attentions == 1 and self._calls_attention_plainly()
                 for kv, state in zip(keeps_kv, keeps_state, strict=True)
             ],
             *(device, dtype),
@@ -112,8 +114,8 @@ class Forward:
                 model's last hidden states, to be taken from `sums`.
 
         Raises:
-            StageError: a layer did not call its attention exactly once, or did not make exactly one
-                new state if it keeps any.
+            StageError: a layer did not call each attention exactly once, or did not make exactly
+                one new state if it keeps any.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {

@@ -49,7 +49,8 @@ class PackedStep:
 
     Attributes:
         cache: the KV cache of the stage.
-        first_layer: number of the stage's first layer in the whole model.
+        first_layer: number of the stage's first layer in the whole model, as its modules count:
+            layers that attend twice count as two.
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has called its attention.
         coarse: layers of which products would round the scores too much; kept from step to step.
@@ -72,8 +73,8 @@ class PackedStep:
     coarse: set[int] = field(default_factory=set)
     groups: tuple[StateGroup, ...] = ()
     updated: list[int] = field(default_factory=list)
-    sections: tuple[int, ...] = ()
-    lenders: tuple[int | None, ...] = ()
+    sections: Sequence[int] = ()
+    lenders: Sequence[int | None] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)

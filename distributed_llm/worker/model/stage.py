@@ -12,6 +12,7 @@ from distributed_llm.common.layer_sharing import lenders_within
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
+from distributed_llm.common.model_sizes import attentions_per_layer
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -69,7 +70,8 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
-        self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
+        self._attentions = attentions_per_layer(checkpoint.config)
+        self._cache = KVCache(len(layers) * self._attentions, kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
@@ -83,6 +85,7 @@ class Stage:
             device,
             dtype,
             keeps_kv=keeps_kv(checkpoint.config)[own],
+            attentions=self._attentions,
             keeps_state=[nbytes > 0 for nbytes in of_states],
         )
         self._results = StepResults(
@@ -339,7 +342,7 @@ class Stage:
             ValueError: the stage does not have these layers.
         """
         self._refuse_states()
-        return KVExporter(self._cache, self.layers, layers)
+        return KVExporter(self._cache, self._places(self.layers), self._places(layers))
 
     def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
         """Return an importer that collects KV cache of these layers for `assemble_kv`.
@@ -353,10 +356,10 @@ class Stage:
             ValueError: the stage does not have these layers.
         """
         self._refuse_states()
-        start = self.layers.start
-        if layers.start < start or layers.stop > self.layers.stop:
+        if layers.start < self.layers.start or layers.stop > self.layers.stop:
             raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
-        numbers = [n for n in range(layers.start, layers.stop) if self._cache.knows(n - start)]
+        wanted, start = self._places(layers), self._places(self.layers).start
+        numbers = [n for n in range(wanted.start, wanted.stop) if self._cache.knows(n - start)]
         layouts = {n: self._cache.layout(n - start) for n in numbers}
         windowed = [n for n in numbers if self._cache.windows[n - start]]
         return KVImporter(layouts, max_bytes, windowed)
@@ -380,7 +383,12 @@ class Stage:
             ValueError: this stage holds sequences already.
         """
         self._refuse_states()
-        assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
+        own = (donor._cache, self._places(donor.layers)) if donor else None
+        assemble(self._cache, self._places(self.layers), own, imports)
+
+    def _places(self, layers: LayerRange) -> LayerRange:
+        """Return where the KV cache has these layers: each attention of a layer has one place."""
+        return LayerRange(layers.start * self._attentions, layers.stop * self._attentions)
 
     def _refuse_states(self) -> None:
         if self.state_bytes:
@@ -406,7 +414,7 @@ class Stage:
             step = self._begin([one], token_ids)
             self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
-        self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
+        self._cache.windows = [step.windows.get(place, 0) for place in range(len(step.appended))]
         (group,) = step.groups
         measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
         if measured != list(of_states):
@@ -453,12 +461,12 @@ class Stage:
         num_layers = len(self.layers)
         return PackedStep(
             self._cache,
-            self.layers.start,
+            self._places(self.layers).start,
             tuple(slices),
-            [0] * num_layers,
+            [0] * (num_layers * self._attentions),
             self._coarse_layers,
             grouped(slices, begun, num_layers),
             [0] * num_layers,
-            self._sections,
-            self._lenders,
+            [one for one in self._sections for _ in range(self._attentions)],
+            [one for one in self._lenders for _ in range(self._attentions)],
         )

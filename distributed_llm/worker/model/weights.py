@@ -21,6 +21,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.model_sizes import attentions_per_layer
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
@@ -161,7 +162,7 @@ def load_stage_model(
             if number in on_disk:
                 move_to_disk(own[-1], offload_folder())
         loader.load_outer(entries.get(None, []), matrices, cut)
-    _cut_config(model.config, checkpoint.num_layers, layers)
+    _cut_config(checkpoint, model.config, layers)
     if not (layers.start == 0 or checkpoint.embeds_everywhere):
         _drop_tied_embedding(model, device)
     pack_linear_layers(model)
@@ -278,12 +279,13 @@ def _path_of_layers(model: PreTrainedModel, num_layers: int) -> str:
     return str(min(paths, key=lambda path: path.count(".")))
 
 
-def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -> None:
+def _cut_config(checkpoint: Checkpoint, config: PretrainedConfig, layers: LayerRange) -> None:
     """Reduce the configuration to these layers; the model's forward takes their number from it."""
+    num_layers, attentions = checkpoint.num_layers, attentions_per_layer(checkpoint.config)
     for name, value in list(vars(config).items()):
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, value[layers.start : layers.stop])
-    config.num_hidden_layers = len(layers)
+    config.num_hidden_layers = len(layers) * attentions
 
 
 def _drop_unneeded(
