@@ -7,6 +7,7 @@ a small random model of that type, whole and split.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
@@ -167,7 +168,7 @@ _OWN_ATTENTION = (
 _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
-_ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
+_ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _LOOPS = "its layers run several times for each token"
@@ -196,10 +197,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "xlstm",
         "zaya",
     ),
-    _ENCODER: (
-        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
-        *("musicgen", "musicgen_melody"),
-    ),
+    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
@@ -273,8 +271,12 @@ def _transformers_has(model_type: str) -> bool:
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") and not is_encoder_decoder(config):
         yield _ENCODER
+    if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
+        yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
+        yield "its encoder and its decoder have hidden states of different sizes"
     if config.get("alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -295,6 +297,13 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
         yield "its attention picks some of the positions of a long text"
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
+    for part in ("encoder", "decoder"):
+        if isinstance(own := config.get(part), Mapping):
+            yield own.get("hidden_size")
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:

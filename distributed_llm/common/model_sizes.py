@@ -3,6 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.encoder_decoders import (
+    decoder_layers,
+    encoder_layers,
+    is_encoder_decoder,
+    of_decoder,
+)
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
@@ -68,6 +74,7 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
     counts = config.get("model_type") == "gemma4_text" and per_layer_width(config)
@@ -83,7 +90,9 @@ def check_sizes(config: Config) -> None:
 
 
 def num_layers(config: Config) -> int:
-    """Return the number of transformer layers."""
+    """Return the number of transformer layers; of an encoder-decoder, of both stacks."""
+    if is_encoder_decoder(config):
+        return encoder_layers(config) + decoder_layers(config)
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
@@ -100,7 +109,7 @@ def attentions_per_layer(config: Config) -> int:
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(config, "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
 
 
 def streams(config: Config) -> int:
@@ -115,12 +124,14 @@ def context_length(config: Config, *, attends: bool = True) -> int:
 
     Scaled rotary positions reach `factor` times as far as the model was first trained, and many
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
-    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
+    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts. Of an
+    encoder-decoder, source and answer may have so many each.
 
     Args:
         config: the content of config.json.
         attends: whether any layer is attention; without it, a state takes up any number.
     """
+    config = of_decoder(config)
     if not any(name in config for name in _CONTEXTS):
         return _ALIBI_CONTEXT if attends else _CONTEXT_OF_STATES
     unscaled = positive(config, *_CONTEXTS)
@@ -136,6 +147,10 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    if is_encoder_decoder(config):
+        dims = (usual.key_dim, usual.value_dim)
+        one = usual.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        return (0,) * encoder_layers(config) + (one,) * decoder_layers(config)
     if keeps_latents(config):
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
@@ -177,6 +192,7 @@ def head_sizes(config: Config) -> HeadSizes:
         kv_heads = positive(config, "num_key_value_heads")
         heads = kv_heads * positive(config, "num_experts_per_tok")
         return HeadSizes(heads, kv_heads, *[positive(config, "kv_channels")] * 2)
+    config = of_decoder(config)
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")

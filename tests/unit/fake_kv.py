@@ -159,7 +159,9 @@ def assemble_kv(
         KVTransferError: not all is here. Nothing was touched.
     """
     assert not stage.kv, "it holds something already"
-    numbers = range(stage.layers.start, stage.layers.stop)
+    numbers = range(max(stage.layers.start, stage.encoder_layers), stage.layers.stop)
+    if not numbers:
+        return
     own = [n for n in numbers if donor and donor.layers.start <= n < donor.layers.stop]
     sources = {n: imports[r] for r in imports for n in range(r.start, r.stop) if n not in own}
     manifests = [manifest_of(donor)] if donor and own else []
@@ -175,7 +177,8 @@ def assemble_kv(
         raise KVTransferError(f"nobody sent layers {orphans}")
     columns: dict[int, list[list[int]]] = {}
     for sequence_id, length in lengths.items():
-        columns[sequence_id] = [
+        nothing = [[0] * length] * (numbers.start - stage.layers.start)
+        columns[sequence_id] = nothing + [
             _column(donor if n in own else sources[n], sequence_id, n)[:length] for n in numbers
         ]
         if any(len(column) < length for column in columns[sequence_id]):

@@ -47,6 +47,7 @@ from tests.unit.fake_model import (
     MODEL,
     NUM_LAYERS,
     POISON,
+    with_sources,
     with_states,
     with_workspace,
 )
@@ -208,7 +209,10 @@ class Cluster:
             trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
+            encoders = self.model.cost.encoder_layers
+            whole = Answer(
+                tuple(prompt), params, grammar=grammar, encoder_layers=encoders
+            ).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params, grammar)
@@ -417,6 +421,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
         causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
+    if answer.embeds and answer.encoder_layers:
+        causes.add("invalid_request")
     if num_errors >= 2:
         causes.add("stage_error")
     assert answer.code in causes, answer.end
@@ -521,6 +527,15 @@ class StatefulCluster(MovingCluster):
         """Also count the tokens that were shared instead of computed."""
         super().finish()
         self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
+
+
+class SourcesCluster(MovingCluster):
+    """An encoder reads prompts, and layers move."""
+
+    model = with_workspace(with_sources(MODEL))
+    max_examples = 16
+    least_moves = 2
+    num_moves: ClassVar[list[int]] = []
 
 
 class MovingTwins(MovingCluster):
@@ -676,6 +691,7 @@ class FailingMoves(FailingLoads, MovingCluster):
         TwinCluster,
         MovingCluster,
         StatefulCluster,
+        SourcesCluster,
         MovingTwins,
         AutoCluster,
         AutoTwins,

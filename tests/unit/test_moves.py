@@ -85,6 +85,18 @@ def test_copying_may_cost_a_second_more_than_computing_again(rate: float, copies
     assert price(parts).copies == copies
 
 
+def test_an_encoder_needs_no_room_beside_its_layers() -> None:
+    """For 40 positions there are bytes left on c; it keeps none, so that all others stay."""
+    cost = replace(COST, layer_kv_bytes=(0, 0, 1, 1, 1, 1), encoder_layers=2)
+    just = cost.weight_bytes(LayerRange(0, 2)) + 40
+    parts = Parts({"a": 10_000, "b": 10_000, "c": just}, cost)
+    pipeline = parts.serve(("a", 0, 2), ("b", 2, 6))
+    parts.ask(pipeline, 100)
+    found = price(parts, ("c", 0, 2), ("b", 2, 6))
+    assert found.kv_tokens == pipeline.kv_tokens > 100
+    assert found.copy_s == 0.0
+
+
 def test_the_stage_that_takes_longest_tells_how_long_it_is_computed_again() -> None:
     """There is no room for both, so that all is loaded anew; 256 positions are two chunks."""
     parts = moving(memory=4400, prompt=200)

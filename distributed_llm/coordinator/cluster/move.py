@@ -149,7 +149,9 @@ class Move:
         self.reason = reason
         self.copies = price.copies
         self.copied_bytes = 0
-        self.transfers = transfers_between(old.stages, new.stages) if self.copies else []
+        self.transfers = (
+            transfers_between(old.stages, new.stages, old.encoder_layers) if self.copies else []
+        )
         self.began_at = now
         self.paused_at: float | None = None
         self.state = MOVE_STATES.initial

@@ -88,9 +88,10 @@ class MovePrices:
             layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
             kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
             left_bytes = rooms[stage.worker] - own_bytes - added
-            room = min(room, left_bytes // max(1, kv_bytes))
+            if kv_bytes or left_bytes < 0 or not cost.encoder_layers:  # an encoder keeps nothing
+                room = min(room, left_bytes // max(1, kv_bytes))
         room -= room % KV_BLOCK
-        transfers = transfers_between(old.stages, stages)
+        transfers = transfers_between(old.stages, stages, cost.encoder_layers)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
         most = max((cost.kv_bytes(transfer.layers) for transfer in transfers), default=0)
         token_s = most / self._copy_bytes_per_s
@@ -149,12 +150,12 @@ def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -
     layers = set(_numbers(after)) - set(_numbers(before))
     first = after.start == 0 and before.start != 0
     last = after.stop == size and before.stop != size
-    has_shared = before.start == 0 or before.stop == size
+    shared = cost.shares(after) and not cost.shares(before)
     return (
         sum(cost.layer_bytes[layer] for layer in layers)
         + cost.first_bytes * first
         + cost.last_bytes * last
-        + cost.shared_bytes * ((first or last) and not has_shared)
+        + cost.shared_bytes * shared
     )
 
 

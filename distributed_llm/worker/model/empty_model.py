@@ -9,12 +9,14 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from distributed_llm.common import model_sizes
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS, is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
@@ -24,6 +26,8 @@ from distributed_llm.worker.model.fixed_rope import fix_rope
 from distributed_llm.worker.model.idle_experts import leave_out_idle_experts
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
+from distributed_llm.worker.model.stacks.attention import STACK_ATTENTION
+from distributed_llm.worker.model.stacks.joined import join_stacks
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
 
@@ -54,10 +58,11 @@ def model_config(config: Mapping[str, Any], context_length: int | None = None) -
             "model: code that comes with checkpoints is never run."
         )
     kind = CONFIG_MAPPING[model_type]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and model_type not in WITHOUT_HEAD:
+    heads = (kind in MODEL_FOR_CAUSAL_LM_MAPPING, model_type in WITHOUT_HEAD)
+    if not any((*heads, is_encoder_decoder(config))):
         raise UnsupportedModel(
-            f"The model type {model_type!r} is no decoder language model. Use one that generates "
-            "text, such as llama, qwen3 or mistral."
+            f"The model type {model_type!r} is no language model that is known. Use one that "
+            "generates text, such as llama, qwen3 or mistral."
         )
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
     left_out = {*QUANTIZATION_NAMES, PART_OF}
@@ -103,7 +108,10 @@ def _no_model(model_type: str) -> CheckpointError:
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
     """Return a model of this configuration, with weights as transformers initialises them."""
     of_config: Any = type(config)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
+    if config.model_type in ENCODER_DECODERS:
+        kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[of_config]
+    else:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     leave_out_idle_experts(model)
     return model
@@ -140,9 +148,10 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = model_config(checkpoint.config, checkpoint.context_length)
     replaced = config.model_type in OWN_ATTENTION
+    stacks = config.model_type in ENCODER_DECODERS
     try:
         with torch.device("meta"):
-            kind = "eager" if replaced else ATTENTION_NAME
+            kind = "eager" if replaced else STACK_ATTENTION if stacks else ATTENTION_NAME
             model = new_model(config, dtype, attn_implementation=kind)
     except ValueError as exc:
         raise UnsupportedModel(
@@ -153,6 +162,8 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         raise _no_model(checkpoint.model_type) from exc
     if replaced:
         use_packed_attention(model)
+    if stacks:
+        join_stacks(model)
     tell_positions(model)
     tell_of_sorted_experts(model)
     return model

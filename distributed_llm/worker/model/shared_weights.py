@@ -114,9 +114,8 @@ class SharedModules:
         if self._cut.applies_to(name):
             return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
-            everywhere = self._checkpoint.embeds_everywhere
-            alike = everywhere or (held.start == 0) == (self._layers.start == 0)
-            return self._is_last(held) and alike
+            embeds = self._checkpoint.embeds
+            return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

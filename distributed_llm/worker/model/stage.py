@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import lenders_within
@@ -31,6 +33,7 @@ from distributed_llm.worker.model.failures import (
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.step_results import StageOutput, StepResults
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
@@ -66,7 +69,8 @@ class Stage:
         self.layers = layers
         self._held = stage_model
         self._last = layers.stop == checkpoint.num_layers
-        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
+        encoders = encoder_layers(checkpoint.config)
+        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size, encoders)
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
@@ -79,15 +83,21 @@ class Stage:
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
-        self._forward = Forward(
-            stage_model,
-            checkpoint.num_layers,
-            device,
-            dtype,
-            keeps_kv=keeps_kv(checkpoint.config)[own],
-            attentions=self._attentions,
-            keeps_state=[nbytes > 0 for nbytes in of_states],
-        )
+        self._forward: Forward | StackForward
+        if encoders:
+            self._forward = StackForward(
+                stage_model, checkpoint.num_layers, encoders, device, dtype
+            )
+        else:
+            self._forward = Forward(
+                stage_model,
+                checkpoint.num_layers,
+                device,
+                dtype,
+                keeps_kv=keeps_kv(checkpoint.config)[own],
+                attentions=self._attentions,
+                keeps_state=[nbytes > 0 for nbytes in of_states],
+            )
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
@@ -302,6 +312,8 @@ class Stage:
             )
         made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
         self._held_sequences.commit(sequences, made)
+        if self.layers.stop <= self.inputs.encoder_layers:  # nothing is kept of sources
+            self._held_sequences.free([part.sequence_id for part in sequences])
         return output
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:
@@ -383,7 +395,11 @@ class Stage:
             ValueError: this stage holds sequences already.
         """
         self._refuse_states()
-        own = (donor._cache, self._places(donor.layers)) if donor else None
+        if self.layers.stop <= self.inputs.encoder_layers:
+            return  # nothing is kept of sources
+        own = None
+        if donor and donor.layers.stop > self.inputs.encoder_layers:
+            own = donor._cache, self._places(donor.layers)
         assemble(self._cache, self._places(self.layers), own, imports)
 
     def _places(self, layers: LayerRange) -> LayerRange:
@@ -408,11 +424,18 @@ class Stage:
         Raises:
             StageError: a layer's state takes others.
         """
-        token_ids, hidden_states = self.inputs.made_up(1)
-        for _ in range(2):
-            one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
-            step = self._begin([one], token_ids)
-            self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
+        encoders = self.inputs.encoder_layers
+        one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1, source=int(bool(encoders)))
+        steps = [one, one]
+        if encoders and self.layers.stop > encoders:
+            steps.append(msgspec.structs.replace(one, start=1))
+        for part in steps:
+            source = part.is_source
+            token_ids, hidden_states = self.inputs.made_up(1, source=source)
+            step = self._begin([part], token_ids)
+            rows = [0] if self._last and not source else []
+            self._forward.run(step, token_ids, hidden_states, rows)
+            self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(place, 0) for place in range(len(step.appended))]
         (group,) = step.groups
@@ -455,7 +478,9 @@ class Stage:
         for part in sequences:
             stop = row + part.num_tokens
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
-            slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
+            slices.append(
+                PackedSlice(part.sequence_id, part.start, row, part.num_tokens, part.source)
+            )
             row = stop
         begun = [self._held_sequences.state_at(s.sequence_id, s.start) for s in slices]
         num_layers = len(self.layers)
