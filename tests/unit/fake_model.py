@@ -330,6 +330,7 @@ class FakeSequence:
     Attributes:
         latest: positions after which it was computed last, and `before` that: where a stage that
             keeps states can go on, beside `snapshots`.
+        kept_states: what it goes on from there, by layer.
     """
 
     states: list[list[int]] = field(default_factory=list)
@@ -340,6 +341,7 @@ class FakeSequence:
     latest: int = 0
     before: int = 0
     snapshots: set[int] = field(default_factory=set)
+    kept_states: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def kept(self) -> set[int]:
@@ -443,6 +445,11 @@ class FakeStage:
         return specs, answer
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether its layers keep states, from which alone it goes on."""
+        return self._state_tokens > 0
+
+    @property
     def memory_tokens(self) -> float:
         """Positions in all layers that take as much as a real stage would have allocated."""
         buffers = {buffer: None for held in self.kv.values() for buffer in held.buffers}
@@ -529,7 +536,9 @@ class FakeStage:
                 held.tokens = parent.tokens[: part.prefix.length]
                 held.seen_from = parent.seen_from
                 held.latest = held.before = part.prefix.length
-                held.snapshots = {part.prefix.length} if self._state_tokens else set()
+                if self._state_tokens:
+                    held.snapshots = {part.prefix.length}
+                    held.kept_states = {part.prefix.length: parent.kept_states[part.prefix.length]}
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
@@ -541,8 +550,10 @@ class FakeStage:
         del held.tokens[part.start :]
         if part.is_source:
             self._encode(rows)
+        begun = [held.kept_states[part.start]] if self._state_tokens and part.start else []
         for row in rows:
-            before = held.states[-1] if held.states else [0] * len(self.layers)
+            before = [[0] * len(self.layers), *held.states[-1:], *begun].pop()
+            begun.clear()
             states = []
             for layer, state in zip(
                 range(self.layers.start, self.layers.stop), before, strict=True
@@ -560,6 +571,9 @@ class FakeStage:
         if part.snapshot:
             assert self._state_tokens, "there is nothing to keep"
             held.snapshots.add(held.latest)
+        if self._state_tokens:
+            held.kept_states[held.latest] = held.states[-1]
+            held.kept_states = {at: held.kept_states[at] for at in held.kept if at}
         self._allocate(part.sequence_id, part.start)
 
     def _encode(self, rows: list[list[int]]) -> None:

@@ -198,10 +198,14 @@ class HandOver(Message, frozen=True, kw_only=True, tag="hand_over"):
     Attributes:
         first_step: the first step that the served epoch will run if the move is undone. Its task
             may come from another worker before `UndoMove` comes, and says the same.
+        set_back: sequences of which the latest step was abandoned, so that some stages are to go on
+            from where it began. Of others, layers with a state of their own need only the latest
+            one and snapshots.
     """
 
     epoch: Epoch
     first_step: StepNumber
+    set_back: SequenceIds = ()
 
 
 class UndoMove(Message, frozen=True, kw_only=True, tag="undo_move"):

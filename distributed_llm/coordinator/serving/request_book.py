@@ -170,6 +170,12 @@ class RequestBook:
         wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
+        if embeds and self._defaults.decoder_start:
+            none = InvalidRequest(
+                "This model is an encoder-decoder, and encoder-decoders have no embeddings here. "
+                "Use a model with a decoder alone."
+            )
+            return self.refuse(peer, message.request_id, none)
         try:
             payload, grammar = split(message, frames)
         except InvalidRequest as exc:

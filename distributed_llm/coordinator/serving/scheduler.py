@@ -33,6 +33,7 @@ from distributed_llm.coordinator.serving.followers import Followers
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.prefix_index import common_prefix
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
+from distributed_llm.coordinator.serving.state_counts import StateCounts
 from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64
@@ -120,6 +121,16 @@ class Scheduler:
     def kv_tokens_cached(self) -> int:
         """Positions of KV cache that prefixes of ended sequences take."""
         return self._ledger.cached_tokens
+
+    @property
+    def states(self) -> StateCounts:
+        """How many states its sequences keep, where layers have one of their own."""
+        return self._ledger.states
+
+    @property
+    def were_set_back(self) -> list[SequenceId]:
+        """Sequences of which some stages are to go on from where the latest step began."""
+        return self._ledger.were_set_back
 
     def take_freed(self) -> list[SequenceId]:
         """Return the sequences that every stage is to free, and forget them."""
@@ -557,8 +568,8 @@ class Scheduler:
                 answer.num_in_flight -= 1
                 answer.num_scheduled_tokens = answer.num_computed_tokens
                 answer.sampling_sent = False
-                if self._windows.state:
-                    self._ledger.set_back(part.sequence_id, answer.num_computed_tokens)
+            if self._windows.state:
+                self._ledger.set_back(part.sequence_id, part.start)
             self._step_ended(part.sequence_id)
 
     def _step_ended(self, sequence_id: SequenceId) -> None:

@@ -1,6 +1,6 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -19,12 +19,10 @@ from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.common.wording import layers_text
-from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
-from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
-from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
+from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
+from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
@@ -79,7 +77,7 @@ class Stage:
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
-        self._held_sequences = HeldSequences(self._cache, of_states)
+        self._held_sequences = HeldSequences(self._cache, of_states, self._attentions)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
@@ -342,41 +340,35 @@ class Stage:
         """
         return [*self._held.tensors(), *self._held_sequences.tensors]
 
-    def kv_manifest(self) -> KVManifest:
-        """Return a description of the KV cache's content; not to be called in a step."""
-        return self._cache.manifest()
+    def kv_manifest(self, set_back: Collection[SequenceId] = ()) -> KVManifest:
+        """Return a description of KV cache and states; not to be called in a step.
 
-    def export_kv(self, layers: LayerRange) -> KVExporter:
-        """Return an exporter of the KV cache of these layers; steps may go on.
+        Args:
+            set_back: see `HeldExporter.next_chunk`.
+        """
+        return self._held_sequences.manifest(set_back)
+
+    def export_kv(self, layers: LayerRange) -> HeldExporter:
+        """Return an exporter of the KV cache and states of these layers; steps may go on.
 
         Raises:
-            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
-        self._refuse_states()
-        return KVExporter(self._cache, self._places(self.layers), self._places(layers))
+        return self._held_sequences.exporter(self.layers, layers)
 
-    def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
-        """Return an importer that collects KV cache of these layers for `assemble_kv`.
+    def import_kv(self, layers: LayerRange, max_bytes: int) -> HeldImporter:
+        """Return an importer of KV cache and states of these layers for `assemble_kv`.
 
         Args:
             layers: some of this stage's.
             max_bytes: of memory for the importer.
 
         Raises:
-            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
-        self._refuse_states()
-        if layers.start < self.layers.start or layers.stop > self.layers.stop:
-            raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
-        wanted, start = self._places(layers), self._places(self.layers).start
-        numbers = [n for n in range(wanted.start, wanted.stop) if self._cache.knows(n - start)]
-        layouts = {n: self._cache.layout(n - start) for n in numbers}
-        windowed = [n for n in numbers if self._cache.windows[n - start]]
-        return KVImporter(layouts, max_bytes, windowed)
+        return self._held_sequences.importer(self.layers, layers, max_bytes)
 
-    def assemble_kv(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
+    def assemble_kv(self, donor: "Stage | None", imports: Sequence[HeldImporter] = ()) -> None:
         """Fill this stage's empty KV cache from other stages, between two steps of the pipeline.
 
         Afterwards the stage holds what all sources have in common of each sequence; tasks that
@@ -390,28 +382,15 @@ class Stage:
 
         Raises:
             KVIncomplete: positions have not arrived; nothing was changed.
-            KVTransferError: a layer has no source, or some of this stage's layers have a state of
-                their own; nothing was changed.
+            KVTransferError: a layer has no source, or states have not arrived; nothing was changed.
             ValueError: this stage holds sequences already.
         """
-        self._refuse_states()
         if self.layers.stop <= self.inputs.encoder_layers:
             return  # nothing is kept of sources
         own = None
         if donor and donor.layers.stop > self.inputs.encoder_layers:
-            own = donor._cache, self._places(donor.layers)
-        assemble(self._cache, self._places(self.layers), own, imports)
-
-    def _places(self, layers: LayerRange) -> LayerRange:
-        """Return where the KV cache has these layers: each attention of a layer has one place."""
-        return LayerRange(layers.start * self._attentions, layers.stop * self._attentions)
-
-    def _refuse_states(self) -> None:
-        if self.state_bytes:
-            raise KVTransferError(
-                f"some of {layers_text(self.layers)} have a state of their own beside keys and "
-                "values, which is not sent to other workers; sequences are to be computed again"
-            )
+            own = donor._held_sequences, donor.layers
+        self._held_sequences.assemble(self.layers, own, imports)
 
     def _warm_up(self, of_states: Sequence[int]) -> None:
         """Compute one token and drop it, to learn what the KV cache is like and prepare kernels.
@@ -440,6 +419,7 @@ class Stage:
         self._cache.windows = [step.windows.get(place, 0) for place in range(len(step.appended))]
         (group,) = step.groups
         measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
+        self._held_sequences.learn(group.made)
         if measured != list(of_states):
             raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
 
@@ -486,7 +466,7 @@ class Stage:
         num_layers = len(self.layers)
         return PackedStep(
             self._cache,
-            self._places(self.layers).start,
+            self.layers.start * self._attentions,
             tuple(slices),
             [0] * (num_layers * self._attentions),
             self._coarse_layers,
