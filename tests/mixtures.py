@@ -146,6 +146,14 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
         "mlp_layer_types": DENSE_FIRST,
         "indexer_types": ["full", "full", "shared", "shared"],
     },
+    "hy_v4": {
+        **ROUTED,
+        **INDEXER,
+        "mlp_layer_types": DENSE_FIRST,
+        "indexer_types": ["full", "full", "shared", "shared"],
+        "learnable_sink_init": 1.0,
+        "hc_mult": 3,
+    },
     "axk2": {**ROUTED, **INDEXER, "mlp_layer_types": DENSE_FIRST, "gated_norm_rank": 4},
     "longcat_flash": {
         **LATENT,

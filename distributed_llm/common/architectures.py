@@ -85,6 +85,7 @@ VERIFIED: frozenset[str] = frozenset(
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",
         "hy_v3",
+        "hy_v4",
         "hyperclovax",
         "internlm3",
         "iquestcoder",

@@ -10,11 +10,12 @@ from typing import Any
 
 from distributed_llm.common.errors import CheckpointError
 
-INDEXED: frozenset[str] = frozenset({"axk2", "deepseek_v32", "glm_moe_dsa"})
+INDEXED: frozenset[str] = frozenset({"axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"})
 """Model types with indexers; all of them have latent attention."""
 
-_MAY_TAKE = frozenset({"glm_moe_dsa"})
-"""Those of them in which layers may take what an earlier one has chosen."""
+_MAY_TAKE: Mapping[str, int] = {"glm_moe_dsa": 1, "hy_v4": 4}
+"""Those of them in which layers may take what an earlier one has chosen; every how many layers one
+chooses, if nothing is told."""
 
 _KEY_DIM_BY_DEFAULT = 128
 
@@ -60,7 +61,8 @@ def _takes(config: Mapping[str, Any], num_layers: int) -> list[bool]:
         told = config.get(name)
         if isinstance(told, list | str) and len(told) >= num_layers:
             return [kind in _TAKES for kind in told[:num_layers]]
-    every, offset = config.get("index_topk_freq", 1), config.get("index_skip_topk_offset", 2)
+    every = config.get("index_topk_freq", _MAY_TAKE[str(config["model_type"])])
+    offset = config.get("index_skip_topk_offset", 2)
     if type(every) is not int or type(offset) is not int or every < 2:
         return [False] * num_layers
     return [max(layer - offset + 1, 0) % every != 0 for layer in range(num_layers)]

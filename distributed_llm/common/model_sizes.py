@@ -59,6 +59,9 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
+_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+"""Model types with several hidden states between layers, and how config.json calls their number."""
+
 _TWICE = frozenset({"longcat_flash"})
 """Model types whose layers attend twice."""
 
@@ -113,10 +116,9 @@ def hidden_size(config: Config) -> int:
 
 
 def streams(config: Config) -> int:
-    """Return how many hidden states of a token there are between layers; but in Gemma 3n, one."""
-    if config.get("model_type") != "gemma3n_text":
-        return 1
-    return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
+    """Return how many hidden states of a token there are between layers; in most models, one."""
+    name = _STREAMS.get(str(config.get("model_type")))
+    return 1 if name is None else positive({name: 4, **config}, name)
 
 
 def context_length(config: Config, *, attends: bool = True) -> int:

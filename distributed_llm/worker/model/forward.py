@@ -48,7 +48,9 @@ class Forward:
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
-        self._streams = getattr(stage_model.model.config, "altup_num_inputs", 1)
+        config = stage_model.model.config
+        self._streams = getattr(config, "altup_num_inputs", getattr(config, "hc_mult", 1))
+        self._streams_first = hasattr(config, "altup_num_inputs")
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
@@ -125,7 +127,7 @@ class Forward:
         }
         if hidden_states is not None:
             incoming = sent(hidden_states, self._device).to(self._dtype)
-            self._hooks.incoming = _in_streams(incoming, self._streams)
+            self._hooks.incoming = self._in_streams(incoming)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -141,7 +143,24 @@ class Forward:
         self._check_every_layer_ran(step)
         if output is None:
             return None
-        return output[0] if rows else _side_by_side(output)
+        return output[0] if rows else self._side_by_side(output)
+
+    def _in_streams(self, states: Tensor) -> Tensor:
+        """Return hidden states as layers take them.
+
+        [1, tokens, hidden_size]; of several, [streams, 1, ...] or [1, tokens, streams, ...].
+        """
+        if self._streams == 1:
+            return states[None]
+        streams = states.view(len(states), self._streams, -1)
+        return streams.transpose(0, 1)[:, None] if self._streams_first else streams[None]
+
+    def _side_by_side(self, states: Tensor) -> Tensor:
+        """Return what layers gave as [tokens, all hidden states of each]."""
+        if states.dim() == 3:
+            return states[0]
+        streams = states[:, 0].transpose(0, 1) if self._streams_first else states[0]
+        return streams.flatten(1)
 
     def _check_every_layer_ran(self, step: PackedStep) -> None:
         if step.appended != self._appending:
@@ -153,17 +172,3 @@ class Forward:
             raise StageError(
                 f"the layers made {step.updated} new states of their own; {self._updating} is right"
             )
-
-
-def _in_streams(states: Tensor, streams: int) -> Tensor:
-    """Return hidden states as layers take them: [1, tokens, hidden_size], or [streams, 1, ...]."""
-    if streams == 1:
-        return states[None]
-    return states.view(len(states), streams, -1).transpose(0, 1)[:, None]
-
-
-def _side_by_side(states: Tensor) -> Tensor:
-    """Return what layers gave as [tokens, all hidden states of each]."""
-    if states.dim() == 3:
-        return states[0]
-    return states[:, 0].transpose(0, 1).flatten(1)

@@ -20,6 +20,9 @@ from distributed_llm.worker.model.state_layers import PlainLinear
 _ROTATIONS = ("apply_rotary_pos_emb_interleave", "apply_rotary_pos_emb")
 """Functions by which the indexers of transformers turn queries and keys; each calls one of them."""
 
+_TURNED_LAST = frozenset({"HYV4Indexer"})
+"""Classes of indexers that turn the end of queries and keys; others turn the beginning."""
+
 _WEIGHTS = "weights_proj"
 
 
@@ -105,7 +108,8 @@ class PackedIndexer(nn.Module):
                 "another way than this program expects. Install another version (pip install -U "
                 "transformers) on every machine, or use another model."
             )
-        self._rotated = rotations[0]
+        self._rotate = rotations[0]
+        self._turns_last = type(indexer).__name__ in _TURNED_LAST
 
     def forward(
         self,
@@ -123,21 +127,29 @@ class PackedIndexer(nn.Module):
             position_embeddings: cosines and sines of their positions.
         """
         own = self.indexer
-        dims = (own.qk_rope_head_dim, own.head_dim - own.qk_rope_head_dim)
         queries = own.wq_b(query_latents).unflatten(-1, (own.n_heads, own.head_dim))
-        keys = own.k_norm(own.wk(hidden_states))[:, :, None]
-        (turned, rest), (turned_key, rest_of_key) = queries.split(dims, -1), keys.split(dims, -1)
-        both = turned, turned_key
-        turned, turned_key = self._rotated(*both, *position_embeddings, unsqueeze_dim=2)
+        keys = own.k_norm(own.wk(hidden_states).to(own.k_norm.weight.dtype))[:, :, None]
+        queries, keys = self._rotated(queries, keys.to(hidden_states.dtype), position_embeddings)
         weights = getattr(own, _WEIGHTS)
         of_heads = weights(hidden_states.to(weights.weight.dtype)).float() * own.n_heads**-0.5
         return Choice(
-            torch.cat((turned, rest), dim=-1)[0],
-            of_heads[0],
-            torch.cat((turned_key, rest_of_key), dim=-1)[:, :, 0],
+            *(queries[0], of_heads[0], keys[:, :, 0]),
             scale=own.softmax_scale,
             most=own.index_topk,
         )
+
+    def _rotated(
+        self, queries: Tensor, keys: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return queries and keys, [1, tokens, heads, dim], turned by their positions."""
+        turned, dim = self.indexer.qk_rope_head_dim, self.indexer.head_dim
+        there = slice(dim - turned, dim) if self._turns_last else slice(0, turned)
+        both = queries[..., there], keys[..., there]
+        rotated = self._rotate(*both, *position_embeddings, unsqueeze_dim=2)
+        made = queries.clone(), keys.clone()
+        for whole, part in zip(made, rotated, strict=True):
+            whole[..., there] = part
+        return made
 
 
 def keep_weights_plain(layer: nn.Module) -> None:

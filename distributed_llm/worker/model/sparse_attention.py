@@ -166,5 +166,9 @@ def _attend_to(
         first = part.start + row
         own = torch.arange(first, first + len(some), device=some.device)
         scores.masked_fill_((some > own[:, None])[:, None], float("-inf"))
-        attended.append(torch.bmm(torch.softmax(scores, dim=-1).to(latents.dtype), latents))
+        weights = torch.softmax(scores, dim=-1)
+        if scoring.sinks is not None:
+            lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+            weights *= torch.sigmoid(lse - scoring.sinks.float()[:, None])
+        attended.append(torch.bmm(weights.to(latents.dtype), latents))
     return expansion.values_of(attended[0] if len(attended) == 1 else torch.cat(attended))
