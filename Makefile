@@ -23,7 +23,8 @@ web: install
 
 # 10,200 random schedules of a simulated cluster, other ones each time; takes about half an hour.
 chaos: install
-	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py --schedules 850 $(ARGS)
+	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py \
+	  tests/model/test_damaged_configs.py --schedules 850 $(ARGS)
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -262,7 +262,7 @@ def formats_text(files: str, memory: str, *, exact: bool) -> str:
     """Return in which form weights are in files and in memory."""
     if files == memory:
         return f"{files} in the files and in memory"
-    nearest = "" if exact else " (the nearest numbers that there are)"
+    nearest = "" if exact else ", by the nearest numbers that there are"
     return f"{files} in the files, {memory} in memory{nearest}"
 
 

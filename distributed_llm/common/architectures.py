@@ -1,17 +1,18 @@
 """Which architectures can be split into stages, which cannot, and why.
 
-A model type in neither table may still work: before a worker serves a checkpoint of it, it compares
-a small random model of that type, whole and split.
+A model type in neither table may still work if transformers has it: before a worker serves a
+checkpoint of it, it compares a small random model of that type, whole and split.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.encoder_decoders import is_encoder_decoder
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
-from distributed_llm.common.model_sizes import num_layers
+from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -230,22 +231,57 @@ _WHAT_TO_DO = "Use a model of a kind that is known to work, such as llama, qwen3
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise if a model of this config is known to be computed wrongly when split.
+    """Raise if a model of this config is known to be computed wrongly when split, or unknown.
 
     Args:
         config: the content of a checkpoint's config.json.
 
     Raises:
         UnsupportedModel: with what, why and what to do.
+        CheckpointError: it says something that is not known.
     """
     reason = why_refused(config)
     if reason is not None:
-        model_type = repr(str(config.get("model_type")))
-        if PART_OF in config:  # which people know
-            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
-        raise UnsupportedModel(
-            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
-        )
+        raise unsupported(config, reason)
+    model_type = str(config.get("model_type"))
+    if model_type in VERIFIED or is_encoder_decoder(config):
+        return
+    if not has_type(model_type):
+        raise unknown_type(model_type)
+    if not generates_text(model_type):
+        raise generates_nothing(model_type)
+
+
+def unsupported(config: Mapping[str, Any], reason: str) -> UnsupportedModel:
+    """Return the error for a model of this config.
+
+    Args:
+        config: the content of a checkpoint's config.json.
+        reason: as it follows "is not supported: ".
+    """
+    model_type = repr(str(config.get("model_type")))
+    if PART_OF in config:  # which people know
+        model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
+    return UnsupportedModel(
+        f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
+    )
+
+
+def unknown_type(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type that the installed transformers does not have."""
+    return UnsupportedModel(
+        f"The installed transformers does not know the model type {model_type!r}. Upgrade it "
+        "(pip install -U transformers) on every machine; if that does not help, use another "
+        "model: code that comes with checkpoints is never run."
+    )
+
+
+def generates_nothing(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type of which transformers has no class that generates text."""
+    return UnsupportedModel(
+        f"The model type {model_type!r} is no decoder language model. Use one that generates "
+        "text, such as llama, qwen3 or mistral."
+    )
 
 
 def why_refused(config: Mapping[str, Any]) -> str | None:
@@ -253,21 +289,13 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
     model_type = str(config.get("model_type"))
     reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
     reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
-    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+    known = model_type in VERIFIED or has_type(model_type)
+    if reason is None and "auto_map" in config and not known:
         return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
             "is never run"
         )
     return reason
-
-
-def _transformers_has(model_type: str) -> bool:
-    """Return whether transformers has code for this type, so that none in a checkpoint is asked."""
-    if model_type in VERIFIED:
-        return True
-    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # loads no torch
-
-    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
@@ -278,23 +306,24 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield "config.json says that it is no encoder-decoder, and others of its type are"
     if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
         yield "its encoder and its decoder have hidden states of different sizes"
-    if config.get("alibi") and config.get("model_type") != "falcon":
+    if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
         yield _ALIBI
-    if config.get("reorder_and_upcast_attn"):
+    if _flag(config, "reorder_and_upcast_attn"):
         yield "reorder_and_upcast_attn makes it compute its attention by itself"
-    if config.get("add_cross_attention"):
+    if _flag(config, "add_cross_attention"):
         yield _ENCODER
-    bidirectional = config.get("use_bidirectional_attention")
-    if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
+    if config.get("is_causal") is False or _sees_both_ways(config):
         yield _UNMASKED
     if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
         yield _UNMASKED
     if _has_window_in_mask(config):
         yield _WINDOW_IN_MASK
-    if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
-        yield _CHUNKED
+    if config.get("attention_chunk_size") is not None:
+        positive(config, "attention_chunk_size")
+        if not any(layer_sections(config, num_layers(config))):
+            yield _CHUNKED
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
         yield "its attention picks some of the positions of a long text"
@@ -307,12 +336,42 @@ def _widths(config: Mapping[str, Any]) -> Iterator[object]:
             yield own.get("hidden_size")
 
 
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    """Return a flag that config.json need not have.
+
+    Raises:
+        CheckpointError: it is neither true nor false.
+    """
+    told = config.get(name)
+    if told is None or isinstance(told, bool):
+        return bool(told)
+    raise CheckpointError(
+        f"config.json has {name} = {told!r}; it must be true or false. Copy that of the original "
+        "model."
+    )
+
+
+def _sees_both_ways(config: Mapping[str, Any]) -> bool:
+    """Return whether tokens of a text see those after them.
+
+    Raises:
+        CheckpointError: what config.json says about that is not known.
+    """
+    told = config.get("use_bidirectional_attention")
+    if told is not None and not (isinstance(told, bool) or told in ("vision", "all")):
+        raise CheckpointError(
+            f"config.json has use_bidirectional_attention = {told!r}; it must be true, false, "
+            "'vision' or 'all'. Copy that of the original model."
+        )
+    return told is True or told == "all"
+
+
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
     """Return whether attention is told only by the mask that it has a window."""
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
     match config.get("model_type"):
         case "qwen2_moe":
-            return bool(config.get("use_sliding_window"))
+            return _flag(config, "use_sliding_window")
         case "phimoe":  # published with one that is as long as the texts may be
             return isinstance(window, int) and isinstance(length, int) and 0 < window < length
     return False

@@ -25,14 +25,19 @@ def kv_lenders(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, 
         config: the content of config.json.
         num_layers: of the model.
     """
-    default = _BORROWERS_BY_DEFAULT.get(str(config.get("model_type")))
-    borrowers = 0 if default is None else config.get("num_kv_shared_layers", default)
-    first = num_layers - borrowers if type(borrowers) is int else num_layers
+    first = num_layers - borrowers(config)
     if not 0 < first < num_layers:
         return (None,) * num_layers
     kinds = layer_types(config, num_layers)
     last_of = {kind: layer for layer, kind in enumerate(kinds[:first])}
     return (*(None,) * first, *(last_of.get(kind) for kind in kinds[first:]))
+
+
+def borrowers(config: Mapping[str, Any]) -> int:
+    """Return how many of the last layers read keys and values of earlier ones."""
+    default = _BORROWERS_BY_DEFAULT.get(str(config.get("model_type")))
+    told = 0 if default is None else config.get("num_kv_shared_layers", default)
+    return told if type(told) is int else 0
 
 
 def lenders_within(

@@ -1,5 +1,6 @@
 """Reads sizes of a model off its config.json: layers, widths, context, KV cache."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
-from distributed_llm.common.layer_sharing import kv_lenders
+from distributed_llm.common.layer_sharing import borrowers, kv_lenders
 from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
+from distributed_llm.common.layer_windows import window_setting
 from distributed_llm.common.per_layer_inputs import per_layer_width
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
@@ -46,6 +48,11 @@ _SIZES = (
     *("intermediate_size", "moe_intermediate_size"),
 )
 """Names of sizes that not all models have; some have one for each layer."""
+
+_ANY_SIZE = re.compile(
+    r"(^|_)(size|dim|inner|state|conv|rank|heads|layers|experts|groups|kernel)(_|$)"
+)
+"""What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
 _SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
 """Types of rotary positions that reach `factor` times as far as the model was first trained.
@@ -90,6 +97,22 @@ def check_sizes(config: Config) -> None:
     for name in _SIZES:
         if config.get(name) is not None and not isinstance(config[name], list):
             positive(config, name)
+    for name, value in config.items():
+        if type(value) is int and value and is_size(name):
+            positive(config, name)
+    told = window_setting(config)
+    if told is not None and SLIDING in layer_types(config, num_layers(config)):
+        positive(config, told)
+    if borrowers(config) >= num_layers(config):
+        raise CheckpointError(
+            f"config.json has num_kv_shared_layers = {borrowers(config)}; it must be less than the "
+            f"number of layers, which is {num_layers(config)}. Copy that of the original model."
+        )
+
+
+def is_size(name: str) -> bool:
+    """Return whether a name in config.json is that of a size."""
+    return _ANY_SIZE.search(name) is not None
 
 
 def num_layers(config: Config) -> int:

@@ -8,6 +8,7 @@ from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.wording import layers_text
 from distributed_llm.coordinator.kv_windows import StageKV
 
 _ACROSS = 1 / 8
@@ -151,6 +152,21 @@ class ModelCost:
     def pieces(self) -> list[LayerRange]:
         """The smallest ranges of layers that a stage may have."""
         return pieces(self.num_layers, self.uncut)
+
+    @property
+    def largest_piece(self) -> LayerRange:
+        """The smallest range of layers that a stage may have where that is largest."""
+        return max(self.pieces, key=len)
+
+    @property
+    def together_text(self) -> str:
+        """Which layers cannot be parted, and why; empty if all can be."""
+        if len(self.largest_piece) == 1:
+            return ""
+        return (
+            f"{layers_text(self.largest_piece)} have to be on one worker, for some read keys and "
+            "values of others"
+        )
 
     def may_be_cut(self, starts: Iterable[int]) -> bool:
         """Return whether stages may begin with these layers."""

@@ -379,6 +379,8 @@ def test_model_that_cannot_be_split_stops_the_coordinator() -> None:
     world.run(lambda: world.stopped is not None, for_s=5.0)
     assert isinstance(world.stopped, UnsupportedModel)
     assert "no such attention" in str(world.stopped)
+    assert str(world.stopped).endswith("Worker w0 found that.")
+    assert not any("worker w0 cannot serve" in line for line in world.logs), "it is said once"
 
 
 # ------------------------------------------------------------------ strangers

@@ -24,7 +24,7 @@ from distributed_llm.common.model_names import (
 from distributed_llm.common.settings import CoordinatorSettings, WorkerSettings
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import serve
-from distributed_llm.worker import work
+from distributed_llm.worker import way_in
 
 CONFIG = {
     "model_type": "llama",
@@ -134,6 +134,16 @@ def test_a_folder_that_is_not_there(
     assert said.startswith(f"There is no folder '{model}' on this machine")
     assert str(tmp_path) in said
     assert "in 'models' there is 'llama-3b'" in said
+
+
+def test_a_folder_of_nearly_that_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quite different is not told: an id of the hub may be meant."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "llama-3b")
+    assert f"(looked up from {tmp_path}); there is 'llama-3b'. As a model id" in refusal("lama-3b")
+    assert f"(looked up from {tmp_path}). As a model id" in refusal("qwen")
 
 
 def test_a_folder_above_the_model(tmp_path: Path) -> None:
@@ -455,6 +465,24 @@ def test_masks_and_positions_are_no_quantized_weights(
     serve.open_model(str(write(tmp_path, weights=weights)), CoordinatorSettings())
 
 
+# ------------------------------------------------------------------ types that no table has
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("nonesuch", "does not know the model type 'nonesuch'. Upgrade it"),
+        ("vit", "'vit' is no decoder language model"),
+    ],
+)
+def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words: str) -> None:
+    assert words in refusal(write(tmp_path, {"model_type": model_type}))
+
+
+def test_a_type_that_workers_may_try(tmp_path: Path) -> None:
+    serve.open_model(str(write(tmp_path, {"model_type": "prophetnet"})), CoordinatorSettings())
+
+
 # ------------------------------------------------------------------ files that are something else
 
 
@@ -699,14 +727,14 @@ def test_a_worker_says_what_is_wrong_with_its_copy_before_it_joins(
     async def join(settings: WorkerSettings) -> tuple[str, ...]:
         raise AssertionError("it looks for its coordinator")
 
-    monkeypatch.setattr(work, "_addresses", join)
+    monkeypatch.setattr(way_in, "_addresses", join)
     folder = write(tmp_path / "model", config)
     if config is None:
         (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=words):
-        asyncio.run(work.work(WorkerSettings(model=str(folder))))
+        asyncio.run(way_in.find_way_in(WorkerSettings(model=str(folder))))
     with pytest.raises(CheckpointError, match=f"There is no folder '{tmp_path / 'nowhere'}'"):
-        asyncio.run(work.work(WorkerSettings(model=str(tmp_path / "nowhere"))))
+        asyncio.run(way_in.find_way_in(WorkerSettings(model=str(tmp_path / "nowhere"))))
 
 
 def test_a_folder_with_models_in_two_formats(

@@ -315,13 +315,17 @@ def _advise_unused(base: _Baseline, worker: WorkerId) -> Advice:
 
 def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
     offered = base.machines.memory_bytes[worker]
-    needed = min(base.cost.stage_bytes(piece, base.kv_tokens) for piece in base.cost.pieces)
+    piece = min(base.cost.pieces, key=lambda one: base.cost.stage_bytes(one, base.kv_tokens))
+    needed = base.cost.stage_bytes(piece, base.kv_tokens)
     if needed > offered:
         sizes = f"{size_text(needed)} needed, {size_text(offered)} offered"
         if base.cost.workspace_bytes:
             sizes += f", beside {size_text(base.cost.workspace_bytes)} that it computes with"
+        if len(piece) > 1:
+            return f"too little memory ({sizes}): {base.cost.together_text}"
         return f"too little memory for one layer ({sizes})"
-    return f"its {size_text(offered)} do not hold the layers that it would get"
+    why = f": {base.cost.together_text}" if base.cost.together_text else ""
+    return f"its {size_text(offered)} do not hold the layers that it would get{why}"
 
 
 def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
@@ -333,6 +337,8 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
         at: its best place in the order.
         layers: number of layers that it would get.
     """
+    if len(base.stages) == len(base.cost.pieces) and base.cost.together_text:
+        return f"no layers are left for it: {base.cost.together_text}"
     order = base.order_with(worker, at)
 
     def wins(machines: Machines) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import read_json
+from distributed_llm.common.model_folder import TOKENIZER_NAMES
 from distributed_llm.coordinator.text.chat_template import short
 from distributed_llm.coordinator.text.source_tokenizers import (
     needs_no_files,
@@ -27,6 +28,9 @@ _FILES = (
     *(_MADE_FOR_ALL, "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "source.spm", _TEKKEN),
 )
+
+_SHOWN_CHARS = 200
+"""Characters of what the package tokenizers says that are passed on."""
 
 _OLD_TEMPLATE = "chat_template.json"
 """Where multimodal models had their chat template before there was chat_template.jinja."""
@@ -57,11 +61,7 @@ def read_tokenizer(folder: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
-            "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
-            ".save_pretrained(folder) writes one where sentencepiece is installed."
-        ) from exc
+        raise CheckpointError(_why_unread(folder, exc)) from exc
     if getattr(loaded, "backend_tokenizer", None) is None and source_config(folder) is None:
         raise CheckpointError(
             f"The tokenizer in {folder} ({type(loaded).__name__}) is not one of the "
@@ -81,6 +81,38 @@ def why_no_template(folder: Path) -> str:
         "the coordinator runs (pip install mistral-common), which makes one, or copy "
         "chat_template.jinja of such a model to its folder; or send the prompt as text."
     )
+
+
+def _why_unread(folder: Path, exc: Exception) -> str:
+    """Return why a tokenizer cannot be read, by the file that is at fault, and what to do."""
+    path = folder / _MADE_FOR_ALL
+    if not path.exists():
+        return (
+            f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again; or, "
+            "where sentencepiece is installed, have AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder) write a tokenizer.json."
+        )
+    if why := _why_no_backend(path):
+        return (
+            f"{path} cannot be read as a tokenizer ({why}). Copy or download it "
+            "again from the original model."
+        )
+    files = ", ".join(name for name in TOKENIZER_NAMES if (folder / name).exists())
+    return (
+        f"The tokenizer in {folder} cannot be read ({short(exc)}). A file of it is damaged: copy "
+        f"or download these again from the original model: {files}."
+    )
+
+
+def _why_no_backend(path: Path) -> str:
+    """Return why a tokenizer.json is none; empty if it is one."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        Backend.from_file(str(path))
+    except Exception as exc:  # of no narrower type
+        return str(exc)[:_SHOWN_CHARS]
+    return ""
 
 
 def _refuse_code(folder: Path) -> None:

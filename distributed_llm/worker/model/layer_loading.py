@@ -117,7 +117,7 @@ class ModelLoader:
             if isinstance(module, PreTrainedModel):
                 cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
         _replace(self._shell, self._path, nn.ModuleList([layer]))
-        with _without_progress_bars():
+        with without_progress_bars():
             self._load_into_shell(entries, number, when_read)
             if self._keeps_latents:
                 keep_latents(layer)
@@ -141,7 +141,7 @@ class ModelLoader:
             entries: for it, of a reader of shapes.
         """
         _replace(self._shell, self._path, nn.ModuleList([layer]))
-        with _without_progress_bars():
+        with without_progress_bars():
             self._check_shapes(entries, number)
         _replace(self._shell, self._path, nn.ModuleList())
 
@@ -163,7 +163,7 @@ class ModelLoader:
             floats = Floats(self._reader, entry, self._dtype, transposed=False)
             partial = cut.applies_to(entry.name)
             incoming[entry.name] = CutFloats(floats, entry.name, cut) if partial else floats
-        with _without_progress_bars():
+        with without_progress_bars():
             self._load(self._model, incoming, None)
         self._warn()
 
@@ -401,7 +401,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Have transformers show no progress bars in this context."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

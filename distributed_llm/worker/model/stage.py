@@ -24,10 +24,12 @@ from distributed_llm.worker.kv.held import HeldSequences
 from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
 from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
+from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
 )
+from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -99,6 +101,7 @@ class Stage:
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
+        self._checkpoint = checkpoint
         self._warm_up(of_states)
 
     @classmethod
@@ -135,7 +138,8 @@ class Stage:
         Raises:
             NotEnoughMemory: the disk is full.
             CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
-            CheckpointError: the files lack tensors that the layers need.
+            CheckpointError: the files lack tensors that the layers need, or these are not finite;
+                or config.json has a value with which nothing can be computed.
             UnsupportedModel: the architecture gives wrong results when it is split.
             ValueError: the donor has another device or dtype.
         """
@@ -402,6 +406,8 @@ class Stage:
 
         Raises:
             StageError: a layer's state takes others.
+            CheckpointError: weights are not finite, or config.json has a value with which nothing
+                can be computed.
         """
         encoders = self.inputs.encoder_layers
         one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1, source=int(bool(encoders)))
@@ -413,7 +419,10 @@ class Stage:
             token_ids, hidden_states = self.inputs.made_up(1, source=source)
             step = self._begin([part], token_ids)
             rows = [0] if self._last and not source else []
-            self._forward.run(step, token_ids, hidden_states, rows)
+            with computing(self._checkpoint.config):
+                result = self._forward.run(step, token_ids, hidden_states, rows)
+            if result is not None and not result.isfinite().all():
+                self.check_finite_weights()
             self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(place, 0) for place in range(len(step.appended))]
@@ -422,6 +431,10 @@ class Stage:
         self._held_sequences.learn(group.made)
         if measured != list(of_states):
             raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
+
+    def check_finite_weights(self) -> None:
+        """Raise CheckpointError if weights are not finite; reads all of them."""
+        check_finite_weights(self._held, self._checkpoint)
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
