@@ -173,6 +173,7 @@ _OWN_STATE = (
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
+_PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
 _LOOPS = "its layers run several times for each token"
 _BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
 _POSITIONS = (
@@ -326,7 +327,7 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
             yield _CHUNKED
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
-        yield "its attention picks some of the positions of a long text"
+        yield _PICKS
 
 
 def _widths(config: Mapping[str, Any]) -> Iterator[object]:

@@ -81,9 +81,9 @@ def test_what_a_refusal_says(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Non
     """Once, in a few words, and nothing of how the small model was made."""
     monkeypatch.setattr(architectures, "check_architecture", lambda config: None)
     with pytest.raises(UnsupportedModel) as caught:
-        Stage.ensure_supported(checkpoint_of("rembert"))
+        Stage.ensure_supported(checkpoint_of("roformer"))
     said = str(caught.value)
-    assert said.startswith("The model type 'rembert' is not supported: no test covers it, and a ")
+    assert said.startswith("The model type 'roformer' is not supported: no test covers it, and a ")
     assert said.endswith("that is known to work, such as llama, qwen3 or mistral.")
     assert len(said) < 500
     assert "shards" not in "".join(capfd.readouterr())

@@ -199,7 +199,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
         ("llama", {"alibi": True}),
         ("xlstm", {}),
         ("rwkv", {}),
-        ("t5", {}),
+        ("whisper", {}),
         ("mllama", {}),
         ("gemma", {"part_of": "paligemma"}),
         ("gpt2", {"reorder_and_upcast_attn": True}),

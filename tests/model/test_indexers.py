@@ -16,6 +16,7 @@ from distributed_llm.common.indexers import choosers
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import lenders_within, uncut
 from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.model_sizes import layer_kv_bytes
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model import indexers, sparse_attention
 from distributed_llm.worker.model.indexers import use_packed_indexers
@@ -96,6 +97,14 @@ def test_layers_take_what_those_do_that_transformers_names(told: dict[str, Any])
     found = choosers({"model_type": "glm_moe_dsa", **told}, 8)
     assert [kind == "shared" for kind in made] == [chooser is not None for chooser in found]
     assert all(made[one] == "full" and one < layer for layer, one in enumerate(found) if one)
+
+
+def test_keys_of_indexers_are_counted_beside_the_latents() -> None:
+    """512 numbers, 64 that all heads share, and 128 where a layer chooses; of two bytes each."""
+    kind: Any = CONFIG_MAPPING["glm_moe_dsa"]
+    config = kind(num_hidden_layers=4, index_topk_pattern="FSFS").to_dict()
+    assert layer_kv_bytes(config, "bfloat16") == (1408, 1152, 1408, 1152)
+    assert layer_kv_bytes(config, "bfloat16", "int8") == (708, 580, 708, 580)
 
 
 def test_no_stage_begins_with_a_layer_that_takes_what_others_choose() -> None:
