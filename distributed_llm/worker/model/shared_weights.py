@@ -118,8 +118,7 @@ class SharedModules:
             return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
             embeds = self._checkpoint.embeds
-            alike = bool(self._cut.width) or embeds(held) == embeds(self._layers)
-            return self._is_last(held) and alike
+            return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
