@@ -15,6 +15,7 @@ from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import ChunkPart, parts_of
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.indexers import Choice
+from distributed_llm.worker.model.kernels import kernels_for_many_rows
 from distributed_llm.worker.model.latent_attention import (
     attend_chunk_of_latents,
     attend_latents,
@@ -52,9 +53,7 @@ def attend_chosen(
     Returns:
         [tokens, heads, value_dim].
     """
-    index_dim = 0
     if chooses:
-        index_dim = choice.keys.shape[-1]
         shared = torch.cat((shared, choice.keys), dim=-1)
     if all(part.start + part.num_tokens <= choice.most for part in step.slices):
         return attend_latents(step, layer, query, shared, latents, scoring, expansion)
@@ -63,16 +62,18 @@ def attend_chosen(
         rows = slice(part.row, part.row + part.num_tokens)
         own = (shared[:, rows], latents[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
-        if part.start + part.num_tokens <= choice.most:
-            inputs = (query[:, rows], held, shared.shape[-1], scoring, expansion)
-            attended[rows] = attend_chunk_of_latents(step, *inputs)
-            continue
-        latent_rows = _LatentRows(step, held, shared, latents)
-        if chooses:
-            choice.choose(part, latent_rows.index_keys(index_dim))
-        attended[rows] = _attend_to(
-            choice.of(part), part, query[:, rows], latent_rows, scoring, expansion
-        )
+        with kernels_for_many_rows():
+            if part.start + part.num_tokens <= choice.most:
+                inputs = (query[:, rows], held, shared.shape[-1], scoring, expansion)
+                attended[rows] = attend_chunk_of_latents(step, *inputs)
+                continue
+            latent_rows = _LatentRows(step, held, shared, latents)
+            if chooses:
+                choice.choose(part, latent_rows.index_keys(choice.keys.shape[-1]))
+            chosen = choice.of(part)
+            attended[rows] = _attend_to(
+                chosen, part, query[:, rows], latent_rows, scoring, expansion
+            )
     return attended
 
 
