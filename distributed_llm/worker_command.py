@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from distributed_llm.common.keyring import Keyring
     from distributed_llm.common.roles import Role
     from distributed_llm.common.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 Name = Annotated[
     str | None, typer.Option(help="What to call this worker.", show_default="after this machine")
@@ -198,6 +201,7 @@ def _work(settings: "Settings", words: Sequence[str]) -> None:
 
     wanted = settings.worker
     way_in = asyncio.run(find_way_in(wanted))
+    logger.info("starting; loading PyTorch and transformers takes some seconds")
     gc.disable()  # collecting among a million new objects takes a third of the time of the imports
     from distributed_llm.gpus.run import run_workers
     from distributed_llm.gpus.workers import gpus_of, workers_for

@@ -1,15 +1,18 @@
 """Which architectures can be split into stages, which cannot, and why.
 
-A model type in neither table may still work: before a worker serves a checkpoint of it, it compares
-a small random model of that type, whole and split.
+A model type in neither table may still work if transformers has it: before a worker serves a
+checkpoint of it, it compares a small random model of that type, whole and split.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.config_defaults import generates_text, has_type
+from distributed_llm.common.encoder_decoders import is_encoder_decoder
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
-from distributed_llm.common.model_sizes import num_layers
+from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -19,6 +22,8 @@ VERIFIED: frozenset[str] = frozenset(
         "arcee",
         "aria_text",
         "axk1",
+        "axk2",
+        "bailing_hybrid",
         "bamba",
         "beam",
         "bert",
@@ -36,6 +41,8 @@ VERIFIED: frozenset[str] = frozenset(
         "dbrx",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
+        "diffllama",
         "dots1",
         "electra",
         "ernie",
@@ -61,10 +68,12 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4v_moe_text",
         "glm4v_text",
         "glm_ocr_text",
+        "glm_moe_dsa",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
         "gpt_neox",
+        "gpt_neox_japanese",
         "gpt_oss",
         "gptj",
         "granite",
@@ -77,6 +86,7 @@ VERIFIED: frozenset[str] = frozenset(
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",
         "hy_v3",
+        "hy_v4",
         "hyperclovax",
         "internlm3",
         "iquestcoder",
@@ -90,10 +100,12 @@ VERIFIED: frozenset[str] = frozenset(
         "lfm2_moe",
         "lfm3",
         "llama",
+        "megatron-bert",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
         "llama4_text",
+        "longcat_flash",
         "mamba",
         "mamba2",
         "minimax",
@@ -130,13 +142,18 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "recurrent_gemma",
+        "rembert",
         "seed_oss",
         "smollm3",
         "solar_open",
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "xglm",
         "youtu",
+        "zamba",
+        "zamba2",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -153,11 +170,10 @@ _OWN_ATTENTION = (
 _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
-_EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
-_ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
+_ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
-_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
+_PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
 _LOOPS = "its layers run several times for each token"
 _BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
 _POSITIONS = (
@@ -174,32 +190,21 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_ATTENTION: (
         "xlnet",
         "big_bird",
-        "gpt_neox_japanese",
-        "megatron-bert",
         "reformer",
-        "rembert",
         "roformer",
-        "xglm",
         "xlm",
     ),
     _OWN_STATE: (
-        "bailing_hybrid",
         "qwen4_exp_text",
-        "recurrent_gemma",
         "rwkv",
         "xlstm",
         "zaya",
     ),
-    _EMBEDDING_AGAIN: ("zamba", "zamba2"),
-    _ENCODER: (
-        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
-        *("musicgen", "musicgen_melody"),
-    ),
+    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
-    _TWICE: ("diffllama", "longcat_flash"),
     _LOOPS: ("hrm_text",),
     _BYTES: ("blt",),
     _POSITIONS: (
@@ -216,7 +221,9 @@ _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
 
-_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+_MADE_TO_ENCODE = frozenset(
+    {"bert", "bert-generation", "electra", "ernie", "megatron-bert", "rembert", "roc_bert"}
+)
 """Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
@@ -225,22 +232,57 @@ _WHAT_TO_DO = "Use a model of a kind that is known to work, such as llama, qwen3
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise if a model of this config is known to be computed wrongly when split.
+    """Raise if a model of this config is known to be computed wrongly when split, or unknown.
 
     Args:
         config: the content of a checkpoint's config.json.
 
     Raises:
         UnsupportedModel: with what, why and what to do.
+        CheckpointError: it says something that is not known.
     """
     reason = why_refused(config)
     if reason is not None:
-        model_type = repr(str(config.get("model_type")))
-        if PART_OF in config:  # which people know
-            model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
-        raise UnsupportedModel(
-            f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
-        )
+        raise unsupported(config, reason)
+    model_type = str(config.get("model_type"))
+    if model_type in VERIFIED or is_encoder_decoder(config):
+        return
+    if not has_type(model_type):
+        raise unknown_type(model_type)
+    if not generates_text(model_type):
+        raise generates_nothing(model_type)
+
+
+def unsupported(config: Mapping[str, Any], reason: str) -> UnsupportedModel:
+    """Return the error for a model of this config.
+
+    Args:
+        config: the content of a checkpoint's config.json.
+        reason: as it follows "is not supported: ".
+    """
+    model_type = repr(str(config.get("model_type")))
+    if PART_OF in config:  # which people know
+        model_type = f"{str(config[PART_OF])!r}, whose text model is {model_type},"
+    return UnsupportedModel(
+        f"The model type {model_type} is not supported: {reason}. {_WHAT_TO_DO}"
+    )
+
+
+def unknown_type(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type that the installed transformers does not have."""
+    return UnsupportedModel(
+        f"The installed transformers does not know the model type {model_type!r}. Upgrade it "
+        "(pip install -U transformers) on every machine; if that does not help, use another "
+        "model: code that comes with checkpoints is never run."
+    )
+
+
+def generates_nothing(model_type: str) -> UnsupportedModel:
+    """Return the error for a model type of which transformers has no class that generates text."""
+    return UnsupportedModel(
+        f"The model type {model_type!r} is no decoder language model. Use one that generates "
+        "text, such as llama, qwen3 or mistral."
+    )
 
 
 def why_refused(config: Mapping[str, Any]) -> str | None:
@@ -248,7 +290,8 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
     model_type = str(config.get("model_type"))
     reasons = (_REASON_OF.get(str(config.get(name))) for name in ("model_type", PART_OF))
     reason = next(filter(None, reasons), None) or next(_reasons_in(config), None)
-    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+    known = model_type in VERIFIED or has_type(model_type)
+    if reason is None and "auto_map" in config and not known:
         return (
             "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
             "is never run"
@@ -256,38 +299,72 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
     return reason
 
 
-def _transformers_has(model_type: str) -> bool:
-    """Return whether transformers has code for this type, so that none in a checkpoint is asked."""
-    if model_type in VERIFIED:
-        return True
-    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # loads no torch
-
-    return model_type in CONFIG_MAPPING_NAMES
-
-
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") and not is_encoder_decoder(config):
         yield _ENCODER
-    if config.get("alibi") and config.get("model_type") != "falcon":
+    if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
+        yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
+        yield "its encoder and its decoder have hidden states of different sizes"
+    if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
         yield _ALIBI
-    if config.get("reorder_and_upcast_attn"):
+    if _flag(config, "reorder_and_upcast_attn"):
         yield "reorder_and_upcast_attn makes it compute its attention by itself"
-    if config.get("add_cross_attention"):
+    if _flag(config, "add_cross_attention"):
         yield _ENCODER
-    bidirectional = config.get("use_bidirectional_attention")
-    if config.get("is_causal") is False or bidirectional not in (None, False, "vision"):
+    if config.get("is_causal") is False or _sees_both_ways(config):
         yield _UNMASKED
     if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
         yield _UNMASKED
     if _has_window_in_mask(config):
         yield _WINDOW_IN_MASK
-    if config.get("attention_chunk_size") and not any(layer_sections(config, num_layers(config))):
-        yield _CHUNKED
-    if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
-        yield "its attention picks some of the positions of a long text"
+    if config.get("attention_chunk_size") is not None:
+        positive(config, "attention_chunk_size")
+        if not any(layer_sections(config, num_layers(config))):
+            yield _CHUNKED
+    # Short texts, as in a check, would not show it.
+    if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
+        yield _PICKS
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
+    for part in ("encoder", "decoder"):
+        if isinstance(own := config.get(part), Mapping):
+            yield own.get("hidden_size")
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    """Return a flag that config.json need not have.
+
+    Raises:
+        CheckpointError: it is neither true nor false.
+    """
+    told = config.get(name)
+    if told is None or isinstance(told, bool):
+        return bool(told)
+    raise CheckpointError(
+        f"config.json has {name} = {told!r}; it must be true or false. Copy that of the original "
+        "model."
+    )
+
+
+def _sees_both_ways(config: Mapping[str, Any]) -> bool:
+    """Return whether tokens of a text see those after them.
+
+    Raises:
+        CheckpointError: what config.json says about that is not known.
+    """
+    told = config.get("use_bidirectional_attention")
+    if told is not None and not (isinstance(told, bool) or told in ("vision", "all")):
+        raise CheckpointError(
+            f"config.json has use_bidirectional_attention = {told!r}; it must be true, false, "
+            "'vision' or 'all'. Copy that of the original model."
+        )
+    return told is True or told == "all"
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
@@ -295,7 +372,7 @@ def _has_window_in_mask(config: Mapping[str, Any]) -> bool:
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
     match config.get("model_type"):
         case "qwen2_moe":
-            return bool(config.get("use_sliding_window"))
+            return _flag(config, "use_sliding_window")
         case "phimoe":  # published with one that is as long as the texts may be
             return isinstance(window, int) and isinstance(length, int) and 0 < window < length
     return False

@@ -10,19 +10,22 @@ import logging
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
+from distributed_llm.common.encoder_decoders import StackNames, is_encoder_decoder, of_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.fingerprints import fingerprints_of
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
+from distributed_llm.common.idle_experts import is_of_idle_expert
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
-from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
+from distributed_llm.common.model_files import TensorInfo, read_header
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
@@ -30,13 +33,10 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     quantized,
 )
-from distributed_llm.common.per_layer_inputs import (
-    is_of_every_stage,
-    lies_along,
-    per_layer_width,
-)
+from distributed_llm.common.per_layer_inputs import lies_along, per_layer_width
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
+from distributed_llm.common.shared_blocks import block_sources, every_stage_has, layer_of_block
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
@@ -47,7 +47,6 @@ from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 4096
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
     r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
@@ -131,9 +130,13 @@ class Checkpoint:
         return sum(math.prod(w.shape) for w in self.weights.values() if not self.is_spare(w.name))
 
     @cached_property
-    def _text(self) -> TextNames:
-        is_part = PART_OF in self.config
-        return text_names(self.tensors, self.num_layers, is_part=is_part)
+    def _text(self) -> TextNames | StackNames:
+        return _names_of(self.config, self.tensors)
+
+    @property
+    def stacks(self) -> StackNames | None:
+        """How an encoder-decoder calls what it has; None: the model is a decoder alone."""
+        return self._text if isinstance(self._text, StackNames) else None
 
     @cached_property
     def weights(self) -> Mapping[str, StoredWeight]:
@@ -149,7 +152,7 @@ class Checkpoint:
             raise UnsupportedModel(f"The model in {self.place} {quantized(str(exc))}") from None
         except CheckpointError as exc:
             raise CheckpointError(f"{self.place}: {exc}") from exc
-        if not self._text.removed:
+        if not self._text.renames:
             return found
         named = [replace(weight, name=self._text.of(name)) for name, weight in found.items()]
         return {weight.name: weight for weight in named}
@@ -167,7 +170,7 @@ class Checkpoint:
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
-        return sizes.positive(self.config, "vocab_size")
+        return sizes.positive(of_decoder(self.config), "vocab_size")
 
     @cached_property
     def context_length(self) -> int:
@@ -239,6 +242,10 @@ class Checkpoint:
         layer = int(match["layer"])
         if layer >= self.num_layers:
             return True
+        if self.block_of(name) not in (None, self.block_sources[layer]):
+            return True  # the same as the weights of its source
+        if is_of_idle_expert(self.config, name):
+            return True
         return self._lenders[layer] is not None and bool(_KV_NAME.search(match["rest"]))
 
     @cached_property
@@ -251,8 +258,23 @@ class Checkpoint:
         Args:
             name: in the files, or in the text model.
         """
+        if self.block_of(name) is not None:
+            return None
+        return self.layer_in(name)
+
+    def layer_in(self, name: str) -> int | None:
+        """Return the layer that the name of a tensor tells, though others may share it."""
         match = LAYER_NAME.match(self._text.of(name))
         return int(match["layer"]) if match and match["prefix"] == self.layer_prefix else None
+
+    @cached_property
+    def block_sources(self) -> tuple[int | None, ...]:
+        """Of each layer the one that names its shared block; see `common.shared_blocks`."""
+        return block_sources(self.config, self.num_layers)
+
+    def block_of(self, name: str) -> int | None:
+        """Return the layer that names the shared block of tensor `name`; None: it is of none."""
+        return layer_of_block(self.config, name)
 
     @cached_property
     def ties_embeddings(self) -> bool:
@@ -272,7 +294,12 @@ class Checkpoint:
         return next((name for name in heads if name.endswith(".weight")), None)
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether parameter `name`, outside the layers, is used before the first layer."""
+        """Return whether parameter `name`, outside the layers, is used before the first layer.
+
+        Of an encoder-decoder: whether it is the matrix that its decoder embeds tokens by.
+        """
+        if self.stacks is not None:
+            return self.stacks.is_embedding(name)
         return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
 
     def holds_embedding(self, name: str) -> bool:
@@ -291,7 +318,9 @@ class Checkpoint:
 
     def is_of_every_stage(self, name: str) -> bool:
         """Return whether every stage has parameter `name`, or the part of it for its layers."""
-        return self.per_layer_width > 0 and is_of_every_stage(name)
+        if self.stacks is not None:
+            return self.stacks.is_of_every_stage(name)
+        return every_stage_has(self.config, name)
 
     def is_cut(self, name: str) -> bool:
         """Return whether parameter `name`, outside the layers, has a part for each of them."""
@@ -301,9 +330,33 @@ class Checkpoint:
         """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""
         if self.is_of_every_stage(name):
             return True
-        if self.is_embedding(name):
-            return layers.start == 0
-        return layers.stop == self.num_layers
+        return any(layers.start <= user < layers.stop for user in self.users_of(name))
+
+    def users_of(self, name: str) -> Sequence[int]:
+        """Return the layers of which any stage that has one uses parameter `name`.
+
+        The parameter is outside the layers, and not of every stage. As a tied head, it is used by
+        the last stage as well.
+        """
+        if self.stacks is not None:
+            return self.stacks.users_of(name)
+        return (0,) if self.holds_embedding(name) else (self.num_layers - 1,)
+
+    @property
+    def embedding_users(self) -> tuple[int, ...]:
+        """The layers of which any stage that has one holds the embedding that the head may share.
+
+        As a tied head, the last one holds it as well.
+        """
+        users = (0,) if self.stacks is None else self.stacks.embedding_users
+        return (*users, self.num_layers - 1) if self.ties_embeddings else users
+
+    def embeds(self, layers: LayerRange) -> bool:
+        """Return whether a stage looks token ids up in the matrix that a tied head shares."""
+        if self.stacks is None and self.is_of_every_stage("embed_tokens.weight"):
+            return True
+        starts = (0,) if self.stacks is None else self.stacks.embedding_users
+        return any(layers.start <= start < layers.stop for start in starts)
 
     def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
         """Yield the weights that a stage with `layers` needs.
@@ -311,18 +364,13 @@ class Checkpoint:
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
         head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
-        first, last = layers.start == 0, layers.stop == self.num_layers
+        last = layers.stop == self.num_layers
         for name, weight in self.weights.items():
             layer = self.layer_of(name)
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
-            elif self.is_of_every_stage(name):
-                yield weight
-            elif self.holds_embedding(name):
-                if first or (last and self.is_tied(name)):
-                    yield weight
-            elif last:
+            elif self.is_used_by(layers, name) or (last and self.is_tied(name)):
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
@@ -331,7 +379,7 @@ class Checkpoint:
 
     def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
         """Return the form that `weight` has in memory; None: floating-point numbers."""
-        in_layers = self.layer_of(weight.name) is not None
+        in_layers = self.layer_in(weight.name) is not None
         lies_along = in_layers and self.model_type not in _TRANSPOSED_MATRICES
         return form_in_memory(weight, in_layers=lies_along, quantize=quantize)
 
@@ -342,22 +390,14 @@ class Checkpoint:
     def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:
         """Return, by name, a fingerprint of each tensor that a stage with `layers` needs.
 
-        It covers dtype, shape and, if `sampled`, the first 4 KiB. It detects a wrong checkpoint,
-        not a forged one.
+        Args:
+            layers: of the stage.
+            sampled: whether the files are read; see `fingerprints_of`.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
-        by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in self.tensors_of(layers):
-            by_file.setdefault(tensor.file, []).append(tensor)
-        prints: dict[str, str] = {}
-        for name, tensors in by_file.items():
-            samples = self._samples(name, tensors) if sampled else [b""] * len(tensors)
-            for tensor, sample in zip(tensors, samples, strict=True):
-                named = f"{tensor.name} {tensor.dtype} {tensor.shape} ".encode()
-                prints[tensor.name] = hashlib.sha256(named + sample).hexdigest()
-        return prints
+        return fingerprints_of(self.tensors_of(layers), self.path_of, sampled=sampled)
 
     def digest(self, layers: LayerRange, fingerprints: Mapping[str, str]) -> str:
         """Return a digest of config.json and the weights of `layers`. Reads no files.
@@ -369,19 +409,6 @@ class Checkpoint:
         for name in sorted(tensor.name for tensor in self.tensors_of(layers)):
             digest.update(fingerprints[name].encode())
         return digest.hexdigest()
-
-    def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples, path = [], self.path_of(name)
-        try:
-            with open(path, "rb") as file:
-                for tensor in tensors:
-                    file.seek(tensor.offset)
-                    samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
-                    if len(samples[-1]) < min(_SAMPLE_BYTES, tensor.nbytes):
-                        raise ends_early(path, tensor.name)
-        except OSError as exc:
-            raise unreadable(path, exc) from exc
-        return samples
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -423,7 +450,7 @@ def checkpoint_of(
         CheckpointError: tensors are missing, or do not fit each other.
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    names = text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
+    names = _names_of(config, tensors)
     of_text = {name: tensor for name, tensor in tensors.items() if names.holds(name)}
     if PART_OF in config:
         config = {**config, TIED: _lacks_head(map(names.of, of_text))}
@@ -438,6 +465,13 @@ def checkpoint_of(
     )
     kept = {name: tensor for name, tensor in of_text.items() if name not in spare}
     return _checked(Checkpoint(folder, config, kept, files))
+
+
+def _names_of(config: Mapping[str, Any], tensors: Iterable[str]) -> TextNames | StackNames:
+    """Return how the tensors of the model are called in the files, and in the model itself."""
+    if is_encoder_decoder(config):
+        return StackNames.of_files(config, tensors)
+    return text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
 
 
 def _lacks_head(names: Iterable[str]) -> bool:

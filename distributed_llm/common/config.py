@@ -6,6 +6,7 @@ value is an error that says where it was given.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,16 @@ def unknown_key(name: str, section: str = "") -> str:
     )
 
 
+_PLAINER = {
+    r"a valid integer(, .*)?$": "a whole number",
+    r"a valid number(, .*)?$": "a number",
+    r"greater than or equal to": "at least",
+    r"less than or equal to": "at most",
+    r"greater than": "above",
+}
+"""What is said instead of words of pydantic, by pattern."""
+
+
 def _text(where: tuple[str, str], messages: Sequence[str]) -> str:
     """Return what is wrong with a value as a line for people; one of `messages` has to be met."""
     place, value = where
@@ -191,6 +202,8 @@ def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> tuple[tuple[
         path = [next((name for name in named if (section, name) in given), context["keys"][0])]
     entry = given[section, path[0]]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    for pattern, words in _PLAINER.items():
+        message = re.sub(pattern, words, message)
     key = ".".join([section, *(part for part in path if "[" not in part)])
     if entry.where == _COMMAND_LINE:
         key = f"--{path[0].replace('_', '-')} ({key})"

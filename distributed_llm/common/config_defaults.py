@@ -1,8 +1,8 @@
-"""Reads what transformers takes where a config.json says nothing, without loading transformers.
+"""Reads which model types transformers has, and what it takes where a config.json says nothing.
 
-Its configuration classes need torch, which the coordinator never loads. So their source is parsed:
-class attributes with plain values are the defaults. What is written otherwise is not found, and
-then is missing as if there were no default.
+Its classes need torch, which the coordinator never loads. So their source is parsed: class
+attributes with plain values are the defaults. What is written otherwise is not found, and then is
+missing as if there were no default.
 """
 
 import ast
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _CLASS_NAMES = "CONFIG_MAPPING_NAMES"
+_GENERATORS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
 _MODULE_NAMES = "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
 _TEXT = "text_config"
 _ALIASES = "attribute_map"
@@ -44,6 +45,16 @@ class ConfigDefaults:
     text_type: str = ""
     text_is_fixed: bool = False
     text_values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def has_type(model_type: str) -> bool:
+    """Return whether the installed transformers has classes for a model type."""
+    return model_type in _tables()[0]
+
+
+def generates_text(model_type: str) -> bool:
+    """Return whether the installed transformers has a class of this type that generates text."""
+    return model_type in _text_generators()
 
 
 @functools.cache
@@ -84,13 +95,26 @@ def _models() -> Path:
 @functools.cache
 def _tables() -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Return the names of classes by model type, and of modules that are called otherwise."""
+    found = _mappings("auto_mappings.py", _CLASS_NAMES, _MODULE_NAMES)
+    return found.get(_CLASS_NAMES, {}), found.get(_MODULE_NAMES, {})
+
+
+@functools.cache
+def _text_generators() -> frozenset[str]:
+    """Return the model types that have a class which generates text."""
+    found = _mappings("modeling_auto.py", *_GENERATORS)
+    return frozenset(model_type for mapping in found.values() for model_type in mapping)
+
+
+def _mappings(file: str, *wanted: str) -> dict[str, Mapping[str, str]]:
+    """Return tables of names of classes by model type, of a file of transformers' auto classes."""
     found: dict[str, Mapping[str, str]] = {}
-    for node in _body(_models() / "auto" / "auto_mappings.py"):
+    for node in _body(_models() / "auto" / file):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(args=[pairs])):
-                if name in (_CLASS_NAMES, _MODULE_NAMES):
+                if name in wanted:
                     found[name] = dict(_value(pairs))
-    return found.get(_CLASS_NAMES, {}), found.get(_MODULE_NAMES, {})
+    return found
 
 
 def _classes(path: Path) -> dict[str, ast.ClassDef]:

@@ -18,8 +18,8 @@ class WeightFormats:
     """The formats of the weights of a model.
 
     Attributes:
-        files: in the files ("GPTQ, 4 bits, groups of 128").
-        memory: in memory ("int4, groups of 128").
+        files: in the files ("GPTQ (4 bits, groups of 128)").
+        memory: in memory ("int4 (groups of 128)").
         exact: whether they are the same numbers in both.
     """
 
@@ -61,8 +61,14 @@ _PLAIN = {
 
 
 def _text(names: Counter[str]) -> str:
-    ranked = [name for name, _ in names.most_common() if name]
+    ranked = [_with_details(name) for name, _ in names.most_common() if name]
     shown: Iterable[str] = ranked[:_MAX_NAMED]
     if not ranked:
         return "integers"
     return list_text(shown) + (" and others" if len(ranked) > _MAX_NAMED else "")
+
+
+def _with_details(name: str) -> str:
+    """Return the name of a format with what follows it in parentheses, so that it may be listed."""
+    kind, _, details = name.partition(", ")
+    return f"{kind} ({details})" if details else kind

@@ -284,8 +284,11 @@ def _no_folder(model: str) -> str:
         beside = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
     except OSError:
         return f"{text}."
-    close = get_close_matches(Path(model).name, beside) or beside[:_SHOWN_FOLDERS]
-    if parent == Path() or not close:
+    close = get_close_matches(Path(model).name, beside)
+    if parent == Path():  # it may be meant as an id of the hub
+        return f"{text}; there is {', '.join(map(_shown, close))}." if close else f"{text}."
+    close = close or beside[:_SHOWN_FOLDERS]
+    if not close:
         return f"{text}."
     return f"{text}; in {_shown(str(parent))} there is {', '.join(map(_shown, close))}."
 

@@ -1,19 +1,31 @@
 """Reads sizes of a model off its config.json: layers, widths, context, KV cache."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.encoder_decoders import (
+    decoder_layers,
+    encoder_layers,
+    is_encoder_decoder,
+    of_decoder,
+)
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
-from distributed_llm.common.layer_sharing import kv_lenders
+from distributed_llm.common.layer_sharing import borrowers, kv_lenders
 from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
+from distributed_llm.common.layer_windows import window_setting
 from distributed_llm.common.per_layer_inputs import per_layer_width
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
-_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+_CONTEXTS = (
+    *("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
+    "model_max_length",
+)
 """Names of the context."""
 
 _ALIBI_CONTEXT = 2048
@@ -37,6 +49,11 @@ _SIZES = (
 )
 """Names of sizes that not all models have; some have one for each layer."""
 
+_ANY_SIZE = re.compile(
+    r"(^|_)(size|dim|inner|state|conv|rank|heads|layers|experts|groups|kernel)(_|$)"
+)
+"""What the names of other sizes have in them. They may be 0 where a model has none of something."""
+
 _SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
 """Types of rotary positions that reach `factor` times as far as the model was first trained.
 
@@ -49,6 +66,15 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
+_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+"""Model types with several hidden states between layers, and how config.json calls their number."""
+
+_TWICE = frozenset({"longcat_flash"})
+"""Model types whose layers attend twice."""
+
+_READS_BOTH = frozenset({"zamba", "zamba2"})
+"""Model types whose attention reads hidden states and embedding side by side."""
+
 
 def check_sizes(config: Config) -> None:
     """Raise if a model of this config cannot be.
@@ -58,6 +84,7 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
     counts = config.get("model_type") == "gemma4_text" and per_layer_width(config)
@@ -70,10 +97,30 @@ def check_sizes(config: Config) -> None:
     for name in _SIZES:
         if config.get(name) is not None and not isinstance(config[name], list):
             positive(config, name)
+    for name, value in config.items():
+        if type(value) is int and value and is_size(name):
+            positive(config, name)
+    told = window_setting(config)
+    if told is not None and SLIDING in layer_types(config, num_layers(config)):
+        positive(config, told)
+    if borrowers(config) >= num_layers(config):
+        raise CheckpointError(
+            f"config.json has num_kv_shared_layers = {borrowers(config)}; it must be less than the "
+            f"number of layers, which is {num_layers(config)}. Copy that of the original model."
+        )
+
+
+def is_size(name: str) -> bool:
+    """Return whether a name in config.json is that of a size."""
+    return _ANY_SIZE.search(name) is not None
 
 
 def num_layers(config: Config) -> int:
-    """Return the number of transformer layers."""
+    """Return the number of transformer layers; of an encoder-decoder, of both stacks."""
+    if is_encoder_decoder(config):
+        return encoder_layers(config) + decoder_layers(config)
+    if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
+        return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
         if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
@@ -81,16 +128,20 @@ def num_layers(config: Config) -> int:
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
 
 
+def attentions_per_layer(config: Config) -> int:
+    """Return how many times a layer attends, each time to keys and values of their own."""
+    return 2 if config.get("model_type") in _TWICE else 1
+
+
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(config, "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
 
 
 def streams(config: Config) -> int:
-    """Return how many hidden states of a token there are between layers; but in Gemma 3n, one."""
-    if config.get("model_type") != "gemma3n_text":
-        return 1
-    return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
+    """Return how many hidden states of a token there are between layers; in most models, one."""
+    name = _STREAMS.get(str(config.get("model_type")))
+    return 1 if name is None else positive({name: 4, **config}, name)
 
 
 def context_length(config: Config, *, attends: bool = True) -> int:
@@ -98,12 +149,14 @@ def context_length(config: Config, *, attends: bool = True) -> int:
 
     Scaled rotary positions reach `factor` times as far as the model was first trained, and many
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
-    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
+    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts. Of an
+    encoder-decoder, source and answer may have so many each.
 
     Args:
         config: the content of config.json.
         attends: whether any layer is attention; without it, a state takes up any number.
     """
+    config = of_decoder(config)
     if not any(name in config for name in _CONTEXTS):
         return _ALIBI_CONTEXT if attends else _CONTEXT_OF_STATES
     unscaled = positive(config, *_CONTEXTS)
@@ -114,20 +167,25 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
-    share; of model types whose attention keeps its latents for itself, keys and values for every
-    head of the queries. Layers that read the keys and values of others keep none.
+    share, with an indexer's key behind it; of model types whose attention keeps its latents for
+    itself, keys and values for every head of the queries. Layers that read the keys and values of
+    others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    if is_encoder_decoder(config):
+        dims = (usual.key_dim, usual.value_dim)
+        one = usual.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        return (0,) * encoder_layers(config) + (one,) * decoder_layers(config)
     if keeps_latents(config):
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
     count = num_layers(config)
-    kinds, sizes = layer_types(config, count), []
+    kinds, index_dims, sizes = layer_types(config, count), index_key_dims(config, count), []
     for layer, lender in enumerate(kv_lenders(config, count)):
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
-        dims = (heads.key_dim, heads.value_dim)
+        dims = (heads.key_dim + index_dims[layer], heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
-        sizes.append(one if lender is None else 0)
+        sizes.append(one * attentions_per_layer(config) if lender is None else 0)
     return tuple(sizes)
 
 
@@ -155,9 +213,11 @@ class HeadSizes(NamedTuple):
 
 def head_sizes(config: Config) -> HeadSizes:
     """Return the heads of attention; of latent attention, as they are when it is expanded."""
-    if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
-        heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
-        return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
+    if config.get("model_type") == "jetmoe":  # each expert of a token has queries for all keys
+        kv_heads = positive(config, "num_key_value_heads")
+        heads = kv_heads * positive(config, "num_experts_per_tok")
+        return HeadSizes(heads, kv_heads, *[positive(config, "kv_channels")] * 2)
+    config = of_decoder(config)
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
@@ -166,6 +226,10 @@ def head_sizes(config: Config) -> HeadSizes:
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
+    if config.get("model_type") in _READS_BOTH:
+        dim = int(config.get("attention_head_dim") or 2 * hidden_size(config) // heads)
+    if config.get("model_type") == "diffllama":  # two heads of keys and values are kept as one
+        return HeadSizes(heads, kv_heads // 2, 2 * dim, 2 * dim)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
 
 

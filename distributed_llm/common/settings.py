@@ -46,6 +46,15 @@ def _remote_address(value: object) -> object:
     return value
 
 
+def _size(value: object) -> int | None:
+    nbytes = parse_size(value)
+    if nbytes is not None and nbytes < _LEAST_SIZE:
+        raise ValueError(
+            f"should be at least {_LEAST_SIZE} bytes, as a number with a unit, such as 6GiB"
+        )
+    return nbytes
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a number")
@@ -94,10 +103,13 @@ def _shape(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+_LEAST_SIZE = 1024
+"""Bytes below which a unit was forgotten."""
+
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _NAME_RULE = "should be up to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
 
-Size = Annotated[Annotated[int, Field(ge=1024, le=2**60)] | None, BeforeValidator(parse_size)]
+Size = Annotated[Annotated[int, Field(le=2**60)] | None, BeforeValidator(_size)]
 Seconds = Annotated[float, BeforeValidator(parse_duration), Field(allow_inf_nan=False, le=86400)]
 BindAddress = Annotated[str, BeforeValidator(_bind_address)]
 RemoteAddress = Annotated[str, BeforeValidator(_remote_address)]

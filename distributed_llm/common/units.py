@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Callable
 
 from pydantic import ByteSize, TypeAdapter
 
@@ -128,11 +129,20 @@ def split_address(address: str) -> tuple[str, int]:
         raise ValueError(f"port {port} does not exist; ports go up to 65535")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-        ipaddress.IPv6Address(host)
+        _check_ip(ipaddress.IPv6Address, host, "[2001:db8::7]:5555")
     elif re.fullmatch(r"[0-9.]+", host):
-        ipaddress.IPv4Address(host)
+        _check_ip(ipaddress.IPv4Address, host, "192.168.1.100:5555")
     elif not _HOST.fullmatch(host) or len(host) > 253:
         raise ValueError(
             f"{host!r:.60} is not a host; write a name or an address, an IPv6 address in brackets"
         )
     return host, int(port)
+
+
+def _check_ip(kind: Callable[[str], object], host: str, such_as: str) -> None:
+    try:
+        kind(host)
+    except ValueError:  # says what the parser met
+        raise ValueError(
+            f"{host!r:.60} is no IP address; write HOST:PORT, such as {such_as}"
+        ) from None

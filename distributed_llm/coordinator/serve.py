@@ -32,6 +32,7 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
@@ -97,7 +98,11 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
                 announcers.append(Announcer(address, machine_name(), key))
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
-            logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
+            logger.info(
+                "no test covers the model type %r: each worker tries a small model of it before it "
+                "loads layers, and refuses it if that gives other tokens when it is split",
+                checkpoint.model_type,
+            )
         if note := note_on_rope(checkpoint, model.defaults.context_length):
             logger.info("%s", note)
         logger.info("%s", how_to_join(address, insecure=settings.insecure))
@@ -179,7 +184,7 @@ def plan(
     if folder is None:
         served, checkpoint = open_model(model, settings)
         check_loading(checkpoint)
-        return dry_run(served, workers, settings)
+        return dry_run(_with_tokenizer(served, checkpoint.folder), workers, settings)
     config = read_config(folder)
     if (how := quantization(config)) is not None:
         raise UnsupportedModel(
@@ -190,8 +195,18 @@ def plan(
     check_architecture(config)
     checkpoint = Checkpoint(folder, config, parameters_of(config))
     source = ModelSource(kind="folder", name=str(folder))
-    run = dry_run(served_model(source, checkpoint, settings, {}), workers, settings)
+    served = _with_tokenizer(served_model(source, checkpoint, settings, {}), folder)
+    run = dry_run(served, workers, settings)
     return replace(run, assumed=("weights as config.json describes them", *run.assumed))
+
+
+def _with_tokenizer(model: ServedModel, folder: Path) -> ServedModel:
+    """Return the model with what its tokenizer says, read as a coordinator has it read.
+
+    Raises:
+        CheckpointError: the tokenizer in `folder` cannot be read.
+    """
+    return model.with_tokenizer(Tokenizer.open(folder).facts())
 
 
 def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:

@@ -38,16 +38,15 @@ class Pauses:
         since, self._since = self._since, None
         return since
 
-    def again(self, code: int, now: float, since: float | None, without: str) -> str:
+    def again(self, code: int, now: float, since: float | None) -> str:
         """Return what follows for a child that failed; plan its next start, if there is one.
 
         Args:
             code: its exit code. One of wrong settings is for a person to mend.
             since: when it was started.
-            without: what goes on, if it is not started again.
         """
         if code == ConfigError.exit_code:
-            return f"{without} goes on without it"
+            return "it is not started again"
         if since is not None and now - since >= _WELL_S:
             self._pause_s = _FIRST_PAUSE_S
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)

@@ -229,7 +229,7 @@ class Supervisor:
                     "the worker of this machine has left, and the coordinator goes on without it"
                 )
             ]
-        then = self._worker.again(event.code, now, since, "the coordinator")
+        then = self._worker.again(event.code, now, since)
         return [Progress(ended_text("the worker of this machine", event.code, then, event.said))]
 
     def _api_ended(self, event: Ended[Child], now: float) -> list[Action]:
@@ -238,7 +238,7 @@ class Supervisor:
             return []
         if event.code == 0:
             return [Progress("the API was told to end, and the cluster goes on without it")]
-        then = self._api.again(event.code, now, since, "the cluster")
+        then = self._api.again(event.code, now, since)
         said = event.said if event.code > 0 else ""  # else it is what it logged before
         return [Progress(ended_text("the API", event.code, then, said))]
 

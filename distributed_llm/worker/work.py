@@ -48,6 +48,7 @@ async def work(settings: WorkerSettings, way_in: WayIn) -> int:
     gc.freeze()  # collecting garbage among imported modules stops every thread for 0.4 s
     cores = own_cores()
     threads = settings.threads or cores.threads
+    logger.info("measuring the memory and the speed of this machine")
     # Who only looks slower would have cores of its own.
     measured = _measure(settings, threads, cores.shares if settings.slowdown == 1 else "")
     capabilities = msgspec.structs.replace(

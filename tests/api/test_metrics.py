@@ -67,6 +67,16 @@ def test_a_status_in_numbers() -> None:
     assert value(found, "dllm_link_rtt_seconds", sender="pc", receiver="mac") == 0.004
 
 
+def test_without_attention_no_positions_are_told() -> None:
+    """What is kept of texts has no positions, and room for it is counted in texts and bytes."""
+    found = of_status(kv_tokens=10**9, kv_tokens_used=10**8, most_texts=1000)
+    names = {name for name, _ in found}
+    assert value(found, "dllm_most_texts") == 1000
+    assert value(found, "dllm_state_bytes") == 10**9
+    assert value(found, "dllm_kv_cache_usage_perc", model_name="org/tiny") == 0.1
+    assert not {"dllm_kv_cache_tokens", "dllm_kv_cache_prefix_tokens"} & names
+
+
 def test_histograms_are_cumulative() -> None:
     times = Histogram(bounds_s=(0.1, 1.0), counts=(1, 2, 3), sum_s=40.0)
     found = of_status(latencies=Latencies(first_token=times))

@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
+from distributed_llm.common.architectures import VERIFIED
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.worker.model import architectures
 from distributed_llm.worker.model.architectures import ensure_supported
@@ -42,7 +48,7 @@ def test_of_deepseeks_attention_the_latents_are_counted() -> None:
     assert set(checkpoint.layer_kv_bytes("bfloat16", "int8")) == {512 + 2 + 64 + 2}
 
 
-@pytest.mark.parametrize("model_type", ["diffllama", "gpt_neox_japanese", "doge", "rembert"])
+@pytest.mark.parametrize("model_type", ["big_bird", "doge", "roformer", "rwkv"])
 def test_a_type_that_does_not_work_is_refused(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,8 +73,20 @@ def test_a_window_that_is_overlooked_shows(
     monkeypatch.setattr(architectures, "VERIFIED", frozenset())
     monkeypatch.setattr(architectures, "check_architecture", lambda config: None)
     config = config_of(**settings)
-    with pytest.raises(UnsupportedModel, match="gave other tokens"):
+    with pytest.raises(UnsupportedModel, match=r"gave [0-9]+ other tokens"):
         Stage.ensure_supported(Checkpoint(Path("nowhere"), config, {}))
+
+
+def test_what_a_refusal_says(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Once, in a few words, and nothing of how the small model was made."""
+    monkeypatch.setattr(architectures, "check_architecture", lambda config: None)
+    with pytest.raises(UnsupportedModel) as caught:
+        Stage.ensure_supported(checkpoint_of("roformer"))
+    said = str(caught.value)
+    assert said.startswith("The model type 'roformer' is not supported: no test covers it, and a ")
+    assert said.endswith("that is known to work, such as llama, qwen3 or mistral.")
+    assert len(said) < 500
+    assert "shards" not in "".join(capfd.readouterr())
 
 
 @pytest.mark.usefixtures("_none_is_covered")
@@ -79,7 +97,7 @@ def test_a_wrong_answer_is_refused() -> None:
                 hidden_states = hidden_states * 1.05
             return super().run(sequences, token_ids, hidden_states, *masks)
 
-    with pytest.raises(UnsupportedModel, match="gave other tokens"):
+    with pytest.raises(UnsupportedModel, match=r"gave [0-9]+ other tokens"):
         ensure_supported(checkpoint_of("olmo3"), Inexact.load_unchecked)
 
 
@@ -141,3 +159,12 @@ def test_a_small_config_names_token_ids_that_it_has() -> None:
     assert len(small["eos_token_id"]) == 2
     assert max(small["eos_token_id"]) < small["vocab_size"]
     assert small["pad_token_id"] is None
+
+
+def test_model_types_are_told_without_loading_transformers() -> None:
+    """As a coordinator does, by the tables that transformers' own classes are found in."""
+    generating = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    types = {*CONFIG_MAPPING, *generating, "nonesuch"}
+    assert {one for one in types if generates_text(one)} == generating
+    assert all(map(has_type, generating & {*CONFIG_MAPPING} - VERIFIED))
+    assert (has_type("vit"), has_type("nonesuch")) == (True, False)

@@ -183,6 +183,7 @@ def test_requests_may_set_the_useful_ones() -> None:
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[said[0]], said[1:3]],
         "suppress_tokens": said[3:5],
+        "forced_bos_token_id": 33,
     }
     for prompt in PROMPTS:
         wanted = theirs({"max_new_tokens": NEW_TOKENS, **values}, prompt)
@@ -246,7 +247,7 @@ def test_values_that_are_off_mean_what_they_mean_to_transformers(
         assert scores.argmax() == made.sequences[0, -1]
         return
     (row,) = scaled_rows(torch.from_numpy(scores[None]), [sampling])
-    left = candidates(row)
+    left = candidates(row).left()
     probabilities = torch.softmax(made.scores[0][0], dim=0).numpy()
     assert sorted(left.token_ids) == probabilities.nonzero()[0].tolist()
     np.testing.assert_allclose(left.probabilities, probabilities[left.token_ids], rtol=1e-4)

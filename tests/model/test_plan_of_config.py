@@ -12,9 +12,11 @@ from distributed_llm.common.other_formats import INDEX_NAME
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.unit.made_tokenizers import byte_level, save
 
 WORKERS = ("pc=9160KiB", "mac=9160KiB")
 
@@ -109,3 +111,33 @@ def test_weights_that_could_not_be_loaded_are_not_planned(tmp_path: Path) -> Non
     path.write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(CheckpointError, match=r"_proj.weight has shape .* config.json says .*64"):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer.json cannot be read .*Model missing"),
+        ("tokenizer_config.json", '{"eos_token": 7}', r"eos_token.*tokenizer.json, tokenizer_conf"),
+    ],
+)
+@pytest.mark.parametrize("with_weights", [True, False], ids=["with weights", "config alone"])
+def test_a_tokenizer_that_a_coordinator_would_refuse_is_refused(
+    tmp_path: Path, name: str, content: str, words: str, with_weights: bool
+) -> None:
+    """In the words that it would use."""
+    save(make_checkpoint(tmp_path), byte_level())
+    (tmp_path / name).write_text(content)
+    if not with_weights:
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as by_coordinator:
+        Tokenizer.open(tmp_path)
+    with pytest.raises(CheckpointError, match=words) as by_plan:
+        plan(tmp_path)
+    assert str(by_plan.value) == str(by_coordinator.value)
+
+
+def test_a_plan_knows_the_tokenizer(tmp_path: Path) -> None:
+    """Or that there is none; then prompts are token ids, as for a coordinator."""
+    assert plan(make_checkpoint(tmp_path)).plans
+    save(tmp_path, byte_level())
+    assert plan(tmp_path).plans

@@ -2,8 +2,10 @@
 
 import gc
 import itertools
+import logging
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,54 @@ def test_whoever_waits_too_long_uses_the_usual_ones(
     monkeypatch.setattr(kept_choices, "_WAIT_S", 0.0)
     with FileLock(tmp_path / "lock"):
         assert kept_choices.choices_of(tmp_path, MACHINE, dict) == {}
+
+
+def test_the_first_start_tells_what_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, and how far it has come; later starts have nothing to tell."""
+
+    def measured(on_progress: Callable[[int, int], None]) -> dict[Kind, Choice]:
+        for done in range(3):
+            on_progress(done, 3)
+        return CHOICES
+
+    monkeypatch.setattr(kept_choices, "measure", measured)
+    monkeypatch.setattr(kept_choices, "_TOLD_EVERY_S", 0.0)
+    monkeypatch.setattr(chosen, "use", lambda choices: None)
+    monkeypatch.delenv(kept_choices.KERNELS_VARIABLE, raising=False)
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        kept_choices.settle(tmp_path, "a processor")
+    first, *more, last = [record.getMessage() for record in caplog.records]
+    assert first == "first start here: measuring which kernels are the fastest, once"
+    assert more == [f"measured kernels for {done} of 3 kinds of weights" for done in (1, 2)]
+    assert last.startswith("measured the kernels of this machine in ")
+
+
+def test_progress_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    told: list[tuple[int, int]] = []
+    clock = itertools.count(0.0, 100.0)
+    measuring.measure(clock=lambda: next(clock), on_progress=lambda *one: told.append(one))
+    assert told == [(0, len(list(measuring.kinds())))]
+    progress = kept_choices._Progress()
+    for done in range(8):
+        progress(done, 8)
+    assert len(caplog.records) == 1
+
+
+def test_who_waits_for_another_worker_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(kept_choices, "_WAIT_S", 0.0)
+    with FileLock(tmp_path / "lock"):
+        kept_choices.choices_of(tmp_path, MACHINE, dict)
+    waits, gave_up = [record.getMessage() for record in caplog.records]
+    assert waits == "another worker measures the kernels of this machine: waiting for that"
+    assert "uses the usual ones" in gave_up
+    assert kept_choices.choices_of(tmp_path, MACHINE, lambda: CHOICES), "nobody holds it now"
 
 
 def test_a_busy_machine_is_not_judged(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.formats import formats_of
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.summary import formats_text
 from distributed_llm.worker.model.stage import Stage
 from tests.model.driver import load_stages
 from tests.quantized_checkpoints import KINDS, make_quantized
@@ -61,3 +63,19 @@ def test_scales_that_are_no_numbers_are_refused_while_loading(kind: str, tmp_pat
     layers = LayerRange(0, checkpoint.num_layers)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: its scales"):
         Stage.load_unchecked(checkpoint, layers, device=torch.device("cpu"), dtype=torch.float32)
+
+
+TOLD = {
+    "gptq": "GPTQ (4 bits, groups of 32) and float32 in the files, int4 (groups of 32) and float32 "
+    "in memory",
+    "awq": "AWQ (4 bits, groups of 32) in the files, int4 (groups of 32) in memory",
+    "nf4": "bitsandbytes NF4 in the files, int8 in memory, by the nearest numbers that there are",
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_people_are_told_of_them(kind: str, tmp_path: Path) -> None:
+    """A list within a list is in parentheses."""
+    quantized, _ = make_quantized(tmp_path, kind)
+    found = formats_of(open_checkpoint(quantized), "float32", "none")
+    assert formats_text(found.files, found.memory, exact=found.exact) == TOLD[kind]

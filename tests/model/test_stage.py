@@ -398,11 +398,13 @@ def test_log_probabilities_come_with_the_tokens(checkpoint: Checkpoint, whole: A
 
 
 @pytest.mark.parametrize("damaged", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_token_comes_from_damaged_weights(tmp_path: Path, damaged: str, value: float) -> None:
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_no_token_comes_from_numbers_that_overflow(
+    tmp_path: Path, damaged: str, value: float
+) -> None:
     folder = make_checkpoint(tmp_path, num_layers=NUM_LAYERS)
     tensors = load_file(folder / "model.safetensors")
-    tensors[damaged][5, 5] = value
+    tensors[damaged][5] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     pipeline = Pipeline(load_stages(open_checkpoint(folder), [1, 1, 1]))
     pipeline.prefill([[1, 2, 3]], [0])

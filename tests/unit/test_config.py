@@ -154,28 +154,28 @@ FILES = {
     ),
     "key outside a section": ("slowdown: 2\n", "did you mean 'worker.slowdown'?"),
     "nothing near": ("zzz: 1\n", ":1: unknown key 'zzz'; known here: coordinator, worker, client"),
-    "wrong type": ("worker:\n  threads: many\n", ":2: worker.threads: should be a valid integer"),
+    "wrong type": ("worker:\n  threads: many\n", ":2: worker.threads: should be a whole number"),
     "number for text": ("worker:\n  name: 7\n", ":2: worker.name: should be a valid string"),
     "yes for number": ("worker:\n  threads: yes\n", ":2: worker.threads: should be a number"),
-    "no value": ("worker:\n  threads:\n", ":2: worker.threads: should be a valid integer"),
+    "no value": ("worker:\n  threads:\n", ":2: worker.threads: should be a whole number"),
     "section is a number": ("worker: 5\n", ":1: worker: should be a section, not 5"),
     "list": ("- 1\n", ":1: expected sections such as 'worker:', found [1]"),
     "only text": ("hello\n", ":1: expected sections such as 'worker:', found 'hello'"),
     "neither auto nor a possible number": (
         "coordinator:\n  max_context: 0\n",
-        "coordinator.max_context: should be 'auto' or greater than or equal to 1, not 0",
+        "coordinator.max_context: should be 'auto' or at least 1, not 0",
     ),
-    "negative time": ("client:\n  connect_timeout_s: -1\n", "should be greater than 0, not -1"),
-    "negative time, unit": ("client:\n  connect_timeout_s: -5s\n", "should be greater than 0"),
+    "negative time": ("client:\n  connect_timeout_s: -1\n", "should be above 0, not -1"),
+    "negative time, unit": ("client:\n  connect_timeout_s: -5s\n", "should be above 0"),
     "no number": (
         "worker:\n  slowdown: .nan\n",
-        "2: worker.slowdown: should be less than or equal to 1000, not nan",
+        "2: worker.slowdown: should be at most 1000, not nan",
     ),
-    "no time": ("client:\n  connect_timeout_s: .nan\n", "should be greater than 0, not nan"),
+    "no time": ("client:\n  connect_timeout_s: .nan\n", "should be above 0, not nan"),
     "endless": ("client:\n  connect_timeout_s: .inf\n", ":2: client.connect_timeout_s: should be"),
     "huge": (f"client:\n  connect_timeout_s: 1{'0' * 400}\n", ":2: client.connect_timeout_s: too"),
     "unit of time": ("client:\n  connect_timeout_s: 3 weeks\n", "not a duration; write seconds"),
-    "speeding up": ("worker:\n  slowdown: 0.5\n", "greater than or equal to 1, not 0.5"),
+    "speeding up": ("worker:\n  slowdown: 0.5\n", "at least 1, not 0.5"),
     "timeouts": (
         "coordinator:\n  silence_timeout_s: 2s\n",
         ":2: coordinator.silence_timeout_s: 2 s must be more than twice heartbeat_interval_s (1 s)",
@@ -186,7 +186,19 @@ FILES = {
     ),
     "port 70000": ("coordinator:\n  bind: 127.0.0.1:70000\n", ":2: coordinator.bind: port 70000"),
     "port 0 of others": ("worker:\n  coordinator: pc:0\n", "port 0 is nobody's"),
-    "memory without unit": ("worker:\n  max_memory: 6\n", ":2: worker.max_memory: should be"),
+    "memory without unit": (
+        "worker:\n  max_memory: 6\n",
+        ":2: worker.max_memory: should be at least 1024 bytes, as a number with a unit, such",
+    ),
+    "no whole number": (
+        "coordinator:\n  max_context: 5x\n",
+        "max_context: should be 'auto' or a whole number, not '5x'",
+    ),
+    "no IP address": (
+        "coordinator:\n  bind: 1270.0.0.1:5555\n",
+        "bind: '1270.0.0.1' is no IP address; write HOST:PORT, such as 192.168.1.100:5555",
+    ),
+    "no IPv6 address": ("coordinator:\n  bind: '[::g]:5555'\n", "'::g' is no IP address; write"),
     "memory with nonsense": ("worker:\n  max_memory: 6GiB!\n", "not a size; write a number"),
     "log level": ("worker:\n  log_level: loud\n", ":2: worker.log_level: should be 'debug', "),
     "device": (
@@ -323,9 +335,7 @@ def test_overrides_refused() -> None:
     message = refusal(overrides={"worker.thread": 1})
     assert message == "command line: unknown key 'worker.thread'; did you mean 'threads'?"
     message = refusal(overrides={"worker.threads": -1})
-    assert message.startswith(
-        "command line: --threads (worker.threads): should be greater than or equal to 0"
-    )
+    assert message.startswith("command line: --threads (worker.threads): should be at least 0")
     assert "unknown key 'nonsense'" in refusal(overrides={"nonsense": 1})
 
 

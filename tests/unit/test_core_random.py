@@ -39,6 +39,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator import events
+from distributed_llm.coordinator.cluster.move import MoveState
 from tests.unit.fake_client import Answer, SimClient, text_of
 from tests.unit.fake_model import (
     AUTO_MODEL,
@@ -47,6 +48,7 @@ from tests.unit.fake_model import (
     MODEL,
     NUM_LAYERS,
     POISON,
+    with_sources,
     with_states,
     with_workspace,
 )
@@ -208,7 +210,10 @@ class Cluster:
             trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
+            encoders = self.model.cost.encoder_layers
+            whole = Answer(
+                tuple(prompt), params, grammar=grammar, encoder_layers=encoders
+            ).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params, grammar)
@@ -417,6 +422,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
         causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
+    if answer.embeds and answer.encoder_layers:
+        causes.add("invalid_request")
     if num_errors >= 2:
         causes.add("stage_error")
     assert answer.code in causes, answer.end
@@ -493,7 +500,7 @@ class StatefulCluster(MovingCluster):
     model = with_workspace(with_states(MODEL))
     memories = (1500, 4000, 4000)
     least_moves = 2
-    max_examples = 16
+    max_examples = 10
     least_shared = 200
     num_moves: ClassVar[list[int]] = []
     num_shared: ClassVar[list[int]] = []
@@ -517,10 +524,55 @@ class StatefulCluster(MovingCluster):
             self._submit([*text[: len(text) - cut], *more, number], params)
             self.world.run(for_s=wait_s)
 
+    @rule(
+        begin=between(0, 1),
+        cuts=several(between(1, NUM_LAYERS - 1), 0, 4),
+        shift=between(0, 6),
+        loses=coin,
+    )
+    def move_while_they_converse(
+        self, begin: int, cuts: list[int], shift: int, loses: bool
+    ) -> None:
+        """Have layers move among answers; maybe the last steps before the handover are lost."""
+        self.converse(begin, 0, [1, 2, 3], 2, 0.05)
+        self.world.move(sorted(set(cuts)), shift)
+        if loses and self.world.run(self._waits_for_steps, for_s=1.0):
+            for worker in self.up():
+                worker.cut()
+        self.world.run(for_s=1.0)
+
+    def _waits_for_steps(self) -> bool:
+        move = self.world.core._moves.move
+        return move is not None and move.state is MoveState.FINISHING_STEPS
+
     def finish(self) -> None:
         """Also count the tokens that were shared instead of computed."""
         super().finish()
         self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
+
+
+class SourcesCluster(MovingCluster):
+    """An encoder reads prompts, and layers move."""
+
+    model = with_workspace(with_sources(MODEL))
+    max_examples = 16
+    least_moves = 2
+    num_moves: ClassVar[list[int]] = []
+
+
+class StatefulMoves(StatefulCluster):
+    """Layers with states move again and again; steps are lost, and no worker is."""
+
+    calm = True
+    faulty: ClassVar[list[type[Message]]] = [Task, TaskResult]
+    task_s = 0.02
+    max_examples = 5
+    least_moves = 6
+    num_moves: ClassVar[list[int]] = []
+    num_shared: ClassVar[list[int]] = []
+
+    def client_vanishes(self, silently: bool) -> None:
+        """No client does: what nobody waits for would keep others waiting here."""
 
 
 class MovingTwins(MovingCluster):
@@ -676,6 +728,8 @@ class FailingMoves(FailingLoads, MovingCluster):
         TwinCluster,
         MovingCluster,
         StatefulCluster,
+        SourcesCluster,
+        StatefulMoves,
         MovingTwins,
         AutoCluster,
         AutoTwins,

@@ -101,6 +101,7 @@ def test_it_does_not_fit() -> None:
     [
         (("pc=1GiB,1GB/s", "1GiB"), "--worker 1GiB: it has no speed, but pc=1GiB,1GB/s has one"),
         (("pc=1GiB", "pc=2GiB"), "--worker pc: there are two of this name"),
+        (("8",), "--worker 8: 8 bytes are no machine's memory; write a unit, such as 8GiB"),
         (("1GiB", "worker-1=1GiB"), "--worker worker-1: there are two of this name"),
         (("",), "such as 512MiB, mac=2GiB or pc=8GiB,40GB/s,1.5TFLOPS"),
         (("pc=0",), "such as 512MiB"),

@@ -192,7 +192,7 @@ def test_a_described_cluster_gives_table_settings_and_report(
         (["--strategies", "fast"], 2, "--strategies: should be 'speed', 'memory'"),
         (["--strategies", "custom"], 2, "tried by --subsets"),
         (["--loads", "0,4"], 2, "--loads: should be whole numbers from 1 on"),
-        (["--worker", "pc=slowdown:0.5"], 2, "should be greater than or equal to 1"),
+        (["--worker", "pc=slowdown:0.5"], 2, "should be at least 1"),
         (["--worker", "pc=speed:2"], 2, "'speed:2' is no setting and value"),
         (["--worker", "pc", "--worker", "pc"], 2, "two workers have the same name"),
         (["--listen", "here"], 2, "--listen: not an address"),

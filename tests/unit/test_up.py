@@ -111,7 +111,7 @@ def test_an_api_that_is_slow_is_waited_for_a_while_and_said_later(up: Supervisor
 def test_an_api_that_does_not_start_is_not_waited_for(up: Supervisor) -> None:
     up.handle(Listens(INVITATION), now=0.0)
     (text,) = told(dies(up, "api", 2, 0.5))
-    assert text.startswith("the API ended (exit code 2); the cluster goes on without it")
+    assert text.startswith("the API ended (exit code 2); it is not started again")
     assert up.next_deadline() == math.inf
     (lines,) = shown(up.handle(seen("serving"), now=1.0))
     assert lines[1:] == INVITATION
@@ -222,8 +222,8 @@ def test_a_worker_that_dies_later_is_started_again_after_growing_pauses(
 @pytest.mark.parametrize("code", [0, 2])
 def test_who_left_or_is_set_wrongly_is_not_started_again(running: Supervisor, code: int) -> None:
     (text,) = told(dies(running, "worker", code, 10.0))
-    assert "goes on without it" in text
-    assert ("has left" in text) == (code == 0)
+    assert ("has left, and the coordinator goes on without it" in text) == (code == 0)
+    assert ("(exit code 2); it is not started again" in text) == (code == 2)
     assert running.on_timer(now=1e6) == []
     assert running.handle(Signalled(INTERRUPTED), now=20.0)[1:] == [
         TellToEnd("api"),

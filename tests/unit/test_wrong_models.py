@@ -136,6 +136,16 @@ def test_a_folder_that_is_not_there(
     assert "in 'models' there is 'llama-3b'" in said
 
 
+def test_a_folder_of_nearly_that_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quite different is not told: an id of the hub may be meant."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "llama-3b")
+    assert f"(looked up from {tmp_path}); there is 'llama-3b'. As a model id" in refusal("lama-3b")
+    assert f"(looked up from {tmp_path}). As a model id" in refusal("qwen")
+
+
 def test_a_folder_above_the_model(tmp_path: Path) -> None:
     write(tmp_path / "models" / "llama-3b")
     assert f"Give that: {tmp_path / 'models' / 'llama-3b'}" in refusal(tmp_path / "models")
@@ -453,6 +463,24 @@ def test_masks_and_positions_are_no_quantized_weights(
     table = np.ones((16, 8), F32)
     weights = layer(0, weight=table, **buffer) | layer(1, weight=table)
     serve.open_model(str(write(tmp_path, weights=weights)), CoordinatorSettings())
+
+
+# ------------------------------------------------------------------ types that no table has
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("nonesuch", "does not know the model type 'nonesuch'. Upgrade it"),
+        ("vit", "'vit' is no decoder language model"),
+    ],
+)
+def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words: str) -> None:
+    assert words in refusal(write(tmp_path, {"model_type": model_type}))
+
+
+def test_a_type_that_workers_may_try(tmp_path: Path) -> None:
+    serve.open_model(str(write(tmp_path, {"model_type": "prophetnet"})), CoordinatorSettings())
 
 
 # ------------------------------------------------------------------ files that are something else

@@ -89,9 +89,13 @@ def _cache(status: ClusterStatus) -> Iterator[Metric]:
     model = {"model_name": status.model}
     used = status.kv_tokens_used / status.kv_tokens if status.kv_tokens else 0.0
     yield _gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", used, model)
-    yield _gauge("kv_cache_tokens", "Positions of KV cache.", status.kv_tokens)
-    cached = status.kv_tokens_cached
-    yield _gauge("kv_cache_prefix_tokens", "Positions that ended sequences keep.", cached)
+    if status.most_texts:  # no layer keeps positions: the room is for states, in bytes
+        yield _gauge("state_bytes", "Room for the states of texts.", status.kv_tokens)
+        yield _gauge("most_texts", "Texts that may be under way at once.", status.most_texts)
+    else:
+        yield _gauge("kv_cache_tokens", "Positions of KV cache.", status.kv_tokens)
+        cached = status.kv_tokens_cached
+        yield _gauge("kv_cache_prefix_tokens", "Positions that ended sequences keep.", cached)
     queries, hits = status.counters.prefix_query_tokens, status.prefix_hit_tokens
     yield _counter("prefix_cache_queries", "Tokens looked up among prefixes.", queries, model)
     yield _counter("prefix_cache_hits", "Tokens found among prefixes.", hits, model)

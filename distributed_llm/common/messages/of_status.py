@@ -161,7 +161,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         quantize: what floating-point weights became while they were loaded.
         disk_bytes: of weights that do not fit into memory, and are read in every step.
         kv_dtype: how keys and values are kept.
-        memory: form of its weights in memory ("int4, groups of 32 and int8"); empty if unknown.
+        memory: form of its weights in memory ("int4 (groups of 32) and int8"); empty if unknown.
         exact: whether these are the numbers of the files, but for rounding to the dtype.
         lineage: stays the same when layers move and a pipeline of a newer epoch continues it.
         state: "loading", "ready", "serving" or "paused" for a move.
@@ -345,9 +345,10 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
 
     Attributes:
         state: "waiting" (for workers, see `note`), "loading" or "serving".
-        files: format of the weights in the files ("GPTQ, 4 bits, groups of 128"); empty if
+        files: format of the weights in the files ("GPTQ (4 bits, groups of 128)"); empty if
             unknown.
         epoch: epoch of the newest plan that is served or loaded; 0 before the first.
+        encoder_layers: how many of the layers, the first, are an encoder's.
         kv_tokens: positions of KV cache that all pipelines have room for.
         kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
@@ -376,6 +377,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     note: str
     epoch: Epoch
     num_layers: Count
+    encoder_layers: Count = 0
     context_length: Count
     kv_tokens: Count
     kv_tokens_used: Count

@@ -185,7 +185,7 @@ class Replanning:
         )
         others = self._cluster.registry.fit or self._pipelines.has_served
         if failed.code == UnsupportedModel.code and not others:
-            return [note, Stop(UnsupportedModel(failed.message))]
+            return [Stop(UnsupportedModel(f"{failed.message} Worker {worker.id} found that."))]
         return [note, *(self._ask_for_recovery(worker) if pipeline else [])]
 
     def _ask_for(self, *needs: Need) -> list[Action]:
@@ -338,7 +338,11 @@ class Replanning:
             return []
         if strategy == "custom":
             return self._tell_idle("no layers: the setting `layers` does not name this worker")
-        return self._tell_idle(f"no layers: with strategy {strategy}, others serve all of them")
+        cost = self._cluster.model.cost
+        why = f", and {cost.together_text}" if cost.together_text else ""
+        return self._tell_idle(
+            f"no layers: with strategy {strategy}, others serve all of them{why}"
+        )
 
     def _tell_idle(self, text: str) -> list[Action]:
         return [action for worker in self._cluster.registry.idle for action in tell(worker, text)]

@@ -163,7 +163,7 @@ class _Baseline:
     @cached_property
     def links(self) -> Links:
         """Hops of a step."""
-        return self.machines.links(self.targets[0].work.all_tokens)
+        return self.machines.links_for(self.targets[0].work)
 
     @property
     def quickest(self) -> WorkerId:
@@ -230,7 +230,7 @@ class _Baseline:
         solver = walk_forward if through is None else partial(_walk_through, through)
         some, scored = self.machines.subset(order), [_NOTHING]
         for target in self.targets:
-            links = self.machines.links(target.work.all_tokens)
+            links = self.machines.links_for(target.work)
             room = self.kv_tokens if kv_tokens is None else kv_tokens
             tables = make_tables(self.cost, some.candidates(target.work), links, room)
             cuts = solve(tables, range(len(order)), target.objective, solver)
@@ -315,13 +315,17 @@ def _advise_unused(base: _Baseline, worker: WorkerId) -> Advice:
 
 def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
     offered = base.machines.memory_bytes[worker]
-    needed = min(base.cost.stage_bytes(piece, base.kv_tokens) for piece in base.cost.pieces)
+    piece = min(base.cost.pieces, key=lambda one: base.cost.stage_bytes(one, base.kv_tokens))
+    needed = base.cost.stage_bytes(piece, base.kv_tokens)
     if needed > offered:
         sizes = f"{size_text(needed)} needed, {size_text(offered)} offered"
         if base.cost.workspace_bytes:
             sizes += f", beside {size_text(base.cost.workspace_bytes)} that it computes with"
+        if len(piece) > 1:
+            return f"too little memory ({sizes}): {base.cost.together_text}"
         return f"too little memory for one layer ({sizes})"
-    return f"its {size_text(offered)} do not hold the layers that it would get"
+    why = f": {base.cost.together_text}" if base.cost.together_text else ""
+    return f"its {size_text(offered)} do not hold the layers that it would get{why}"
 
 
 def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
@@ -333,6 +337,8 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
         at: its best place in the order.
         layers: number of layers that it would get.
     """
+    if len(base.stages) == len(base.cost.pieces) and base.cost.together_text:
+        return f"no layers are left for it: {base.cost.together_text}"
     order = base.order_with(worker, at)
 
     def wins(machines: Machines) -> bool:
@@ -357,7 +363,8 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
 
 
 def _stage_s(times: WorkerTimes, layers: int) -> float:
-    return max(1e-9, times.task_s + layers * times.layer_s)
+    task_s, layer_s = times.task_s + times.answer_s, times.layer_s + times.source_s
+    return max(1e-9, task_s + layers * layer_s)
 
 
 def _linked(

@@ -32,6 +32,9 @@ _POSITIONS = 256
 _MEMORY_BYTES_PER_S = 20e9
 """Assumed memory bandwidth of a machine if none is given: an ordinary laptop's."""
 
+_LEAST_BYTES = 1024
+"""Memory below which a unit was forgotten."""
+
 _DISK_BYTES_PER_S = 1e9
 """Assumed rate at which a disk is read: an ordinary SSD's."""
 
@@ -203,6 +206,11 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         raise ConfigError(
             f"--worker {text}: write [NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]], such as 512MiB, "
             "mac=2GiB or pc=8GiB,40GB/s,1.5TFLOPS; DISK is room for layers that do not fit."
+        )
+    if memory_bytes < _LEAST_BYTES:
+        raise ConfigError(
+            f"--worker {text}: {memory_bytes} bytes are no machine's memory; write a unit, such as "
+            "8GiB."
         )
     worker = WorkerId(name or f"worker-{number}")
     capabilities = Capabilities(

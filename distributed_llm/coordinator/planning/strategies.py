@@ -176,10 +176,8 @@ def check_custom(layers: Mapping[str, LayerRange], cost: ModelCost) -> None:
 def _check_cuts(layers: Mapping[str, LayerRange], cost: ModelCost) -> None:
     for held in layers.values():
         if not cost.may_be_cut([held.start]):
-            whole = next(piece for piece in cost.pieces if held.start < piece.stop)
             raise ConfigError(
-                f"The setting `layers` does not suit the model: {layers_text(whole)} have to be on "
-                "one worker, for some read keys and values of others, but "
+                f"The setting `layers` does not suit the model: {cost.together_text}, but "
                 f"{layers_text(held)} begin in between. Let no worker begin there."
             )
 
@@ -232,24 +230,31 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
         what += f", beside {size_text(cost.workspace_bytes)} each that they compute with"
     most = max(cost.pieces, key=lambda one: cost.stage_bytes(one, kv_tokens))
     least = cost.stage_bytes(most, kv_tokens)  # that one worker at least must have
+    largest = max(memory.values(), default=0)
     if needed > offered:
-        why = f": {size_text(needed - offered)} are missing"
-    elif least > max(memory.values()):
+        what += f": {size_text(needed - offered)} are missing"
+        if least > largest and len(most) > 1:
+            what += f", and {cost.together_text}: these take {size_text(least)}"
+    elif least > largest:
         at_start = " with the embedding" if most.start == 0 else ""
         at_ends = " with the head" if most.stop == cost.num_layers else at_start
         fixed = sum(cost.layer_fixed_bytes[most.start : most.stop])
         ends = at_ends if least > fixed else ""
-        return (
-            f"{what}, but one of them has to hold {layers_text(most)}{ends}, which takes "
-            f"{size_text(least)}, and the largest has {size_text(max(memory.values()))}. Add a "
-            f"worker that has as much, raise the --max-memory of one, or take a smaller model or "
-            "dtype."
+        reads = ", of which some read keys and values of others" if len(most) > 1 else ""
+        what += (
+            f", but one of them has to hold {layers_text(most)}{ends}{reads}, which takes "
+            f"{size_text(least)}, and the largest has {size_text(largest)}"
         )
     else:
-        why = ", but in pieces into which whole layers do not fit"
+        what += ", but in pieces into which whole layers do not fit"
+    if least > largest and (len(most) > 1 or needed <= offered):
+        return (
+            f"{what}. Add a worker that has as much, raise the --max-memory of one, or take a "
+            "smaller model or dtype."
+        )
     return (
-        f"{what}{why}. {_what_fits(cost, offered, kv_tokens)} Add a worker, raise --max-memory, "
-        "or take a smaller model or dtype."
+        f"{what}. {_what_fits(cost, offered, kv_tokens)} Add a worker, raise --max-memory, or take "
+        "a smaller model or dtype."
     )
 
 

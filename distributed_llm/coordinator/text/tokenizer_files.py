@@ -2,24 +2,35 @@
 
 `tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch: 60 MB and a
 second less than `AutoTokenizer`, which converts folders with only older files (vocab.json,
-merges.txt). Mistral's tekken.json is converted too. Nothing in a checkpoint is executed.
+merges.txt). Mistral's tekken.json is converted too, and encoder-decoders have their own classes.
+Nothing in a checkpoint is executed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import read_json
+from distributed_llm.common.model_folder import TOKENIZER_NAMES
 from distributed_llm.coordinator.text.chat_template import short
+from distributed_llm.coordinator.text.source_tokenizers import (
+    needs_no_files,
+    read_source_tokenizer,
+    source_config,
+)
 
 _MADE_FOR_ALL = "tokenizer.json"
 _TEKKEN = "tekken.json"
 
 _FILES = (
     *(_MADE_FOR_ALL, "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", _TEKKEN),
+    *("spiece.model", "sentencepiece.bpe.model", "source.spm", _TEKKEN),
 )
+
+_SHOWN_CHARS = 200
+"""Characters of what the package tokenizers says that are passed on."""
 
 _OLD_TEMPLATE = "chat_template.json"
 """Where multimodal models had their chat template before there was chat_template.jinja."""
@@ -27,11 +38,13 @@ _OLD_TEMPLATE = "chat_template.json"
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether `folder` has the files of a tokenizer."""
-    return any((folder / name).exists() for name in _FILES)
+    return any((folder / name).exists() for name in _FILES) or needs_no_files(folder)
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in `folder`, a fast one of transformers, with its chat templates.
+    """Return the tokenizer in `folder`, one of transformers, with its chat templates.
+
+    It is a fast one, but for some encoder-decoders.
 
     Raises:
         CheckpointError: there is no tokenizer, it is broken, it needs to run its own code, or a
@@ -48,12 +61,8 @@ def read_tokenizer(folder: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
-        raise CheckpointError(
-            f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
-            "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
-            ".save_pretrained(folder) writes one where sentencepiece is installed."
-        ) from exc
-    if getattr(loaded, "backend_tokenizer", None) is None:
+        raise CheckpointError(_why_unread(folder, exc)) from exc
+    if getattr(loaded, "backend_tokenizer", None) is None and source_config(folder) is None:
         raise CheckpointError(
             f"The tokenizer in {folder} ({type(loaded).__name__}) is not one of the "
             "'tokenizers' package. Use a version of the model that has a tokenizer.json."
@@ -74,6 +83,38 @@ def why_no_template(folder: Path) -> str:
     )
 
 
+def _why_unread(folder: Path, exc: Exception) -> str:
+    """Return why a tokenizer cannot be read, by the file that is at fault, and what to do."""
+    path = folder / _MADE_FOR_ALL
+    if not path.exists():
+        return (
+            f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again; or, "
+            "where sentencepiece is installed, have AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder) write a tokenizer.json."
+        )
+    if why := _why_no_backend(path):
+        return (
+            f"{path} cannot be read as a tokenizer ({why}). Copy or download it "
+            "again from the original model."
+        )
+    files = ", ".join(name for name in TOKENIZER_NAMES if (folder / name).exists())
+    return (
+        f"The tokenizer in {folder} cannot be read ({short(exc)}). A file of it is damaged: copy "
+        f"or download these again from the original model: {files}."
+    )
+
+
+def _why_no_backend(path: Path) -> str:
+    """Return why a tokenizer.json is none; empty if it is one."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        Backend.from_file(str(path))
+    except Exception as exc:  # of no narrower type
+        return str(exc)[:_SHOWN_CHARS]
+    return ""
+
+
 def _refuse_code(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     auto_map = read_json(path).get("auto_map") if path.exists() else None
@@ -87,6 +128,8 @@ def _refuse_code(folder: Path) -> None:
 
 
 def _reader(folder: Path) -> Callable[[Path], Any]:
+    if config := source_config(folder):
+        return partial(read_source_tokenizer, config)
     if (folder / _MADE_FOR_ALL).exists():
         return _read_made_for_all
     return _read_tekken if (folder / _TEKKEN).exists() else _read_older

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
 from distributed_llm.common.types import Epoch
 from distributed_llm.common.wording import layers_text
@@ -324,13 +325,20 @@ class HeldStages:
 
     def _post_loaded(self, load: Load, new: NewStage, load_s: float, kv_tokens: int) -> None:
         stage, weights = new.stage, new.weights
+        try:
+            trials = self._trials(load.order, stage, kv_tokens)
+        except CheckpointError as exc:
+            del new, stage
+            self.drop()
+            self._post_load_failed(load, exc)
+            return
         loaded = Loaded(
             load.session,
             load.order.epoch,
             load_s,
             stage.weight_bytes,
             kv_tokens,
-            self._trials(load.order, stage, kv_tokens),
+            trials,
             kv_token_bytes=stage.kv_bytes_per_token,
             kv_windowed_bytes=stage.kv_windowed_bytes_per_token,
             kv_window=stage.window,
@@ -345,14 +353,24 @@ class HeldStages:
         self._post(LoadFailed(load.session, load.order.epoch, error))
 
     def _trials(self, order: LoadStage, stage: Stage, kv_tokens: int) -> tuple[StageTrial, ...]:
-        """Return times of trial steps; none if they are not ordered, or another stage is served."""
+        """Return times of trial steps; none if they are not ordered, or another stage is served.
+
+        Raises:
+            CheckpointError: weights are not finite.
+        """
         if not order.trials or (self.served and self.served.stage is not stage):
             return ()
         try:
-            return try_out(stage, lambda step: self._timer(stage, step), kv_tokens=kv_tokens)
+            return try_out(
+                stage,
+                lambda step: self._timer(stage, step),
+                kv_tokens=kv_tokens,
+                context_length=order.context_length,
+            )
         except torch.AcceleratorError:
             raise
         except Exception as exc:
+            stage.check_finite_weights()
             logger.warning("the trial steps of layers %s failed: %s", order.layers, exc)
             return ()
         finally:

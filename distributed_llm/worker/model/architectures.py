@@ -17,18 +17,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distributed_llm.common.architectures import VERIFIED, check_architecture
+from distributed_llm.common.architectures import VERIFIED, check_architecture, unsupported
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import as_token_ids
-from distributed_llm.worker.model.empty_model import model_config, new_model
+from distributed_llm.worker.model.empty_model import model_config, new_model, parameters_of
+from distributed_llm.worker.model.layer_loading import without_progress_bars
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.small_config import LONG_TEXT, shrink_config
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_CHARS = 200
+"""Characters of what went wrong with a small model that are passed on."""
 
 _NO_TOKENS = as_token_ids(())
 _WEIGHT_STD = 0.15  # the usual 0.02 gives every token nearly the same logits
@@ -78,8 +82,8 @@ def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
         UnsupportedModel: with the reason and what to do.
     """
     check_architecture(checkpoint.config)
-    if checkpoint.model_type not in VERIFIED:
-        model_config(checkpoint.config)
+    if checkpoint.model_type not in VERIFIED | ENCODER_DECODERS:
+        parameters_of(checkpoint.config)  # raises if config.json is damaged
         check: Any = _self_check  # lru_cache is typed for hashable protocols only
         check(json.dumps(checkpoint.config, sort_keys=True), load)
 
@@ -87,26 +91,23 @@ def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
 @functools.lru_cache(maxsize=16)
 def _self_check(config_json: str, load: Any) -> None:
     config = json.loads(config_json)
-    model_type = config["model_type"]
-    logger.info("no test covers the model type %r; checking a small one", model_type)
+    logger.info(
+        "no test covers the model type %r: trying a small model of it, whole and split",
+        config["model_type"],
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="distributed_llm_check_") as folder:
             whole = _small_model(config)
-            whole.save_pretrained(folder)
+            with without_progress_bars():
+                whole.save_pretrained(folder)
             differing = _differing_tokens(whole, open_checkpoint(Path(folder)), load)
     except Exception as exc:  # what fails here would fail, or give wrong results, when serving
-        raise _unsupported(model_type, f"a small model of it cannot be run split ({exc})") from exc
+        said = str(exc)[:_SHOWN_CHARS].rstrip(".")
+        why = f"no test covers it, and a small model of it cannot be run split ({said})"
+        raise unsupported(config, why) from exc
     if differing:
-        raise _unsupported(
-            model_type, f"split in two, a small model of it gave other tokens ({differing} differ)"
-        )
-
-
-def _unsupported(model_type: str, why: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"The model type {model_type!r} is not supported: {why}. Use a model of a kind that is "
-        f"known to work: {', '.join(sorted(VERIFIED))}."
-    )
+        gave = f"a small model of it gave {differing} other tokens when it was split in two"
+        raise unsupported(config, f"no test covers it, and {gave}")
 
 
 def _small_model(config: Mapping[str, Any]) -> PreTrainedModel:

@@ -29,6 +29,7 @@ from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Floats, Rows, WeightReader
+from distributed_llm.worker.model.indexers import keep_weights_plain, use_packed_indexers
 from distributed_llm.worker.model.integer_targets import (
     Group,
     MixedOrders,
@@ -45,6 +46,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
+from distributed_llm.worker.model.recurrent_blocks import replace_recurrent_blocks
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 from distributed_llm.worker.model.text_classes import conversions_of
 
@@ -110,18 +112,21 @@ class ModelLoader:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
         keep_plain(layer)
+        keep_weights_plain(layer)
         for module in self._shell.modules():
             if isinstance(module, PreTrainedModel):
                 cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
         _replace(self._shell, self._path, nn.ModuleList([layer]))
-        with _without_progress_bars():
+        with without_progress_bars():
             self._load_into_shell(entries, number, when_read)
             if self._keeps_latents:
                 keep_latents(layer)
+                use_packed_indexers(layer)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
             share_states(self._shell)
+            replace_recurrent_blocks(layer, number)
             wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
@@ -136,7 +141,7 @@ class ModelLoader:
             entries: for it, of a reader of shapes.
         """
         _replace(self._shell, self._path, nn.ModuleList([layer]))
-        with _without_progress_bars():
+        with without_progress_bars():
             self._check_shapes(entries, number)
         _replace(self._shell, self._path, nn.ModuleList())
 
@@ -158,7 +163,7 @@ class ModelLoader:
             floats = Floats(self._reader, entry, self._dtype, transposed=False)
             partial = cut.applies_to(entry.name)
             incoming[entry.name] = CutFloats(floats, entry.name, cut) if partial else floats
-        with _without_progress_bars():
+        with without_progress_bars():
             self._load(self._model, incoming, None)
         self._warn()
 
@@ -396,7 +401,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Have transformers show no progress bars in this context."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

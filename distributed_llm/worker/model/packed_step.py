@@ -14,23 +14,33 @@ from distributed_llm.worker.kv.states import SequenceState, StateTensors, joined
 
 @dataclass(frozen=True, slots=True)
 class PackedSlice:
-    """Tokens `[row, row + num_tokens)` of the packed row: positions of a sequence from `start`."""
+    """Tokens `[row, row + num_tokens)` of the packed row: positions of a sequence from `start`.
+
+    Attributes:
+        source: how many of the sequence's first positions are what an encoder reads.
+    """
 
     sequence_id: SequenceId
     start: int
     row: int
     num_tokens: int
+    source: int = 0
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the tokens are what an encoder reads."""
+        return self.start < self.source
 
 
 @dataclass(slots=True)
 class StateGroup:
     """Slices for which a layer with a state of its own is called together.
 
-    They are of one token each, or it is one slice.
+    They are of one token each and go on from a state, or it is one slice.
 
     Attributes:
         parts: the slices.
-        begun: their states before the step; None: their sequences begin here.
+        begun: their states before the step; None: the sequence begins here.
         made: by layer of the stage, the tensors of the states after the step.
     """
 
@@ -49,7 +59,8 @@ class PackedStep:
 
     Attributes:
         cache: the KV cache of the stage.
-        first_layer: number of the stage's first layer in the whole model.
+        first_layer: number of the stage's first layer in the whole model, as its modules count:
+            layers that attend twice count as two.
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has called its attention.
         coarse: layers of which products would round the scores too much; kept from step to step.
@@ -72,8 +83,8 @@ class PackedStep:
     coarse: set[int] = field(default_factory=set)
     groups: tuple[StateGroup, ...] = ()
     updated: list[int] = field(default_factory=list)
-    sections: tuple[int, ...] = ()
-    lenders: tuple[int | None, ...] = ()
+    sections: Sequence[int] = ()
+    lenders: Sequence[int | None] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)
@@ -96,7 +107,8 @@ def grouped(
     """
     together: dict[object, list[tuple[PackedSlice, SequenceState | None]]] = {}
     for part, state in zip(slices, states, strict=True):
-        key = part.row if part.num_tokens > 1 else ("going on" if state else "beginning")
+        # What begins is computed in whole pieces of a text, which would take each its memory.
+        key = part.row if part.num_tokens > 1 or state is None else "going on"
         together.setdefault(key, []).append((part, state))
     groups = []
     for both in together.values():
@@ -119,6 +131,7 @@ class Scoring:
             attends to none before its own. 0: the text is not cut.
         slopes: [heads], by how much the score of a position exceeds that of the one before, the
             rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
+        across: whether tokens see the source of their sequence, and nothing else.
     """
 
     scale: float
@@ -127,6 +140,7 @@ class Scoring:
     sinks: Tensor | None
     section: int = 0
     slopes: Tensor | None = None
+    across: bool = False
 
     @property
     def most_seen(self) -> int:
@@ -138,6 +152,12 @@ class Scoring:
         if self.section:
             return position - position % self.section
         return max(0, position + 1 - self.window) if self.window else 0
+
+    def seen_by(self, part: PackedSlice) -> tuple[int, int]:
+        """Return the positions [first, stop) of its sequence that a slice of one token sees."""
+        if self.across:
+            return 0, part.source
+        return part.source + self.first_seen(part.start - part.source), part.start + 1
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.

@@ -84,14 +84,14 @@ class SharedModules:
         self._layers = layers
         self._cut = LayerCut(checkpoint.per_layer_width, layers)
         self._donor = donor
-        self._tied: set[str] = set()
+        self._tied: tuple[str, ...] = ()
         self._matrices: set[str] = set()
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
             weights = (weight.name for weight in checkpoint.weights_of(last))
             held = map(name_of, filter(checkpoint.is_tied, weights))
             self._matrices = {tied.get(name, name) for name in held}
-            self._tied = {*tied.keys(), *tied.values()}
+            self._tied = (*tied.keys(), *tied.values())
 
     def has_layer(self, layer: int) -> bool:
         """Return whether a layer of the model is shared."""
@@ -107,15 +107,18 @@ class SharedModules:
         return layer_copy
 
     def has(self, name: str) -> bool:
-        """Return whether the module that a tensor belongs to, outside the layers, is shared."""
-        if self._donor is None:
+        """Return whether the module that a tensor belongs to, outside the layers, is shared.
+
+        What belongs to no module but the model itself is not.
+        """
+        if self._donor is None or "." not in name:
             return False
         held = self._donor.numbers
         if self._cut.applies_to(name):
             return held == self._layers
-        if name in self._tied | self._matrices and self._is_last(self._layers):
-            alike = bool(self._cut.width) or (held.start == 0) == (self._layers.start == 0)
-            return self._is_last(held) and alike
+        if name in {*self._tied, *self._matrices} and self._is_last(self._layers):
+            embeds = self._checkpoint.embeds
+            return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -138,9 +141,11 @@ class SharedModules:
             return None
         for parameter in self._tied:
             try:
-                return self._donor.model.get_parameter(parameter)
+                tensor = self._donor.model.get_parameter(parameter)
             except AttributeError:  # the donor lacks it, or has it packed
                 continue
+            if tensor.dim() > 1:  # the bias of a head may be tied as well, to another bias
+                return tensor
         return None
 
     def _uses(self, layers: LayerRange, name: str) -> bool:

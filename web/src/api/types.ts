@@ -146,6 +146,8 @@ export interface ClusterStatus {
   kv_tokens: number
   kv_tokens_used: number
   kv_tokens_cached: number
+  /** Texts that there is room for where no layer keeps positions: `kv_tokens` are bytes then. */
+  most_texts?: number
   prefix_hit_tokens: number
   preemptions: number
   moves: number

@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest'
 import { hear, NOTHING } from '../api/live'
 import * as say from '../parts/format'
 import { cluster, event, pipeline, worker } from '../test-cluster'
-import { quantile, recent, since } from './measures'
+import { quantile, recent, room, since } from './measures'
 import { news, reasonOf } from './reason'
 import { why } from './why'
 
@@ -25,6 +25,13 @@ describe('times', () => {
     samples[1] = sample(50_000, times(9, 3, 0, 0))
     expect(recent(samples, 'betweenTokens')!.counts).toEqual([9, 3, 0, 0])
     expect(since(times(1, 0, 0, 0), times(9, 0, 0, 0))!.counts).toEqual([1, 0, 0, 0])
+  })
+})
+
+describe('room', () => {
+  it('is told in tokens, or in texts where no layer keeps positions', () => {
+    expect(room({ kv_tokens: 1000 })).toBe('1,000 tokens')
+    expect(room({ kv_tokens: 5e9, most_texts: 300 })).toBe('300 texts at once')
   })
 })
 

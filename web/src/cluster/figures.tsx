@@ -1,6 +1,6 @@
 import type { Live, Sample } from '../api/live'
 import * as say from '../parts/format'
-import { quantile, recent } from './measures'
+import { quantile, recent, room } from './measures'
 
 export function Figures({ live }: { live: Live }) {
   const status = live.status!
@@ -21,8 +21,8 @@ export function Figures({ live }: { live: Live }) {
       <Figure name="Answers" value={say.number(status.answers_running)}>
         running, {say.number(status.answers_waiting)} waiting
       </Figure>
-      <Figure name="KV cache" value={say.percent(kv)}>
-        of {say.number(status.kv_tokens)} tokens
+      <Figure name={status.most_texts ? 'Memory of texts' : 'KV cache'} value={say.percent(kv)}>
+        of {room(status)}
       </Figure>
       <Figure name="Finished" value={say.number(status.requests_finished)}>
         {say.number(status.requests_failed)} failed, {say.number(status.requests_cancelled)} cancelled

@@ -1,7 +1,8 @@
 /** Figures of the cluster that are computed from what it tells. Pure. */
 
 import type { Sample } from '../api/live'
-import type { Histogram } from '../api/types'
+import type { ClusterStatus, Histogram } from '../api/types'
+import { number } from '../parts/format'
 
 const ENOUGH = 20
 const RECENT_MS = 60_000
@@ -37,4 +38,9 @@ export function recent(samples: Sample[], key: 'firstToken' | 'betweenTokens') {
   const added = since(last?.[key], first?.[key])
   const times = added?.counts.reduce((sum, count) => sum + count, 0) ?? 0
   return times >= ENOUGH ? added : last?.[key]
+}
+
+/** What there is room for: tokens, or texts of any length where no layer keeps positions. */
+export function room(status: Pick<ClusterStatus, 'kv_tokens' | 'most_texts'>): string {
+  return status.most_texts ? `${number(status.most_texts)} texts at once` : `${number(status.kv_tokens)} tokens`
 }

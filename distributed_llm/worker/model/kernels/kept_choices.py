@@ -6,7 +6,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 KERNELS_VARIABLE = "DLLM_KERNELS"
 """Environment variable; with the value "usual" nothing is measured and no file is read."""
 
-_FORMAT = 2
+_FORMAT = 3
 """To be raised when kernels are added or become faster: what older versions kept is not read."""
 
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -31,6 +32,10 @@ _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTI
 
 _WAIT_S = 30.0
 """Time that another worker of this machine has to measure, seconds."""
+
+
+_TOLD_EVERY_S = 2.0
+"""Time between two lines about how far measuring has come, seconds."""
 
 
 class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +55,25 @@ def settle(folder: Path, processor: str) -> None:
     """
     if os.environ.get(KERNELS_VARIABLE) == "usual":
         return
-    chosen.use(choices_of(folder, machine_of(processor), measure))
+    told = _Progress()
+    chosen.use(choices_of(folder, machine_of(processor), lambda: measure(on_progress=told)))
+
+
+class _Progress:
+    """Tells the operator how far measuring has come: at its beginning, then now and then."""
+
+    def __init__(self) -> None:
+        self._next_at = 0.0
+
+    def __call__(self, done: int, of: int) -> None:
+        now = time.monotonic()
+        if not done:
+            logger.info("first start here: measuring which kernels are the fastest, once")
+        elif now >= self._next_at:
+            logger.info("measured kernels for %d of %d kinds of weights", done, of)
+        else:
+            return
+        self._next_at = now + _TOLD_EVERY_S
 
 
 def machine_of(processor: str) -> dict[str, str]:
@@ -84,7 +107,7 @@ def choices_of(
         return kept
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=_WAIT_S):
+        with _locked(folder / "lock"):
             if (kept := _read(path, machine)) is not None:
                 return kept
             choices = _timed(measured)
@@ -105,6 +128,25 @@ def choices_of(
             *(folder, exc.strerror or exc),
         )
         return _timed(measured) or {}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock for this context, once no other process does.
+
+    Raises:
+        Timeout: another one has held it for too long.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another worker measures the kernels of this machine: waiting for that")
+        lock.acquire(timeout=_WAIT_S)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _timed(measured: Callable[[], Mapping[Kind, Choice] | None]) -> dict[str, Choice] | None:

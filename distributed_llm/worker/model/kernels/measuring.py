@@ -55,7 +55,9 @@ Seconds = dict[tuple[str, str], tuple[float, ...]]
 
 
 def measure(
-    budget_s: float = _BUDGET_S, clock: Callable[[], float] = time.perf_counter
+    budget_s: float = _BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[Kind, Choice] | None:
     """Return the choice for each kind of weights; kinds for which no kernel is right are left out.
 
@@ -65,6 +67,7 @@ def measure(
     Args:
         budget_s: time that it may take; on a machine so busy, it would learn nothing.
         clock: returns seconds.
+        on_progress: called with the kinds of weights that are measured, and how many there are.
 
     Returns:
         None if the time was not enough.
@@ -75,7 +78,9 @@ def measure(
     choices = {}
     try:
         with torch.inference_mode():
-            for kind in kinds():
+            wanted = list(kinds())
+            for done, kind in enumerate(wanted):
+                on_progress(done, len(wanted))
                 if choice := fastest(seconds_of(kind), usual(kind).order):
                     choices[kind] = choice
                 if clock() - started > budget_s:

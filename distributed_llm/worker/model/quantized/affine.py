@@ -45,7 +45,10 @@ class AffineWeight:
             return self.bits <= form.bits and self.group == form.group
         if self.bits != form.bits or self.scales.shape[-1] != 1:
             return False
-        return bool((self.offsets == -128 * self.scales).all())
+        symmetric = self.offsets == -128 * self.scales
+        return bool(
+            (symmetric | self.scales.isnan()).all()
+        )  # of damaged weights, which are told of
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the values, [..., out_features, in_features], as the input is ordered.

@@ -1,0 +1,141 @@
+"""What an error of transformers shows of the values of a config.json that it cannot use.
+
+Such errors are of any type, and speak of transformers' own code. But they name values, or come from
+a line that reads some.
+"""
+
+import linecache
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from distributed_llm.common.config_defaults import config_defaults
+from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.model_sizes import is_size
+
+_WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_KEPT = re.compile(r"self\.(\w+) = config\.(\w+)$", re.MULTILINE)
+_HOME = str(Path(transformers.__file__).parent)
+_OWN_HOME = str(Path(__file__).parents[2])
+_NEVER_AT_FAULT = frozenset({"dtype", "torch_dtype", "model_type", "architectures", "use_cache"})
+_MOST = 2**31 - 1
+_SHOWN_NAMES = 6
+_SHOWN_CHARS = 60
+
+
+def refused(how: str, config: Mapping[str, Any], exc: BaseException) -> CheckpointError:
+    """Return the error for a config.json that transformers cannot use.
+
+    Args:
+        how: what transformers does, as it precedes "the config.json".
+        config: the content of config.json.
+        exc: raised by transformers, or by torch when transformers called it.
+    """
+    why = _what_is_wrong(exc, config) or "it has values that its model type does not allow"
+    return CheckpointError(
+        f"transformers {how} the config.json of this {config['model_type']!r} model: {why}. The "
+        "file is damaged, or for another version of transformers: copy that of the original model."
+    )
+
+
+@contextmanager
+def computing(config: Mapping[str, Any]) -> Iterator[None]:
+    """Have errors of a model's first computation tell of its config.json if they come from it.
+
+    Those do that transformers or torch raise on behalf of a line of transformers that reads values.
+    What this package raises is its own fault.
+
+    Args:
+        config: the content of config.json.
+
+    Raises:
+        CheckpointError: config.json has a value with which nothing can be computed.
+    """
+    try:
+        yield
+    except Exception as exc:
+        raised_in = traceback.extract_tb(exc.__traceback__)[-1].filename
+        if raised_in.startswith(_OWN_HOME) or not _what_is_wrong(exc, config):
+            raise
+        raise refused("cannot compute with", config, exc) from exc
+
+
+def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
+    """Return what is wrong with a config.json, in words for people; empty if the error hides it."""
+    said, known = str(exc), _known_names(config)
+    if field := _WRONG_FIELD.search(said):
+        name = known.get(field[1], field[1])
+        return f"{_shown([name], config)} is no value for it"
+    if names := _names_in(said, known):
+        return f"it does not allow {_shown(names, config)}"
+    read = next((found for one in _causes(exc) for found in _names_read(one, known)), [])
+    if names := read or list(_unusual(config)):
+        return f"it fails where it reads {_shown(names, config)}"
+    return ""
+
+
+def _unusual(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of values that are no positive numbers where transformers' own are."""
+    usual = config_defaults(str(config.get("model_type"))).values
+    for name, told in config.items():
+        default = usual.get(name)
+        is_count = (type(default) is int and default > 0) or (default is None and is_size(name))
+        is_told = told is not None and name not in _NEVER_AT_FAULT
+        if is_told and is_count and (type(told) is not int or not 0 < told <= _MOST):
+            yield name
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on."""
+    cause: BaseException | None = exc
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names that code may have for values of a config.json, each with its name there."""
+    defaults = config_defaults(str(config.get("model_type")))
+    known = {name: name for name in (*defaults.values, *config)}
+    for alias, own in defaults.aliases.items():
+        known |= {alias: own} if own in config else {own: alias} if alias in config else {}
+    return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
+
+
+def _names_in(text: str, known: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys(known[word] for word in _WORD.findall(text) if word in known))
+
+
+def _names_read(exc: BaseException, known: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the names in the lines of transformers that an error came through, innermost first."""
+    for frame in reversed(traceback.extract_tb(exc.__traceback__)):
+        if frame.filename.startswith(_HOME) and frame.lineno is not None:
+            last = frame.end_lineno or frame.lineno
+            lines = range(frame.lineno, last + 1)
+            text = "".join(linecache.getline(frame.filename, number) for number in lines)
+            if names := _names_in(text, {**_kept_as(frame.filename, known), **known}):
+                yield names
+
+
+def _kept_as(file: str, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the attributes in which modules of a file keep values, each with the value's name."""
+    found = _KEPT.findall("".join(linecache.getlines(file)))
+    return {attribute: known[name] for attribute, name in found if name in known}
+
+
+def _shown(names: list[str], config: Mapping[str, Any]) -> str:
+    return ", ".join(_value_text(name, config) for name in islice(names, _SHOWN_NAMES))
+
+
+def _value_text(name: str, config: Mapping[str, Any]) -> str:
+    if name not in config:
+        return f"{name}, which it lacks"
+    shown = repr(config[name])
+    return f"{name} = {shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + '...'}"

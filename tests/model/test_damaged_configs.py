@@ -1,0 +1,120 @@
+"""Values of a config.json, damaged one at a time: what is wrong with one that is refused is named.
+
+Of any family, with weights or without. Some damages hurt nothing, and then the model is served.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable, UnsupportedModel
+from distributed_llm.common.model_sizes import positive
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import serve
+from distributed_llm.worker.model.config_faults import computing
+from distributed_llm.worker.model.empty_model import parameters_of
+from distributed_llm.worker.model.stage import Stage
+from tests.checkpoints import FAMILIES, config_of, make_checkpoint
+from tests.damages import (
+    HUGE,
+    Json,
+    damaged_values,
+    verdict,
+)
+
+OF_TYPES = ("architectures", "model_type", "is_encoder_decoder")
+"""Names of values that tell what a model is."""
+
+SAMPLE = (
+    *("gemma4_text", "gemma3n_text", "qwen3_next", "kimi_linear", "mamba2", "jamba", "nemotron_h"),
+    *("lfm2", "gpt2", "deepseek_v3", "gpt_oss", "llama4_text"),
+)
+"""Families of which some damages are tried in every run of the suite; `make chaos` tries all."""
+
+ABSENT = object()
+IMPOSSIBLE: tuple[object, ...] = ("damaged", -1, HUGE, [], {})
+"""What is hardly ever the value of anything, so that its name is in whatever is said against it."""
+
+_NAMED = re.compile(r"\b\w+ = |\w+, which it lacks|config.json says|lacks tensor|has none of")
+
+
+def damages(config: Json, numbers: random.Random) -> Iterator[tuple[str, object]]:
+    """Yield names of values, and what stands there instead; each name once for each damage."""
+    for name, value in config.items():
+        if name not in OF_TYPES:
+            yield from ((name, other) for other in (*damaged_values(value, numbers), ABSENT))
+
+
+def config_with(config: Json, name: str, value: object) -> Json:
+    rest = {one: told for one, told in config.items() if one != name}
+    return rest if value is ABSENT else {**rest, name: value}
+
+
+def json_of(family: str) -> Json:
+    """Return the config.json of a small model."""
+    content: Json = json.loads(config_of(family).to_json_string(use_diff=False))
+    return {**content, "model_type": family}
+
+
+def plan_of(config: Json, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    workers, settings = ["pc=64GiB"], CoordinatorSettings()
+    serve.plan(
+        *(str(folder), workers, settings),
+        parameters_of=parameters_of,
+        check_loading=Stage.check_loading,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_value_that_is_refused_is_named(
+    family: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    config, numbers = json_of(family), random.Random(family)
+    plan_of(config, tmp_path)
+    tried = list(damages(config, numbers))
+    if not pytestconfig.getoption("--schedules"):
+        tried = numbers.sample(tried, 12 if family in SAMPLE else 1)
+    for name, value in tried:
+        said = verdict(partial(plan_of, config_with(config, name, value), tmp_path), tmp_path)
+        told = name in said if value in IMPOSSIBLE else _NAMED.search(said)
+        assert not said or told, (name, value, said)
+
+
+LOADED: dict[str, tuple[str, object, str]] = {
+    "deepseek_v3": ("n_group", -1, "it fails where it reads n_group = -1"),
+    "mamba2": ("time_step_limit", [], r"time_step_limit = \[\]"),
+    "qwen3_next": ("num_experts_per_tok", ABSENT, "num_experts_per_tok, which it lacks"),
+    "gemma4_text": ("sliding_window", 0, "sliding_window = 0; it must be above 0"),
+    "llama": ("hidden_act", "relu7", "hidden_act = 'relu7'"),
+}
+
+
+@pytest.mark.parametrize("family", LOADED)
+def test_a_value_that_shows_when_something_is_computed(family: str, tmp_path: Path) -> None:
+    """It is an error that lasts, so that nobody loads the layers again and again."""
+    name, value, words = LOADED[family]
+    path = make_checkpoint(tmp_path, family) / "config.json"
+    path.write_text(json.dumps(config_with(json.loads(path.read_text()), name, value)))
+
+    def load() -> None:
+        checkpoint = open_checkpoint(tmp_path)
+        layers, cpu = LayerRange(0, checkpoint.num_layers), torch.device("cpu")
+        Stage.load(checkpoint, layers, device=cpu, dtype=torch.float32)
+
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load()
+    assert not isinstance(caught.value, UnsupportedModel | CheckpointUnavailable)
+
+
+def test_what_this_package_raises_is_passed_on() -> None:
+    with pytest.raises(CheckpointError, match="has none of"), computing(json_of("llama")):
+        positive({}, "num_hidden_layers")
