@@ -215,6 +215,15 @@ def generate(
             rich_help_panel=_BIASES,
         ),
     ] = None,
+    forced_bos_token_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|TOKEN",
+            help="First token of an encoder-decoder's answer: 5, or a language, deu_Latn.",
+            show_default="the model's, else none",
+            rich_help_panel=_BIASES,
+        ),
+    ] = None,
     logit_bias: Annotated[
         list[str] | None,
         typer.Option(
@@ -249,6 +258,7 @@ def generate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "bad_words_ids": _each(bad_words_ids, "--bad-words-ids"),
         "suppress_tokens": _optional_ids(suppress_tokens, "--suppress-tokens"),
+        "forced_bos_token_id": _token(forced_bos_token_id),
         "logit_bias": _biases(logit_bias),
         "logprobs": logprobs,
         "n": n,
@@ -286,6 +296,11 @@ def _ids_prompt(token_ids: str, prompt: str | None) -> list[int]:
     if prompt is not None:
         raise typer.BadParameter("give either a prompt or token ids.", param_hint="--token-ids")
     return _ids(token_ids, "--token-ids")
+
+
+def _token(text: str | None) -> int | str | None:
+    """Return a token: its id, or how it is written."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _ids(text: str, flag: str) -> list[int]:

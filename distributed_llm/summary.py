@@ -24,6 +24,7 @@ from distributed_llm.common.wording import (
     rate_text,
     room_text,
     size_text,
+    stacks_text,
     times_text,
 )
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -56,7 +57,10 @@ CACHE_COLUMNS = ("model", "kept", "of", "last used")
 
 def headline(status: ClusterStatus) -> str:
     """Return which model is served, by which plans, and how full they are."""
-    what = f"{status.model} ({count_text(status.num_layers, 'layer')}): {status.state}"
+    layers = count_text(status.num_layers, "layer")
+    if status.encoder_layers:
+        layers += f", {status.encoder_layers:,} of them the encoder's"
+    what = f"{status.model} ({layers}): {status.state}"
     epochs = sorted({worker.epoch for worker in status.workers if worker.layers})
     if epochs:
         what += f" {'plan' if len(epochs) == 1 else 'plans'} {list_text(map(str, epochs))}"
@@ -172,10 +176,10 @@ def stage_row(stage: PlannedStage, memory_bytes: int, cost: ModelCost) -> list[s
     texts = stage.kv_tokens // one_text if one_text else 0  # of such a stage, tokens are bytes
     return [
         stage.worker,
-        str(stage.layers),
+        stacks_text(stage.layers, cost.encoder_layers),
         size_text(memory_bytes),
         size_text(stage.weight_bytes),
-        room_text(stage.kv_tokens, texts),
+        "-" if cost.only_encodes(stage.layers) else room_text(stage.kv_tokens, texts),
     ]
 
 

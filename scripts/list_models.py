@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from distributed_llm.common.architectures import VERIFIED, why_refused
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.text_config import text_config
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ MODELS, README = ROOT / "docs" / "models.md", ROOT / "README.md"
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 _WIDTH = 110
 TRIED = "tried when first used"
+BOTH = "yes, encoder and decoder"
 TEXT = "text yes; pictures and sound no"
 UNTESTED = "text untested; pictures and sound no"
 WHOLES = frozenset(
@@ -52,6 +54,7 @@ transformers makes text, and some for pictures as well; {verified} of the {all} 
 - **yes**: a test holds a small model of the type, split into one to three stages, against
   transformers: the same tokens in float32, greedy and sampled, for texts of different lengths,
   computed in chunks, and sharing a prefix.
+- **{both}**: likewise, in one to five stages; what the encoder reads is computed once.
 - **text yes**: of a model for pictures or sound as well, the text model is read, planned and split;
   **text untested**: likewise, but no test has files of the type.
 - **no**: refused before anything is loaded, with this reason.
@@ -78,6 +81,8 @@ def families() -> tuple[dict[str, dict[str, str]], list[str]]:
 
 def state_of(model_type: str) -> str:
     """Return "yes", "no: " with the reason, or that the type is tried when it is first used."""
+    if model_type in ENCODER_DECODERS:
+        return BOTH
     reason = why_refused({"model_type": model_type})
     if model_type in VERIFIED:
         return "yes" if reason is None else f"if config.json says `is_decoder`; else no: {reason}"
@@ -99,7 +104,7 @@ def models() -> str:
     count = len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     states = map(state_of, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     verified = sum(not state.startswith(("no: ", TRIED, UNTESTED)) for state in states)
-    parts = [HEAD.format(all=count, verified=verified, tried=TRIED)]
+    parts = [HEAD.format(all=count, verified=verified, tried=TRIED, both=BOTH)]
     for family, types in families()[0].items():
         parts.append(f"\n## {family}\n\n| type | such as | split |\n|---|---|---|\n")
         parts += (f"| `{name}` | {names} | {state_of(name)} |\n" for name, names in types.items())

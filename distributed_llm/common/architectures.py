@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.config_defaults import generates_text, has_type
+from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
@@ -155,7 +156,7 @@ _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
 _EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
-_ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
+_ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
@@ -192,10 +193,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "zaya",
     ),
     _EMBEDDING_AGAIN: ("zamba", "zamba2"),
-    _ENCODER: (
-        *("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper", "trocr"),
-        *("musicgen", "musicgen_melody"),
-    ),
+    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
@@ -274,7 +272,7 @@ def unknown_type(model_type: str) -> UnsupportedModel:
 def generates_nothing(model_type: str) -> UnsupportedModel:
     """Return the error for a model type of which transformers has no class that generates text."""
     return UnsupportedModel(
-        f"The model type {model_type!r} is no decoder language model. Use one that generates "
+        f"The model type {model_type!r} is no language model that is known. Use one that generates "
         "text, such as llama, qwen3 or mistral."
     )
 
@@ -295,8 +293,12 @@ def why_refused(config: Mapping[str, Any]) -> str | None:
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield reasons why a model with the values in `config` cannot be split or run."""
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") and not is_encoder_decoder(config):
         yield _ENCODER
+    if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
+        yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
+        yield "its encoder and its decoder have hidden states of different sizes"
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -347,6 +349,13 @@ def _sees_both_ways(config: Mapping[str, Any]) -> bool:
             "'vision' or 'all'. Copy that of the original model."
         )
     return told is True or told == "all"
+
+
+def _widths(config: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
+    for part in ("encoder", "decoder"):
+        if isinstance(own := config.get(part), Mapping):
+            yield own.get("hidden_size")
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:

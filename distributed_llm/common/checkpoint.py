@@ -10,13 +10,14 @@ import logging
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
+from distributed_llm.common.encoder_decoders import StackNames, is_encoder_decoder, of_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
 from distributed_llm.common.kv_dtypes import KVDtype
@@ -131,9 +132,13 @@ class Checkpoint:
         return sum(math.prod(w.shape) for w in self.weights.values() if not self.is_spare(w.name))
 
     @cached_property
-    def _text(self) -> TextNames:
-        is_part = PART_OF in self.config
-        return text_names(self.tensors, self.num_layers, is_part=is_part)
+    def _text(self) -> TextNames | StackNames:
+        return _names_of(self.config, self.tensors)
+
+    @property
+    def stacks(self) -> StackNames | None:
+        """How an encoder-decoder calls what it has; None: the model is a decoder alone."""
+        return self._text if isinstance(self._text, StackNames) else None
 
     @cached_property
     def weights(self) -> Mapping[str, StoredWeight]:
@@ -149,7 +154,7 @@ class Checkpoint:
             raise UnsupportedModel(f"The model in {self.place} {quantized(str(exc))}") from None
         except CheckpointError as exc:
             raise CheckpointError(f"{self.place}: {exc}") from exc
-        if not self._text.removed:
+        if not self._text.renames:
             return found
         named = [replace(weight, name=self._text.of(name)) for name, weight in found.items()]
         return {weight.name: weight for weight in named}
@@ -167,7 +172,7 @@ class Checkpoint:
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
-        return sizes.positive(self.config, "vocab_size")
+        return sizes.positive(of_decoder(self.config), "vocab_size")
 
     @cached_property
     def context_length(self) -> int:
@@ -272,7 +277,12 @@ class Checkpoint:
         return next((name for name in heads if name.endswith(".weight")), None)
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether parameter `name`, outside the layers, is used before the first layer."""
+        """Return whether parameter `name`, outside the layers, is used before the first layer.
+
+        Of an encoder-decoder: whether it is the matrix that its decoder embeds tokens by.
+        """
+        if self.stacks is not None:
+            return self.stacks.is_embedding(name)
         return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
 
     def holds_embedding(self, name: str) -> bool:
@@ -291,6 +301,8 @@ class Checkpoint:
 
     def is_of_every_stage(self, name: str) -> bool:
         """Return whether every stage has parameter `name`, or the part of it for its layers."""
+        if self.stacks is not None:
+            return self.stacks.is_of_every_stage(name)
         return self.per_layer_width > 0 and is_of_every_stage(name)
 
     def is_cut(self, name: str) -> bool:
@@ -301,9 +313,31 @@ class Checkpoint:
         """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""
         if self.is_of_every_stage(name):
             return True
-        if self.is_embedding(name):
-            return layers.start == 0
-        return layers.stop == self.num_layers
+        return any(layers.start <= user < layers.stop for user in self.users_of(name))
+
+    def users_of(self, name: str) -> Sequence[int]:
+        """Return the layers of which any stage that has one uses parameter `name`.
+
+        The parameter is outside the layers, and not of every stage. As a tied head, it is used by
+        the last stage as well.
+        """
+        if self.stacks is not None:
+            return self.stacks.users_of(name)
+        return (0,) if self.holds_embedding(name) else (self.num_layers - 1,)
+
+    @property
+    def embedding_users(self) -> tuple[int, ...]:
+        """The layers of which any stage that has one holds the embedding that the head may share.
+
+        As a tied head, the last one holds it as well.
+        """
+        users = (0,) if self.stacks is None else self.stacks.embedding_users
+        return (*users, self.num_layers - 1) if self.ties_embeddings else users
+
+    def embeds(self, layers: LayerRange) -> bool:
+        """Return whether a stage looks token ids up in the matrix that a tied head shares."""
+        starts = (0,) if self.stacks is None else self.stacks.embedding_users
+        return any(layers.start <= start < layers.stop for start in starts)
 
     def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
         """Yield the weights that a stage with `layers` needs.
@@ -311,18 +345,13 @@ class Checkpoint:
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
         head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
-        first, last = layers.start == 0, layers.stop == self.num_layers
+        last = layers.stop == self.num_layers
         for name, weight in self.weights.items():
             layer = self.layer_of(name)
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
-            elif self.is_of_every_stage(name):
-                yield weight
-            elif self.holds_embedding(name):
-                if first or (last and self.is_tied(name)):
-                    yield weight
-            elif last:
+            elif self.is_used_by(layers, name) or (last and self.is_tied(name)):
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
@@ -423,7 +452,7 @@ def checkpoint_of(
         CheckpointError: tensors are missing, or do not fit each other.
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    names = text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
+    names = _names_of(config, tensors)
     of_text = {name: tensor for name, tensor in tensors.items() if names.holds(name)}
     if PART_OF in config:
         config = {**config, TIED: _lacks_head(map(names.of, of_text))}
@@ -438,6 +467,13 @@ def checkpoint_of(
     )
     kept = {name: tensor for name, tensor in of_text.items() if name not in spare}
     return _checked(Checkpoint(folder, config, kept, files))
+
+
+def _names_of(config: Mapping[str, Any], tensors: Iterable[str]) -> TextNames | StackNames:
+    """Return how the tensors of the model are called in the files, and in the model itself."""
+    if is_encoder_decoder(config):
+        return StackNames.of_files(config, tensors)
+    return text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
 
 
 def _lacks_head(names: Iterable[str]) -> bool:

@@ -8,6 +8,11 @@ layer may keep both keys and values and a state, or nothing.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.encoder_decoders import (
+    decoder_layers,
+    encoder_layers,
+    is_encoder_decoder,
+)
 from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.model_sizes import hidden_size, num_layers, positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
@@ -90,6 +95,8 @@ def mixer_sizes(config: Config) -> MixerSizes | None:
 
 def _kinds(config: Config) -> tuple[str, ...]:
     """Return what each layer keeps: "positions", "state", "both" or "nothing"."""
+    if is_encoder_decoder(config):
+        return ("nothing",) * encoder_layers(config) + ("positions",) * decoder_layers(config)
     count = num_layers(config)
     if config.get("model_type") not in _SIZES_OF:
         return ("positions",) * count

@@ -25,6 +25,7 @@ GENERATION_NAME = "generation_config.json"
 TOKENIZER_NAMES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("source.spm", "target.spm", "target_vocab.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja"),
 )
 

@@ -4,6 +4,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from distributed_llm.common.encoder_decoders import (
+    decoder_layers,
+    encoder_layers,
+    is_encoder_decoder,
+    of_decoder,
+)
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
@@ -65,6 +71,7 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
     counts = config.get("model_type") == "gemma4_text" and per_layer_width(config)
@@ -96,7 +103,9 @@ def is_size(name: str) -> bool:
 
 
 def num_layers(config: Config) -> int:
-    """Return the number of transformer layers."""
+    """Return the number of transformer layers; of an encoder-decoder, of both stacks."""
+    if is_encoder_decoder(config):
+        return encoder_layers(config) + decoder_layers(config)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
         if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
@@ -106,7 +115,7 @@ def num_layers(config: Config) -> int:
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(config, "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
 
 
 def streams(config: Config) -> int:
@@ -121,12 +130,14 @@ def context_length(config: Config, *, attends: bool = True) -> int:
 
     Scaled rotary positions reach `factor` times as far as the model was first trained, and many
     publishers leave `max_position_embeddings` at that first length. Where the configuration names
-    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
+    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts. Of an
+    encoder-decoder, source and answer may have so many each.
 
     Args:
         config: the content of config.json.
         attends: whether any layer is attention; without it, a state takes up any number.
     """
+    config = of_decoder(config)
     if not any(name in config for name in _CONTEXTS):
         return _ALIBI_CONTEXT if attends else _CONTEXT_OF_STATES
     unscaled = positive(config, *_CONTEXTS)
@@ -141,6 +152,10 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     head of the queries. Layers that read the keys and values of others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
+    if is_encoder_decoder(config):
+        dims = (usual.key_dim, usual.value_dim)
+        one = usual.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
+        return (0,) * encoder_layers(config) + (one,) * decoder_layers(config)
     if keeps_latents(config):
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
@@ -181,6 +196,7 @@ def head_sizes(config: Config) -> HeadSizes:
     if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
         heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
         return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
+    config = of_decoder(config)
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
         key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")

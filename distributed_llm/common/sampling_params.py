@@ -20,6 +20,9 @@ MAX_STOP_TOKENS = 64
 MAX_SUPPRESSED = 1024
 MAX_BAD_WORDS = 256
 MAX_SEQUENCE_BIASES = 64
+MAX_TOKEN_CHARS = 256
+"""Characters of a token that is given by how it is written, at most."""
+
 MAX_WORD_TOKENS = 8
 """Tokens of one bad word, or of one biased sequence, at most."""
 
@@ -42,6 +45,7 @@ _StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 _Eos = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS)]
 _StopTokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)]
 _Ends = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS + MAX_STOP_TOKENS)]
+_WrittenToken = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN_CHARS)]
 _NgramSize = Annotated[int, Meta(ge=0, le=64)]
 _Word = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_WORD_TOKENS)]
 _BadWords = Annotated[tuple[_Word, ...], Meta(max_length=MAX_BAD_WORDS)]
@@ -72,6 +76,9 @@ class SamplingParams(
         no_repeat_ngram_size: no so many tokens in a row occur twice in prompt and answer; 0 is off.
         bad_words_ids: sequences of token ids that do not occur in the answer.
         suppress_tokens: token ids that are never sampled.
+        forced_bos_token_id: the first token of an encoder-decoder's answer, such as that of the
+            language to translate to; its id, or how it is written ("deu_Latn"). Of other models,
+            only after a prompt of a single token.
         logit_bias: by token id, a number to add to the logit.
         logprobs: number of likeliest tokens to report at each position, besides the sampled one;
             default: report no log-probabilities at all.
@@ -102,6 +109,7 @@ class SamplingParams(
     no_repeat_ngram_size: _NgramSize | None = None
     bad_words_ids: _BadWords | None = None
     suppress_tokens: _Suppressed | None = None
+    forced_bos_token_id: TokenId | _WrittenToken | None = None
     logit_bias: Annotated[dict[TokenId, _Bias], Meta(max_length=MAX_LOGIT_BIASES)] = {}
     logprobs: _NumLogprobs | None = None
     n: Annotated[int, Meta(ge=1, le=64)] = 1
@@ -159,6 +167,9 @@ _WANTED: Mapping[str, str] = {
         f"at most {MAX_BAD_WORDS} lists of 1 to {MAX_WORD_TOKENS} token ids, one for each word"
     ),
     "suppress_tokens": f"at most {MAX_SUPPRESSED} token ids",
+    "forced_bos_token_id": (
+        f"a token id, or a token as it is written, of 1 to {MAX_TOKEN_CHARS} characters"
+    ),
     "logit_bias": f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -1000 to 1000",
     "logprobs": "a whole number from 0 (only the token that was picked) to 20",
     "n": "a whole number from 1 to 64",
@@ -193,7 +204,8 @@ class CheckpointParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             sampled; unless min_new_tokens is given.
         max_length: most tokens, with the prompt; unless max_new_tokens is given. 0 is none.
         begin_suppress_tokens: token ids that are not sampled first.
-        forced_bos_token_id: the token after a prompt of a single one.
+        forced_bos_token_id: the token after a prompt of a single one, or after the one that a
+            decoder starts with; unless the request gives another.
         forced_eos_token_id: one of these is the last token if an answer gets as long as it may.
         encoder_repetition_penalty: above 1 makes tokens of the prompt likelier; 1 is off.
         encoder_no_repeat_ngram_size: no so many tokens in a row of the prompt occur in the answer.

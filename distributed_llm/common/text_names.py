@@ -39,6 +39,11 @@ class TextNames:
     removed: str = ""
     added: str = ""
 
+    @property
+    def renames(self) -> bool:
+        """Whether tensors have other names in the files."""
+        return bool(self.removed)
+
     def holds(self, name: str) -> bool:
         """Return whether tensor `name` of the files belongs to the text model."""
         if not self.stem:

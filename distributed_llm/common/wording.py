@@ -124,6 +124,25 @@ def layers_text(layers: LayerRange) -> str:
     return f"{'layer' if len(layers) == 1 else 'layers'} {layers}"
 
 
+def stacks_text(layers: LayerRange, encoder_layers: int) -> str:
+    """Return which layers these are of an encoder-decoder: "encoder 3-12, decoder 1-2".
+
+    Args:
+        layers: of both stacks, numbered as one list.
+        encoder_layers: how many of all layers are the encoder's; 0: the model is a decoder alone,
+            and the text is "3-14".
+    """
+    if not encoder_layers:
+        return str(layers)
+    texts = []
+    if layers.start < encoder_layers:
+        texts.append(f"encoder {LayerRange(layers.start, min(layers.stop, encoder_layers))}")
+    if layers.stop > encoder_layers:
+        first = max(0, layers.start - encoder_layers)
+        texts.append(f"decoder {LayerRange(first, layers.stop - encoder_layers)}")
+    return ", ".join(texts)
+
+
 def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]]) -> str:
     """Return who has which layers: "layers 1-2 of 6 on pc, 3-6 on mac", "all 6 layers on pc".
 

@@ -34,12 +34,14 @@ class TextRules(msgspec.Struct, frozen=True):
         hidden: special tokens that are left out of the text; None: all are.
         grammar: that the text has to follow; None if there is none.
         ends: tokens that may be sampled where the grammar is complete, and end the answer there.
+        first: how the first token is written, where its id is wanted; else empty.
     """
 
     stop_strings: tuple[str, ...] = ()
     hidden: tuple[TokenId, ...] | None = None
     grammar: Grammar | None = None
     ends: tuple[TokenId, ...] = ()
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,13 @@ class Tokenized:
 
     Attributes:
         mask: which token may be the first of an answer, as in `Task`; empty without a grammar.
+        first: id of the token that `TextRules.first` is; None if it names none.
     """
 
     key: RequestKey
     token_ids: list[int]
     mask: bytes = b""
+    first: TokenId | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from distributed_llm.common.architectures import EXCEEDS_FLOAT16
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import kv_lenders, uncut
@@ -46,7 +47,7 @@ def served_model(
         checkpoint.config,
         dtype,
         vocab_size=checkpoint.vocab_size,
-        tokens=settings.max_batch_tokens,
+        tokens=max(settings.max_batch_tokens, checkpoint.context_length * bool(checkpoint.stacks)),
         rows=settings.max_batch_sequences,
     )
     costs = [
@@ -101,10 +102,11 @@ def model_cost(
     for weight in checkpoint.weights.values():
         layer = checkpoint.layer_of(weight.name)
         size = checkpoint.weight_bytes(weight, dtype, quantize)
-        if layer is not None:
-            layers[layer] += size
+        whose = _whose(checkpoint, weight.name) if layer is None else layer
+        if isinstance(whose, int):
+            layers[whose] += size
         else:
-            beside[_whose(checkpoint, weight.name)] += size
+            beside[whose] += size
     table_bytes = beside["tables"] // num_layers
     return ModelCost(
         layer_bytes=tuple(own + table_bytes for own in layers),
@@ -118,13 +120,20 @@ def model_cost(
         quantize=quantize,
         windows=layer_windows(checkpoint.config, num_layers),
         layer_state_bytes=checkpoint.layer_state_bytes(dtype),
+        shared_by=checkpoint.embedding_users if checkpoint.stacks else (),
+        encoder_layers=encoder_layers(checkpoint.config),
     )
 
 
-def _whose(checkpoint: Checkpoint, name: str) -> str:
-    """Return which stages need a weight outside the layers; "tables": their part."""
+def _whose(checkpoint: Checkpoint, name: str) -> str | int:
+    """Return which stages need a weight outside the layers; "tables": their part.
+
+    A number: those with that layer.
+    """
     if checkpoint.is_of_every_stage(name):
         return "tables" if checkpoint.is_cut(name) else "each"
-    if not checkpoint.holds_embedding(name):
-        return "last"
-    return "shared" if checkpoint.is_tied(name) else "first"
+    users = checkpoint.users_of(name)
+    if checkpoint.is_tied(name) or len(users) > 1:
+        return "shared"
+    (user,) = users
+    return {0: "first", checkpoint.num_layers - 1: "last"}.get(user, user)

@@ -71,10 +71,11 @@ class KVWindows:
         state_tokens = _state_tokens(stages)
         told = [stage for stage in stages if stage.token_bytes]
         least = min(told, key=lambda one: one.windowed_bytes / one.token_bytes, default=None)
+        window = max((stage.window for stage in told), default=0)
         if least is None or not 0 < least.windowed_bytes <= least.token_bytes:
-            return cls(state=_blocks(state_tokens))
+            return cls(window, state=_blocks(state_tokens))  # others may have dropped some before
         return cls(
-            max(stage.window for stage in told),
+            window,
             margin,
             least.windowed_bytes,
             least.token_bytes,
@@ -86,6 +87,11 @@ class KVWindows:
         """Blocks that layers with a window keep of one segment at most, if it can be trimmed."""
         # A block of which the first position was dropped stays, and so does one begun.
         return _blocks(self.window + self.margin) + 2
+
+    @property
+    def state_tokens(self) -> float:
+        """Positions that a state is charged as."""
+        return self.state / self.total * KV_BLOCK
 
     def price(self, blocks: int, unseen: int, reached: int) -> int:
         """Return what a segment is charged.

@@ -20,13 +20,15 @@ class GenerationDefaults:
     """Limits and defaults of generation, from the checkpoint.
 
     Attributes:
-        context_length: positions of prompt and answer together.
+        context_length: positions of prompt and answer together; of an encoder-decoder, those of
+            its source, and those of its answer.
         vocab_size: token ids are below it.
         eos_token_ids: tokens that end an answer.
         params: values of the parameters that a request does not set.
         checkpoint: what else generation_config.json says.
         not_followed: names in generation_config.json that would change answers if they were
             followed.
+        decoder_start: token ids before the answers of an encoder-decoder; empty: the model is none.
     """
 
     context_length: int
@@ -35,6 +37,7 @@ class GenerationDefaults:
     params: SamplingParams
     checkpoint: CheckpointParams = field(default_factory=CheckpointParams)
     not_followed: tuple[str, ...] = ()
+    decoder_start: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
 from distributed_llm.coordinator.kv_windows import StageKV
 
+_ACROSS = 1 / 8
+"""Share of a decoder layer that a source needs: the keys and values of attention across to it."""
+
 
 @dataclass(frozen=True)
 class ModelCost:
@@ -20,7 +23,8 @@ class ModelCost:
         layer_bytes: weights of each layer, with `table_bytes`.
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
-        shared_bytes: a tied embedding, needed by the first and by the last stage.
+        shared_bytes: a matrix that several stages need: a tied embedding, or one by which encoder
+            and decoder embed.
         each_bytes: what every stage needs, of all else (see `common.per_layer_inputs`).
         layer_kv_bytes: KV cache of one position in each layer.
         quantize: what floating-point weights become while they are loaded.
@@ -30,6 +34,10 @@ class ModelCost:
         table_bytes: what a layer has of tables outside the layers, which are read by rows and never
             lie on a disk.
         uncut: layers before which no stage may begin (see `common.layer_sharing`).
+        shared_by: the layers of which any stage that has one needs `shared_bytes`; empty: the
+            first and the last.
+        encoder_layers: the first layers, which compute sources and no answers; 0: the model is a
+            decoder alone.
         workspace_bytes: what a stage takes beside its weights and KV cache while it computes. It is
             taken off the memory of each worker before plans are made (`ServedModel.planned`).
     """
@@ -46,11 +54,36 @@ class ModelCost:
     uncut: tuple[int, ...] = ()
     layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
+    shared_by: tuple[int, ...] = ()
+    encoder_layers: int = 0
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
         return len(self.layer_bytes)
+
+    def only_encodes(self, layers: LayerRange) -> bool:
+        """Return whether a stage of these layers keeps nothing of sequences: all are an encoder's.
+
+        Steps that decode do not reach it.
+        """
+        return layers.stop <= self.encoder_layers
+
+    @property
+    def answer_bytes(self) -> tuple[int, ...]:
+        """Weights of each layer that a token of an answer needs: of an encoder's layers none."""
+        return (0,) * self.encoder_layers + self.layer_bytes[self.encoder_layers :]
+
+    @property
+    def source_bytes(self) -> tuple[float, ...]:
+        """Weights of each layer that a token of a source needs, which an encoder reads.
+
+        A decoder without an encoder reads prompts with all of its layers, and no sources.
+        """
+        if not self.encoder_layers:
+            return (0.0,) * self.num_layers
+        across = (_ACROSS * size for size in self.layer_bytes[self.encoder_layers :])
+        return (*self.layer_bytes[: self.encoder_layers], *across)
 
     @property
     def all_layer_bytes(self) -> int:
@@ -102,9 +135,18 @@ class ModelCost:
             sum(self.layer_bytes[layers.start : layers.stop])
             + self.first_bytes * first
             + self.last_bytes * last
-            + self.shared_bytes * (first or last)
+            + self.shared_bytes * self.shares(layers)
             + self.each_bytes
         )
+
+    @property
+    def sharers(self) -> tuple[int, ...]:
+        """The layers of which any stage that has one needs `shared_bytes`."""
+        return self.shared_by or (0, self.num_layers - 1)
+
+    def shares(self, layers: LayerRange) -> bool:
+        """Return whether a stage of these layers needs `shared_bytes`."""
+        return any(layers.start <= layer < layers.stop for layer in self.sharers)
 
     @property
     def pieces(self) -> list[LayerRange]:

@@ -20,6 +20,9 @@ from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
 from distributed_llm.coordinator.model_cost import ModelCost
 
+ANY_TOKENS = 2**31 - 1
+"""Positions of KV cache that a stage has room for if it keeps none."""
+
 LayerMap = tuple[tuple[WorkerId, LayerRange], ...]
 """The layers of each worker, in the order of the layers; they cover every layer exactly once."""
 
@@ -29,7 +32,8 @@ class PlannedStage:
     """One layer range on one worker, and its memory.
 
     Attributes:
-        kv_tokens: positions of KV cache that fit into the memory left by the weights.
+        kv_tokens: positions of KV cache that fit into the memory left by the weights; `ANY_TOKENS`
+            if all layers are an encoder's, which keep nothing of sequences.
         weight_bytes: that are in memory.
         quantize: what floating-point weights become while they are loaded; the same on all stages.
         from_disk: number of layers that do not fit, and stay on the worker's disk.
@@ -132,7 +136,7 @@ def _offloaded(
             return replace(
                 stage,
                 weight_bytes=held,
-                kv_tokens=(memory_bytes - held) // max(1, kv_bytes),
+                kv_tokens=_kv_tokens(cost, layers, memory_bytes - held),
                 from_disk=count,
                 disk_bytes=cost.bytes_from_disk(layers, count),
             )
@@ -168,6 +172,12 @@ def _stage(
     cost: ModelCost, worker: WorkerId, layers: LayerRange, memory_bytes: int
 ) -> PlannedStage:
     weights = cost.weight_bytes(layers)
-    room = max(0, memory_bytes - weights)
-    kv_tokens = room // max(1, cost.kv_bytes(layers))
+    kv_tokens = _kv_tokens(cost, layers, max(0, memory_bytes - weights))
     return PlannedStage(worker, layers, weights, kv_tokens, cost.quantize)
+
+
+def _kv_tokens(cost: ModelCost, layers: LayerRange, room_bytes: int) -> int:
+    """Return the positions of KV cache of these layers that fit into so many bytes."""
+    if cost.only_encodes(layers):
+        return ANY_TOKENS
+    return room_bytes // max(1, cost.kv_bytes(layers))

@@ -83,6 +83,7 @@ class Reporting:
             note=self.note(now=now),
             epoch=self._pipelines.epoch,
             num_layers=self._cluster.model.cost.num_layers,
+            encoder_layers=self._cluster.model.cost.encoder_layers,
             context_length=self._cluster.model.defaults.context_length,
             kv_tokens=sum(each.kv_tokens for each in pipelines.values()),
             kv_tokens_used=sum(each.kv_tokens_used for each in pipelines.values()),
@@ -170,8 +171,10 @@ class Reporting:
                 for at, stage in enumerate(pipeline.stages)
             ),
             links=tuple(
-                self._link(pipeline, sender, receiver)
-                for sender, receiver in pairwise(pipeline.stages)
+                self._link(pipeline, sender, receiver, tokens)
+                for (sender, receiver), tokens in zip(
+                    pairwise(pipeline.stages), meter.tokens, strict=False
+                )
             ),
             move=_move(move, now) if move and move.old is pipeline else None,
             kv_tokens=pipeline.kv_tokens,
@@ -194,7 +197,7 @@ class Reporting:
         )
 
     def _link(
-        self, pipeline: Pipeline, sender: PipelineStage, receiver: PipelineStage
+        self, pipeline: Pipeline, sender: PipelineStage, receiver: PipelineStage, tokens: int
     ) -> LinkStatus:
         measured = self._cluster.measurements.link(sender.worker, receiver.worker)
         latency_s, bytes_per_s = measured or (None, None)
@@ -204,7 +207,7 @@ class Reporting:
             how=pipeline.link_of(sender.peer),
             latency_s=latency_s,
             bytes_per_s=bytes_per_s,
-            bytes_sent=pipeline.meter.tokens * self._cluster.model.activation_bytes,
+            bytes_sent=tokens * self._cluster.model.activation_bytes,
         )
 
     def _forecast(self, pipeline: Pipeline) -> ForecastStatus | None:

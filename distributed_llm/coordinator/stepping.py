@@ -171,13 +171,13 @@ class Stepping:
         return pipeline if pipeline and pipeline.epoch == epoch else None
 
     def _count(self, pipeline: Pipeline, done: StepDone) -> None:
-        hops, step = len(pipeline.stages) - 1, done.step
+        hops, step = len(done.timings) - 1, done.step
         sent_bytes = hops * len(step.token_ids) * self._cluster.model.activation_bytes
         self._book.totals.count_step(sent_bytes, decodes=step.decodes)
         tokens = len(step.slices) if step.decodes else 0
-        for stage, timing in zip(pipeline.stages, done.timings, strict=True):
+        for stage, timing in zip(pipeline.stages[done.first :], done.timings, strict=True):
             worker = self._cluster.registry.worker(stage.peer)
             if worker is not None:
                 worker.count_task(timing.compute_us / 1e6, tokens)
         for answer in done.step.answers:
-            answer.stage_times.add(pipeline.epoch, pipeline.stages, done.timings)
+            answer.stage_times.add(pipeline.epoch, pipeline.stages, done.timings, done.first)

@@ -52,7 +52,7 @@ def trace_step(cluster: Cluster, pipeline: Pipeline, done: StepDone, *, now: flo
 def _hops(cluster: Cluster, pipeline: Pipeline, done: StepDone) -> tuple[StageHop, ...]:
     tokens = len(done.step.token_ids)
     hops, before = [], None
-    for stage, timing in zip(pipeline.stages, done.timings, strict=True):
+    for stage, timing in zip(pipeline.stages[done.first :], done.timings, strict=True):
         item_bytes = _TOKEN_ID_BYTES if before is None else cluster.model.activation_bytes
         bytes_in = tokens * item_bytes
         hops.append(

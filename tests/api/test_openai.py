@@ -169,6 +169,19 @@ def test_parameters_reach_the_coordinator(client: openai.OpenAI, direct: Distrib
     )
 
 
+def test_the_first_token_may_be_said_by_how_it_is_written(client: openai.OpenAI) -> None:
+    """After a prompt of a single token, and by encoder-decoders after any."""
+    for first in ("x", 93):
+        answer = client.completions.create(
+            model="default",
+            prompt=[[5]],
+            max_tokens=3,
+            temperature=0,
+            extra_body={"forced_bos_token_id": first},
+        )
+        assert answer.choices[0].text.startswith("x")
+
+
 def test_text_of_any_kind_streams_as_it_is_answered_whole(
     client: openai.OpenAI, direct: DistributedClient
 ) -> None:
@@ -194,6 +207,9 @@ CHAT_ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["a"] * 17}, "stop", "invalid_value"),
     ({"logit_bias": {"9999": 1}}, "logit_bias", "invalid_value"),
     ({"logit_bias": {str(n): 1 for n in range(301)}}, "logit_bias", "invalid_value"),
+    ({"forced_bos_token_id": 9999}, "forced_bos_token_id", "invalid_value"),
+    ({"forced_bos_token_id": "no token"}, "forced_bos_token_id", "invalid_value"),
+    ({"forced_bos_token_id": -1}, "forced_bos_token_id", "invalid_value"),
     ({"seed": 2**128}, "seed", "invalid_value"),
     ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "invalid_value"),

@@ -182,6 +182,7 @@ def test_requests_may_set_the_useful_ones() -> None:
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[said[0]], said[1:3]],
         "suppress_tokens": said[3:5],
+        "forced_bos_token_id": 33,
     }
     for prompt in PROMPTS:
         wanted = theirs({"max_new_tokens": NEW_TOKENS, **values}, prompt)

@@ -244,7 +244,7 @@ def moved(source: Stage, layers: LayerRange, into: Stage) -> None:
     number = 0
     while (pieces := out.next_chunk(3000, 10)) is not None:
         message, frames = encode_pieces(1, layers, number, pieces)  # type: ignore[arg-type]
-        for piece in decode_pieces(message, frames, incoming.layouts):
+        for piece in decode_pieces(message, frames, incoming.positions.layouts, {}):
             incoming.add(piece)
         number += 1
     end, frames = encode_end(1, layers, number, source.kv_manifest())  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import MAX_PIECES, KVPart
 from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import KVIncomplete, MissingKV, assemble
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.kv.import_room import ImportRoom
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVLayout
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter, KVPiece
@@ -82,7 +83,8 @@ def exporter(cache: KVCache, layers: LayerRange = ALL) -> KVExporter:
 
 
 def importer(layers: LayerRange = ALL, max_bytes: int = MUCH) -> KVImporter:
-    return KVImporter(dict.fromkeys(range(layers.start, layers.stop), LAYOUT), max_bytes)
+    layouts = dict.fromkeys(range(layers.start, layers.stop), LAYOUT)
+    return KVImporter(layers, layouts, ImportRoom(max_bytes))
 
 
 def pump(out: KVExporter, into: KVImporter, max_bytes: int = MUCH) -> int:
@@ -335,7 +337,7 @@ def test_a_layer_that_nobody_sent_is_named(source: KVCache) -> None:
 def test_an_empty_cache_is_assembled_of_nothing(source: KVCache) -> None:
     made = new_cache(ALL)
     into = importer(LayerRange(6, 7))
-    with pytest.raises(KVTransferError, match=r"layers \[6\] has sent no manifest"):
+    with pytest.raises(KVTransferError, match="the sender of layer 7 has sent no manifest"):
         assemble(made, ALL, (source, LayerRange(3, 6)), [into])
     into.update(new_cache(ALL).manifest())
     assemble(made, ALL, (source, LayerRange(3, 6)), [into])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import RemoteProtocolError
-from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
+from distributed_llm.common.messages import KVEnd, KVPart, KVPieces, StatePart
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.kv import wire as kv_wire
@@ -58,7 +58,8 @@ def sent(source: KVCache, max_pieces: int = MAX_PIECES_SENT) -> list[list[Frame]
 def take(into: KVImporter, arrived: list[Frame], layouts: Mapping[int, KVLayout]) -> None:
     message, frames = codec.to_next_worker.decode(arrived)
     if isinstance(message, KVPieces):
-        for piece in decode_pieces(message, frames, layouts):
+        for piece in decode_pieces(message, frames, layouts, {}):
+            assert isinstance(piece, KVPiece)
             into.add(piece)
     elif isinstance(message, KVEnd):
         into.update(decode_end(message, frames))
@@ -90,8 +91,9 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
     pieces = [KVPiece(parts[0], keys[:, :2], values[:, :2])]
     pieces += [KVPiece(parts[1], keys[:, 2:], values[:, 2:])]
     message, frames = encode_pieces(Epoch(2), LayerRange(1, 3), 1, pieces)
-    back = list(decode_pieces(message, frames, {1: layout, 2: layout}))
+    back = list(decode_pieces(message, frames, {1: layout, 2: layout}, {}))
     for given_, got in zip(pieces, back, strict=True):
+        assert isinstance(got, KVPiece)
         for one, other in ((given_.keys, got.keys), (given_.values, got.values)):
             assert one.dtype == other.dtype
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -113,7 +115,8 @@ def test_numbers_become_those_of_the_worker_they_come_to(
     """A worker without bfloat16 computes in float16, or in float32, beside others that do not."""
     message, frames, piece = one_piece(sent_in)
     layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
-    (back,) = decode_pieces(message, frames, {1: layout})
+    (back,) = decode_pieces(message, frames, {1: layout}, {})
+    assert isinstance(back, KVPiece)
     assert torch.equal(back.keys, piece.keys.to(kept_in))
     assert torch.equal(back.values, piece.values.to(kept_in))
     assert bool(back.keys[0, 0, 0].isinf()) == (kept_in == torch.float16)
@@ -128,7 +131,7 @@ def test_rows_of_bytes_do_not_become_numbers(sent_in: torch.dtype, kept_in: torc
     message, frames = encode_pieces(Epoch(2), LayerRange(1, 2), 1, [ones])
     layout = KVLayout(2, 4, 6, kept_in, torch.device("cpu"))
     with pytest.raises(KVTransferError, match="is kept as"):
-        list(decode_pieces(message, frames, {1: layout}))
+        list(decode_pieces(message, frames, {1: layout}, {}))
 
 
 def test_a_message_does_not_change_with_the_cache() -> None:
@@ -160,6 +163,21 @@ def test_the_largest_message_is_in_bounds() -> None:
             number=HIGHEST,
             dtype="bfloat16",
             parts=parts,
+            tensors=specs,
+        ),
+        (b"\0",),
+    )
+    state = StatePart(
+        state=HIGHEST, layer=65535, tensor=255, offset=HIGHEST, count=2**31 - 1, dtype="bfloat16"
+    )
+    codec.encode(
+        KVPieces(
+            epoch=Epoch(HIGHEST),
+            layers=ALL,
+            number=HIGHEST,
+            dtype="bfloat16",
+            parts=(),
+            states=(state,) * MAX_PIECES_SENT,
             tensors=specs,
         ),
         (b"\0",),

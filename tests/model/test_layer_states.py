@@ -12,9 +12,8 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import MissingPositions
-from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
-from distributed_llm.worker.kv.manifest import KVTransferError
 from distributed_llm.worker.model.failures import MissingPositionsError
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -188,17 +187,6 @@ def test_what_is_held_beside_others_in_a_batch_is_no_more_than_the_limit(
     pipeline.run([(1, 5, 6), (2, 5, 6)])
     for stage in pipeline.stages:
         assert stage._held_sequences._states.nbytes <= 2 * stage.state_bytes * 2
-
-
-def test_states_are_not_sent_to_other_workers(loaded: list[Stage]) -> None:
-    stage = loaded[0]
-    for move in (
-        lambda: stage.export_kv(LayerRange(0, 1)),
-        lambda: stage.import_kv(LayerRange(0, 1), 1 << 20),
-        lambda: stage.assemble_kv(None),
-    ):
-        with pytest.raises(KVTransferError, match="state of their own"):
-            move()
 
 
 def test_a_release_leaves_the_states_of_others(pipeline: Pipeline, whole: Any) -> None:

@@ -12,6 +12,7 @@ from distributed_llm.common.types import KV_BLOCK, NO_EPOCH, Epoch, LayerRange
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
+from tests import encoder_decoders
 from tests.checkpoints import make_checkpoint
 from tests.model.workers import Cluster, Plan, Worker, workers
 from tests.reference import reference_ids
@@ -110,6 +111,40 @@ def test_what_was_tried_is_forgotten_when_it_fails(llama: Path) -> None:
 
     with pytest.raises(RuntimeError):
         try_out(stage, timed, kv_tokens=64 * KV_BLOCK)
+    assert stage.kv_bytes == 0
+
+
+# ------------------------------------------------------------------ encoder-decoders
+
+
+SOURCES = [(1, 0, 8 * n) for n in (1, 4, 16)]
+ANSWERS = [each for n in (1, 4, 16) for each in ((n, 8, 1), (1, 8 * n, 1))]
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_decoders.make(tmp_path_factory.mktemp("bart"), "bart")
+
+
+@pytest.mark.parametrize(
+    ("layers", "sources", "answers"),
+    [
+        ((0, 3), SOURCES, []),
+        ((2, 5), SOURCES, ANSWERS),
+        ((4, 5), [], ANSWERS),
+    ],
+)
+def test_each_stack_is_tried_with_what_reaches_it(
+    bart: Path,
+    layers: tuple[int, int],
+    sources: list[tuple[int, int, int]],
+    answers: list[tuple[int, int, int]],
+) -> None:
+    """No source is longer than the positions that the model has, which are 128."""
+    stage = stage_of(bart, layers)
+    trials = try_out(stage, takes(1e-4), kv_tokens=64 * KV_BLOCK, context_length=128)
+    assert sizes(tuple(trial for trial in trials if trial.is_source)) == sources
+    assert sizes(tuple(trial for trial in trials if not trial.is_source)) == answers
     assert stage.kv_bytes == 0
 
 

@@ -230,7 +230,6 @@ def test_moved_layers_go_on(
         while (pieces := out.next_chunk(50_000, 100)) is not None:
             for piece in pieces:
                 into.add(piece)
-        assert out.remaining_bytes == 0
         into.update(stage.kv_manifest())
     moved.assemble_kv(None, [into for _, into in transfers])
     assert moved.kv_bytes == sum(stage.kv_bytes for stage in old)

@@ -42,6 +42,7 @@ from distributed_llm.coordinator import events
 from distributed_llm.coordinator.events import RequestKey
 from tests.unit.fake_model import (
     CONTEXT,
+    DECODER_START,
     EOS,
     admitted,
     mask_of,
@@ -64,6 +65,7 @@ class Answer:
         grammar: made-up, for `fake_model.admitted`; empty for none.
         forms: of the weights of all plans that were announced, oldest first.
         first_form: which of them was the newest when the request was sent.
+        encoder_layers: of the model, if it is an encoder-decoder.
     """
 
     prompt: tuple[int, ...]
@@ -86,6 +88,7 @@ class Answer:
     grammar: str = ""
     forms: Sequence[Quantize] = ("none",)
     first_form: int = 0
+    encoder_layers: int = 0
     _expected: list[int] | None = None
 
     @property
@@ -115,7 +118,7 @@ class Answer:
         return self._expected
 
     def _reference(self) -> list[int]:
-        room = CONTEXT - len(self.prompt)
+        room = CONTEXT - (len(DECODER_START) if self.encoder_layers else len(self.prompt))
         tokens = reference(
             self.prompt,
             self.params,
@@ -123,6 +126,7 @@ class Answer:
             default_max_new_tokens=room,
             grammar=self.grammar,
             forms=self._forms_of_tokens(),
+            encoder_layers=self.encoder_layers,
         )
         for count in range(1, len(tokens) + 1):
             if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
@@ -150,7 +154,12 @@ class Answer:
 
     def _told(self, forms: Sequence[Quantize]) -> tuple[list[int], list[TokenLogprobs]]:
         """Return what comes after the tokens that came; `forms` are of these and of the rest."""
-        given: dict[str, Any] = {"choice": self.choice, "grammar": self.grammar, "forms": forms}
+        given: dict[str, Any] = {
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "forms": forms,
+            "encoder_layers": self.encoder_layers,
+        }
         limit = self.params.max_new_tokens or len(self.token_ids)
         params = msgspec.structs.replace(self.params, max_new_tokens=max(1, limit))
         tokens = reference(self.prompt, params, **given)
@@ -175,6 +184,7 @@ class Answer:
                 choice=self.choice,
                 grammar=self.grammar,
                 forms=self._forms_of_tokens(),
+                encoder_layers=self.encoder_layers,
             )
             assert self.logprobs == known[: len(self.token_ids)]
         sampled = [step.index for step in self.trace if step.sampled]
@@ -263,7 +273,8 @@ class SimClient:
 
     def _forms(self) -> dict[str, Any]:
         forms = self.world.checker.forms
-        return {"forms": forms, "first_form": len(forms) - 1}
+        encoders = self.world.model.cost.encoder_layers
+        return {"forms": forms, "first_form": len(forms) - 1, "encoder_layers": encoders}
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request."""

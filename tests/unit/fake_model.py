@@ -41,6 +41,12 @@ POISON = 95
 
 CONTEXT = 256
 DRAWN_SEED = 11
+ENCODER_LAYERS = 2
+"""Of an encoder-decoder."""
+
+DECODER_START = (7,)
+"""What its answers begin with."""
+
 BIG = 600
 """Memory with which two workers hold the model, and three hold two layers each."""
 
@@ -84,6 +90,17 @@ def with_states(model: ServedModel) -> ServedModel:
     sizes = (30,) * NUM_LAYERS
     costs = [replace(cost, layer_state_bytes=sizes) for cost in (model.cost, *model.smaller)]
     return replace(model, cost=costs[0], smaller=tuple(costs[1:]))
+
+
+def with_sources(model: ServedModel) -> ServedModel:
+    """Return an encoder-decoder, whose first layers are the encoder's."""
+    kept = (0,) * ENCODER_LAYERS + (1,) * (NUM_LAYERS - ENCODER_LAYERS)
+    costs = [
+        replace(cost, layer_kv_bytes=kept, encoder_layers=ENCODER_LAYERS)
+        for cost in (model.cost, *model.smaller)
+    ]
+    defaults = replace(model.defaults, decoder_start=DECODER_START)
+    return replace(model, cost=costs[0], smaller=tuple(costs[1:]), defaults=defaults)
 
 
 _TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}
@@ -154,14 +171,17 @@ def reference(
     default_max_new_tokens: int = 256,
     grammar: str = "",
     forms: Sequence[Quantize] = ("none",),
+    encoder_layers: int = 0,
 ) -> list[int]:
     """Return the answer that one machine without faults gives.
 
     Args:
         forms: of the weights by which each token is computed; the last one is that of the rest.
+        encoder_layers: of an encoder-decoder, which reads the prompt; 0: the model is none.
     """
     limit = params.max_new_tokens or default_max_new_tokens
-    return [token for _, token in _generate(prompt, params, choice, limit, grammar, forms)]
+    made = _generate(prompt, params, choice, limit, grammar, forms, encoder_layers)
+    return [token for _, token in made]
 
 
 def reference_logprobs(
@@ -171,11 +191,13 @@ def reference_logprobs(
     choice: int = 0,
     grammar: str = "",
     forms: Sequence[Quantize] = ("none",),
+    encoder_layers: int = 0,
 ) -> list[TokenLogprobs]:
     """Return what goes with these tokens; needs `logprobs` and `max_new_tokens`."""
     assert params.logprobs is not None
     assert params.max_new_tokens is not None
-    answer = _generate(prompt, params, choice, params.max_new_tokens, grammar, forms)
+    limit = params.max_new_tokens
+    answer = _generate(prompt, params, choice, limit, grammar, forms, encoder_layers)
     return [token_logprobs(hidden, token, params.logprobs) for hidden, token in answer]
 
 
@@ -186,9 +208,13 @@ def _generate(
     limit: int,
     grammar: str,
     forms: Sequence[Quantize],
+    encoder_layers: int,
 ) -> Iterator[tuple[int, int]]:
     """Yield what each token of the answer was picked from, and the token."""
-    passes = {form: Pass(form) for form in forms}
+    passes: dict[Quantize, Pass] = {form: Pass(form) for form in forms}
+    if encoder_layers:
+        passes = {form: SourcePass(form, prompt, encoder_layers) for form in forms}
+        prompt = DECODER_START
     answer: list[int] = []
     ends = () if params.ignore_eos else (EOS,)
     sampling = Sampling(
@@ -227,6 +253,36 @@ class Pass:
                 self._hidden = self._states[layer] = state
         self._count = len(token_ids)
         return self._hidden
+
+
+class SourcePass(Pass):
+    """One machine that has all layers of an encoder-decoder, and has read a source."""
+
+    def __init__(self, form: Quantize, source: Sequence[int], encoder_layers: int) -> None:
+        super().__init__(form)
+        self._first = encoder_layers
+        rows = [mix(token, position) for position, token in enumerate(source)]
+        for layer in range(encoder_layers):
+            rows = encoded(rows, layer + self._tint)
+        for row in rows:
+            for layer in range(encoder_layers, NUM_LAYERS):
+                self._states[layer] = mix(self._states[layer], row, layer + self._tint)
+
+    def hidden(self, token_ids: Sequence[int]) -> int:
+        """Return the last hidden state of an answer, its start tokens included."""
+        for position in range(self._count, len(token_ids)):
+            self._hidden = mix(token_ids[position], position)
+            for layer in range(self._first, NUM_LAYERS):
+                state = mix(self._states[layer], self._hidden, layer + self._tint)
+                self._hidden = self._states[layer] = state
+        self._count = len(token_ids)
+        return self._hidden
+
+
+def encoded(rows: Sequence[int], layer: int) -> list[int]:
+    """Return what an encoder's layer makes of a source, each token of which sees all others."""
+    whole = mix(*rows, layer)
+    return [mix(row, whole) for row in rows]
 
 
 def reference_embedding(prompt: Sequence[int], form: Quantize = "none") -> list[float]:
@@ -274,6 +330,7 @@ class FakeSequence:
     Attributes:
         latest: positions after which it was computed last, and `before` that: where a stage that
             keeps states can go on, beside `snapshots`.
+        kept_states: what it goes on from there, by layer.
     """
 
     states: list[list[int]] = field(default_factory=list)
@@ -284,6 +341,7 @@ class FakeSequence:
     latest: int = 0
     before: int = 0
     snapshots: set[int] = field(default_factory=set)
+    kept_states: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def kept(self) -> set[int]:
@@ -297,13 +355,17 @@ class FakeStage:
     Args:
         kv_tokens: positions that it has room for.
         state_tokens: positions that a state takes as much room as; 0: its layers keep none.
+        encoder_layers: of the whole model; they keep nothing.
 
     Attributes:
         num_computed: tokens that it computed.
     """
 
-    def __init__(self, order: LoadStage, kv_tokens: int, state_tokens: int = 0) -> None:
+    def __init__(
+        self, order: LoadStage, kv_tokens: int, state_tokens: int = 0, encoder_layers: int = 0
+    ) -> None:
         self.layers = order.layers
+        self.encoder_layers = encoder_layers
         self._tint = _TINTS[order.quantize]
         self.kv: dict[int, FakeSequence] = {}
         self.num_computed = 0
@@ -342,6 +404,7 @@ class FakeStage:
         token_ids = token_ids_of_frame(frames[0])
         assert len(token_ids) == sum(part.num_tokens for part in task.sequences)
         assert len({part.sequence_id for part in task.sequences}) == len(task.sequences)
+        is_source = self._is_source(task)
         rows = self._rows(task, token_ids, frames)
         missing = tuple(
             MissingPositions(sequence_id=part.sequence_id, have=have)
@@ -364,9 +427,13 @@ class FakeStage:
                 sampling = self.kv[part.sequence_id].sampling
                 assert sampling is not None
                 mask = masks.pop(0) if part.masked else None
-                token = pick(rows[row - 1][3], sampling, part.start + part.num_tokens, mask)
+                at = part.start + part.num_tokens - part.source
+                token = pick(rows[row - 1][3], sampling, at, mask)
                 sampled.append((rows[row - 1][3], sampling, token))
         self.num_computed += row
+        if is_source and not self._keeps:
+            for part in task.sequences:
+                del self.kv[part.sequence_id]
         assert self.memory_tokens <= self._kv_tokens or skipped, "out of memory"
         if self.layers.stop < NUM_LAYERS:
             array = np.asarray(rows, dtype="<i4")
@@ -376,6 +443,11 @@ class FakeStage:
             specs += (TensorSpec("float32", (len(sums), HIDDEN)),)
             answer += (np.asarray(sums, dtype="<f4").tobytes(),)
         return specs, answer
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether its layers keep states, from which alone it goes on."""
+        return self._state_tokens > 0
 
     @property
     def memory_tokens(self) -> float:
@@ -415,14 +487,38 @@ class FakeStage:
         known = part.sampling or (held and held.sampling)
         return part.sample and known is None
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether any of its layers keeps something."""
+        return self.layers.stop > self.encoder_layers
+
+    def _is_source(self, task: Task) -> bool:
+        """Return whether a task is of sources; it is all of them, or none, and each is whole."""
+        assert all(bool(part.source) == bool(self.encoder_layers) for part in task.sequences)
+        sources = [part for part in task.sequences if part.is_source]
+        assert not sources or len(sources) == len(task.sequences), "sources and answers in a step"
+        assert not any(part.embed and self.encoder_layers for part in task.sequences)
+        for part in sources:
+            assert (part.start, part.num_tokens) == (0, part.source), "a part of a source"
+            assert not part.sample
+            assert part.prefix is None
+        assert sources or self._keeps, "a stage of an encoder got an answer to compute"
+        return bool(sources)
+
     def _rows(self, task: Task, ids: list[int], frames: tuple[Frame, ...]) -> list[list[int]]:
         """Return [layers passed, position, token, hidden] per token; nothing else may arrive."""
         positions = [part.start + i for part in task.sequences for i in range(part.num_tokens)]
-        if self.layers.start == 0:
+        begins_at = 0 if task.sequences[0].is_source else self.encoder_layers
+        if self.layers.start <= begins_at < self.layers.stop:
             assert len(frames) == 1, "the first stage was given hidden states"
+            sources = [
+                0 if part.is_source else part.source
+                for part in task.sequences
+                for _ in range(part.num_tokens)
+            ]
             return [
-                [0, position, token, mix(token, position)]
-                for position, token in zip(positions, ids, strict=True)
+                [begins_at, position, token, mix(token, position - source)]
+                for position, token, source in zip(positions, ids, sources, strict=True)
             ]
         array = np.frombuffer(frames[1], dtype="<i4").reshape(len(ids), HIDDEN)
         rows = [[int(x) for x in row] for row in array]
@@ -440,7 +536,9 @@ class FakeStage:
                 held.tokens = parent.tokens[: part.prefix.length]
                 held.seen_from = parent.seen_from
                 held.latest = held.before = part.prefix.length
-                held.snapshots = {part.prefix.length} if self._state_tokens else set()
+                if self._state_tokens:
+                    held.snapshots = {part.prefix.length}
+                    held.kept_states = {part.prefix.length: parent.kept_states[part.prefix.length]}
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
@@ -450,14 +548,21 @@ class FakeStage:
         assert held.seen_from <= max(0, part.start + 1 - WINDOW), "it sees what was dropped"
         del held.states[part.start :]
         del held.tokens[part.start :]
+        if part.is_source:
+            self._encode(rows)
+        begun = [held.kept_states[part.start]] if self._state_tokens and part.start else []
         for row in rows:
-            before = held.states[-1] if held.states else [0] * len(self.layers)
+            before = [[0] * len(self.layers), *held.states[-1:], *begun].pop()
+            begun.clear()
             states = []
             for layer, state in zip(
                 range(self.layers.start, self.layers.stop), before, strict=True
             ):
-                row[3] = mix(state, row[3], layer + self._tint)
-                states.append(row[3])
+                if layer < self.encoder_layers:
+                    states.append(0)
+                    continue
+                states.append(mix(state, row[3], layer + self._tint))
+                row[3] = row[3] if part.is_source else states[-1]
             row[0] = self.layers.stop
             held.states.append(states)
             held.tokens.append(row[2])
@@ -466,7 +571,17 @@ class FakeStage:
         if part.snapshot:
             assert self._state_tokens, "there is nothing to keep"
             held.snapshots.add(held.latest)
+        if self._state_tokens:
+            held.kept_states[held.latest] = held.states[-1]
+            held.kept_states = {at: held.kept_states[at] for at in held.kept if at}
         self._allocate(part.sequence_id, part.start)
+
+    def _encode(self, rows: list[list[int]]) -> None:
+        for layer in range(self.layers.start, min(self.layers.stop, self.encoder_layers)):
+            for row, value in zip(
+                rows, encoded([row[3] for row in rows], layer + self._tint), strict=True
+            ):
+                row[3] = value
 
     def _share(self, sequence_id: int, prefix: SharedPrefix) -> None:
         parent, held = self.kv[prefix.sequence_id], self.kv[sequence_id]

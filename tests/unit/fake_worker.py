@@ -567,13 +567,15 @@ class SimWorker:
 
     def _new_stage(self, order: LoadStage) -> FakeStage:
         cost = self.world.model.cost_at(order.quantize)
-        state_tokens = cost.state_bytes(order.layers) // cost.kv_bytes(order.layers)
-        return FakeStage(order, order.kv_tokens, state_tokens)
+        state_tokens = cost.state_bytes(order.layers) // max(1, cost.kv_bytes(order.layers))
+        return FakeStage(order, order.kv_tokens, state_tokens, cost.encoder_layers)
 
     def _loaded(self, load: agents.Load) -> agents.Loaded:
         order = load.order
         self.loaded.append(order)
-        weights = self.world.model.cost_at(order.quantize).weight_bytes(order.layers)
+        cost = self.world.model.cost_at(order.quantize)
+        weights = cost.weight_bytes(order.layers)
+        windowed = 0 if cost.encoder_layers else windowed_layers(order.layers)
         trials = self._trials(order) if order.trials and self.layer_s else ()
         return agents.Loaded(
             load.session,
@@ -582,9 +584,9 @@ class SimWorker:
             weights,
             order.kv_tokens,
             trials,
-            kv_token_bytes=len(order.layers),
-            kv_windowed_bytes=windowed_layers(order.layers),
-            kv_window=WINDOW,
+            kv_token_bytes=cost.kv_bytes(order.layers),
+            kv_windowed_bytes=windowed,
+            kv_window=WINDOW if windowed else 0,
             fetched_bytes=weights if self.fetches else 0,
             fetch_s=self.load_s / 2 if self.fetches else 0.0,
             gives_weights=self.fetches,

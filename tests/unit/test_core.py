@@ -516,6 +516,6 @@ def test_what_a_checkpoint_says_and_nobody_follows_is_told_once_at_the_start() -
     (log,) = core.start(now=1.0)
     assert isinstance(log, events.Log)
     assert log.level == "warning"
-    assert "generation_config.json of the model sets num_beams, guidance_scale" in log.text
+    assert "the model's settings of generation have num_beams, guidance_scale" in log.text
     assert [event.text for event in core.status(now=2.0).events] == [log.text]
     assert Core(MODEL, SETTINGS, draw_seed=lambda: 1).start(now=1.0) == []

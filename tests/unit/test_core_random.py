@@ -47,6 +47,7 @@ from tests.unit.fake_model import (
     MODEL,
     NUM_LAYERS,
     POISON,
+    with_sources,
     with_states,
     with_workspace,
 )
@@ -208,7 +209,10 @@ class Cluster:
             trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
+            encoders = self.model.cost.encoder_layers
+            whole = Answer(
+                tuple(prompt), params, grammar=grammar, encoder_layers=encoders
+            ).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params, grammar)
@@ -417,6 +421,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
         causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
+    if answer.embeds and answer.encoder_layers:
+        causes.add("invalid_request")
     if num_errors >= 2:
         causes.add("stage_error")
     assert answer.code in causes, answer.end
@@ -493,7 +499,7 @@ class StatefulCluster(MovingCluster):
     model = with_workspace(with_states(MODEL))
     memories = (1500, 4000, 4000)
     least_moves = 2
-    max_examples = 16
+    max_examples = 10
     least_shared = 200
     num_moves: ClassVar[list[int]] = []
     num_shared: ClassVar[list[int]] = []
@@ -517,10 +523,54 @@ class StatefulCluster(MovingCluster):
             self._submit([*text[: len(text) - cut], *more, number], params)
             self.world.run(for_s=wait_s)
 
+    @rule(
+        when=lambda self: self.up(),
+        begin=between(0, 1),
+        cuts=several(between(1, NUM_LAYERS - 1), 0, 4),
+        shift=between(0, 6),
+        index=_INDEX,
+        cut_after_s=any_of([None, 0.0, 0.02, 0.05, 0.1, 0.3]),
+    )
+    def move_while_they_converse(
+        self, begin: int, cuts: list[int], shift: int, index: int, cut_after_s: float | None
+    ) -> None:
+        """Have layers move among answers, and maybe steps be lost meanwhile."""
+        self.converse(begin, 0, [1, 2, 3], 2, 0.05)
+        self.world.move(sorted(set(cuts)), shift)
+        if cut_after_s is not None:
+            self.world.run(for_s=cut_after_s)
+            if self.up():
+                self._pick(index).cut()
+        self.world.run(for_s=1.0)
+
     def finish(self) -> None:
         """Also count the tokens that were shared instead of computed."""
         super().finish()
         self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
+
+
+class SourcesCluster(MovingCluster):
+    """An encoder reads prompts, and layers move."""
+
+    model = with_workspace(with_sources(MODEL))
+    max_examples = 16
+    least_moves = 2
+    num_moves: ClassVar[list[int]] = []
+
+
+class StatefulMoves(StatefulCluster):
+    """Layers with states move again and again; steps are lost, and no worker is."""
+
+    calm = True
+    faulty: ClassVar[list[type[Message]]] = [Task, TaskResult]
+    task_s = 0.02
+    max_examples = 6
+    least_moves = 6
+    num_moves: ClassVar[list[int]] = []
+    num_shared: ClassVar[list[int]] = []
+
+    def client_vanishes(self, silently: bool) -> None:
+        """No client does: what nobody waits for would keep others waiting here."""
 
 
 class MovingTwins(MovingCluster):
@@ -676,6 +726,8 @@ class FailingMoves(FailingLoads, MovingCluster):
         TwinCluster,
         MovingCluster,
         StatefulCluster,
+        SourcesCluster,
+        StatefulMoves,
         MovingTwins,
         AutoCluster,
         AutoTwins,

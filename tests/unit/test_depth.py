@@ -272,6 +272,7 @@ def seen(policy: DepthPolicy, *, depth: int, between_s: float, decodes: bool) ->
         done: Any = SimpleNamespace(
             step=SimpleNamespace(decodes=decodes, token_ids=range(16)),
             timings=[StageTime(compute_us=100_000, layers_us=0, queued_us=0)] * 3,
+            first=0,
             depth=depth,
             round_trip_s=0.3 + between_s,
         )

@@ -660,6 +660,15 @@ def test_rest_is_sent_with_the_end_after_the_handover_began() -> None:
     assert hear(agent, DropStage(epoch=Epoch(3))) == [CloseLink(TO_NAS), Drop()]
 
 
+def test_the_rest_names_the_sequences_that_were_set_back() -> None:
+    agent, export = sending()
+    exported(agent, export, None)
+    set_back = (SequenceId(3), SequenceId(8))
+    (export,) = hear(agent, msgspec.structs.replace(hand_over(5), set_back=set_back))
+    _, export = exported(agent, export, pieces(1))
+    assert export == ExportKV(0, Epoch(5), SECOND, 2, rest=True, set_back=set_back)
+
+
 def test_handover_while_an_export_is_under_way() -> None:
     agent, export = sending()
     assert hear(agent, hand_over(5)) == []

@@ -32,9 +32,9 @@ def test_without_windows_a_block_costs_one() -> None:
 def test_stages_are_charged_as_the_one_with_the_least_share() -> None:
     told = [StageKV(64, 400, 128, 300), StageKV(64, 0), StageKV(64, 400, 256, 100)]
     assert KVWindows.of_stages(told, margin=9) == KVWindows(256, 9, 100, 400)
-    assert KVWindows.of_stages([told[0], StageKV(64, 400)], margin=9) == KVWindows()
+    assert KVWindows.of_stages([told[0], StageKV(64, 400)], margin=9) == KVWindows(128)
     nonsense = StageKV(64, 400, 128, 500)
-    assert KVWindows.of_stages([nonsense], margin=9) == KVWindows()
+    assert KVWindows.of_stages([nonsense], margin=9) == KVWindows(128)
 
 
 stages = st.builds(
@@ -116,6 +116,21 @@ def test_a_prefix_is_shared_only_if_all_is_there_that_is_seen() -> None:
     assert ledger.take_dropped() == {SequenceId(1): 832}
     assert ledger.match(tokens[:500] + [7] * 50, 549) is None
     assert ledger.match(tokens[:958] + [7] * 50, 1007) is None
+    found = ledger.match(tokens[:960] + [7] * 50, 1009)
+    assert found
+    assert found.length == 960
+
+
+def test_what_was_dropped_is_known_after_layers_have_moved() -> None:
+    """To stages of which one has no layer with a window, so that nothing is dropped any more."""
+    tokens = list(range(1000))
+    ledger = KVLedger(100 * KV_BLOCK, HALF)
+    assert ledger.open(SequenceId(1), tokens, 1000, None)
+    ledger.computed(SequenceId(1), 1000)
+    assert not ledger.open(SequenceId(2), [5] * 11500, 11500, None)  # what is not seen goes
+    stages = [StageKV(100_000, 2, window=128, windowed_bytes=1), StageKV(100_000, 1)]
+    assert ledger.resize(100_000, KVWindows.of_stages(stages, 64))
+    assert ledger.match(tokens[:500] + [7] * 50, 549) is None
     found = ledger.match(tokens[:960] + [7] * 50, 1009)
     assert found
     assert found.length == 960

@@ -41,7 +41,12 @@ class Bench:
     """A pipeline that serves, and a move of it."""
 
     def __init__(
-        self, old: tuple[PipelineStage, ...], new: tuple[PipelineStage, ...], *, copies: bool
+        self,
+        old: tuple[PipelineStage, ...],
+        new: tuple[PipelineStage, ...],
+        *,
+        copies: bool,
+        handover_s: float = 0.0,
     ) -> None:
         ids = itertools.count()
         self.old, self.new = (
@@ -66,7 +71,7 @@ class Bench:
             addresses=addresses,
             keys=dict.fromkeys(addresses, NOBODY),
             link_key="key",
-            price=Price(0.0, copies, copy_s=5.0, cached_tokens=0, kv_tokens=640),
+            price=Price(0.0, copies, 5.0, cached_tokens=0, kv_tokens=640, handover_s=handover_s),
             why="it is better",
             reason="faster",
             now=10.0,
@@ -215,6 +220,13 @@ def test_a_phase_has_a_time_limit() -> None:
     assert bench.move.next_deadline() == 20.0 + 30.0 + 4 * 5.0
     bench.move.copied(PeerId(b"a"), now=30.0)
     assert bench.move.next_deadline() == 30.0 + 10.0
+
+
+def test_states_have_their_time_in_the_handover() -> None:
+    bench = Bench(OLD, SHIFTED, copies=True, handover_s=6.0)
+    bench.load(now=20.0)
+    bench.move.copied(PeerId(b"a"), now=30.0)
+    assert bench.move.next_deadline() == 30.0 + 10.0 + 4 * 6.0
 
 
 def test_copying_that_does_not_come_to_an_end_is_ended() -> None:

@@ -85,6 +85,18 @@ def test_copying_may_cost_a_second_more_than_computing_again(rate: float, copies
     assert price(parts).copies == copies
 
 
+def test_an_encoder_needs_no_room_beside_its_layers() -> None:
+    """For 40 positions there are bytes left on c; it keeps none, so that all others stay."""
+    cost = replace(COST, layer_kv_bytes=(0, 0, 1, 1, 1, 1), encoder_layers=2)
+    just = cost.weight_bytes(LayerRange(0, 2)) + 40
+    parts = Parts({"a": 10_000, "b": 10_000, "c": just}, cost)
+    pipeline = parts.serve(("a", 0, 2), ("b", 2, 6))
+    parts.ask(pipeline, 100)
+    found = price(parts, ("c", 0, 2), ("b", 2, 6))
+    assert found.kv_tokens == pipeline.kv_tokens > 100
+    assert found.copy_s == 0.0
+
+
 def test_the_stage_that_takes_longest_tells_how_long_it_is_computed_again() -> None:
     """There is no room for both, so that all is loaded anew; 256 positions are two chunks."""
     parts = moving(memory=4400, prompt=200)
@@ -104,6 +116,29 @@ def test_the_latest_standstill_is_the_one_that_is_expected() -> None:
     before = price(parts).standstill_s
     parts.moves.prices.stall_s = 1.5
     assert price(parts).standstill_s == pytest.approx(before + 1.2)
+
+
+STATEFUL = replace(COST, layer_state_bytes=(32,) * 6)
+
+
+def test_states_of_running_answers_are_sent_while_they_stand_still() -> None:
+    """At 64 bytes per second: 128 positions of one layer before that, one state meanwhile."""
+    parts = moving(cost=STATEFUL)
+    parts.worker("b").load_bytes_per_s = 500.0
+    found = price(parts)
+    assert found.copies
+    assert found.copy_s == pytest.approx(2.0, abs=0.1)
+    assert found.handover_s == pytest.approx(0.5)
+    assert found.standstill_s == pytest.approx(0.3 + 0.5 + 0.5 * (2.0 + found.copy_s))
+
+
+@pytest.mark.parametrize(("state_bytes", "copies"), [(124, True), (132, False)])
+def test_states_that_would_take_too_long_are_computed_again(state_bytes: int, copies: bool) -> None:
+    """Half the speed is lost for 2 s, then all of it; to compute all again takes b 2 s."""
+    parts = moving(cost=replace(COST, layer_state_bytes=(state_bytes,) * 6))
+    found = price(parts)
+    assert found.copies == copies
+    assert found.handover_s == (pytest.approx(state_bytes / 64) if copies else 0.0)
 
 
 def test_nothing_is_sent_where_nothing_is_used() -> None:
@@ -273,6 +308,19 @@ def test_a_move_from_beginning_to_end() -> None:
     parts.goes_on()
 
 
+def test_what_states_should_have_taken_is_no_standstill_to_be_learnt() -> None:
+    parts = moving(cost=replace(COST, layer_state_bytes=(16,) * 6))
+    _, move, _ = begun(parts)
+    assert move.price.handover_s == pytest.approx(0.25)
+    loaded(parts)
+    parts.moves.copied(parts.worker("a"), KVCopied(epoch=Epoch(2), bytes_sent=128), now=12.0)
+    for name in ("a", "b"):
+        parts.moves.handed_over(parts.worker(name), HandedOver(epoch=Epoch(2)))
+    parts.moves.settle(now=12.6)
+    assert parts.moves.stall_s == pytest.approx(0.6)
+    assert parts.moves.prices.stall_s == pytest.approx(0.35)
+
+
 def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
     parts = moving()
     old, move, _ = begun(parts, copies=False)
@@ -368,6 +416,21 @@ def test_a_move_to_stages_without_room_for_what_runs_is_undone() -> None:
     assert "have room for 64 tokens, and requests need" in parts.event_log.entries[-1].text
     assert (old.state, parts.book.num_running) == (PipelineState.SERVING, 1)
     parts.goes_on()
+
+
+def test_states_are_counted_as_the_new_stages_charge_them() -> None:
+    """Two take 640 of what there is room for now, and 512 where stages have fewer layers."""
+    cost = replace(COST, layer_kv_bytes=(0,) * 6, layer_state_bytes=(100,) * 6)
+    parts = moving(cost=cost)
+    old, move, _ = begun(parts, ("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    assert old.scheduler
+    assert old.scheduler.kv_tokens_used >= 640
+    for name in ("a", "b", "c"):
+        said = msgspec.structs.replace(ready(2), kv_tokens=512 + 2 * KV_BLOCK)
+        parts.moves.stage_ready(parts.worker(name), said, now=11.0)
+    move.copy_timed_out(now=12.0)
+    assert parts.moves.settle(now=12.0) == []
+    assert move.state is MoveState.HANDOVER
 
 
 def test_a_move_is_undone_for_a_larger_request_that_came_before_the_commit() -> None:

@@ -2,14 +2,16 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from distributed_llm.common import codec
-from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
+    Embed,
     Finished,
     Generate,
     RequestFailed,
@@ -260,6 +262,7 @@ STRANGE = 10**6
         SamplingParams(suppress_tokens=(STRANGE,)),
         SamplingParams(bad_words_ids=((1,), (2, STRANGE))),
         SamplingParams(logit_bias={STRANGE: 1.0}),
+        SamplingParams(forced_bos_token_id=STRANGE),
     ],
 )
 def test_a_parameter_that_names_no_token_of_the_model_is_refused(params: SamplingParams) -> None:
@@ -272,6 +275,49 @@ def test_a_parameter_that_names_no_token_of_the_model_is_refused(params: Samplin
     assert isinstance(refused, Send)
     assert isinstance(refused.message, RequestFailed)
     assert refused.message.message.startswith(f"Token id {STRANGE} is not in the model's")
+
+
+def test_a_token_that_is_given_as_it_is_written_gets_its_id_with_the_prompt() -> None:
+    bench = Bench()
+    spec, frame = frame_of_token_ids(PROMPT)
+    params = SamplingParams(max_new_tokens=2, forced_bos_token_id="deu_Latn")
+    message = Generate(request_id="other", prompt="token_ids", params=params, tensors=(spec,))
+    (tokenize,) = bench.book.submit(CLIENT, message, (frame,), now=0.0)
+    assert isinstance(tokenize, Tokenize)
+    assert tokenize.rules.first == "deu_Latn"
+    assert bench.book.tokenized(Tokenized(tokenize.key, [1], first=9)) == []
+    bench.admitted()
+    answer = bench.book.next_waiting(1 << 30, now=0.0)
+    assert answer is not None
+    assert answer.sampling.forced_bos_token_id == 9
+    (known,) = bench.book.submit(
+        CLIENT,
+        Generate(
+            request_id="known",
+            prompt="token_ids",
+            params=SamplingParams(forced_bos_token_id=9),
+            tensors=(spec,),
+        ),
+        (frame,),
+        now=0.0,
+    )
+    assert isinstance(known, Tokenize)
+    assert known.rules.first == ""
+
+
+def test_encoder_decoders_have_no_embeddings() -> None:
+    defaults = replace(MODEL.defaults, decoder_start=(0,))
+    book = RequestBook(defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
+    spec, frame = frame_of_token_ids(PROMPT)
+    message = Embed(request_id="r", prompt="token_ids", tensors=(spec,))
+    (tokenize,) = book.submit(CLIENT, message, (frame,), now=0.0)
+    assert isinstance(tokenize, Tokenize)
+    refused, _ = book.tokenized(Tokenized(tokenize.key, list(PROMPT)))
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, RequestFailed)
+    assert refused.message.code == InvalidRequest.code
+    assert "is an encoder-decoder, of which no embeddings are made" in refused.message.message
+    assert book.num_waiting == 0
 
 
 @pytest.mark.parametrize("strange", [-1, VOCAB, STRANGE, 2**31 - 1])

@@ -4,6 +4,7 @@ from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
+from distributed_llm.coordinator.serving.state_counts import StateCounts
 from tests.unit.test_scheduler import Bench
 
 STATE = KVWindows(state=3)
@@ -147,6 +148,38 @@ def test_snapshots_of_an_abandoned_step_are_forgotten() -> None:
     bench.land(bench.step())
     assert bench.scheduler.hit_length(bench.answer(PROMPT)) == 199
     assert answer.num_computed_tokens == 199
+
+
+def test_who_was_set_back_is_known_until_it_has_computed_more() -> None:
+    """Stages may differ then: some have a state at the end of a step that others never ran."""
+    bench = Bench(tokens=500, windows=STATE)
+    answer = bench.add(PROMPT)
+    number = answer.sequence_id
+    bench.scheduler.abandon(bench.step())
+    assert bench.scheduler.were_set_back == [number]
+    bench.land(bench.step())
+    assert bench.scheduler.were_set_back == []
+    step = bench.step()
+    bench.scheduler.remove(answer, keep=True)
+    bench.scheduler.abandon(step)
+    assert bench.scheduler.were_set_back == [number], "others may go on from where it ends"
+    plain = Bench(tokens=500)
+    plain.add(PROMPT)
+    plain.scheduler.abandon(plain.step())
+    assert plain.scheduler.were_set_back == []
+
+
+def test_states_are_counted_by_when_they_can_be_sent() -> None:
+    book = ledger()
+    assert book.open(A, PROMPT, 200, None)
+    assert book.keep_snapshot(A, 120)
+    assert book.keep_snapshot(A, 199)
+    assert book.open(B, [*PROMPT[:50], 1], 60, None)
+    assert book.states == StateCounts(latest=2, snapshots=2, charged=6)
+    book.computed(A, 200)
+    book.end(A, keep=True)
+    assert book.states == StateCounts(latest=1, ended=3, charged=2, charged_ended=4)
+    assert KVLedger(640).states == StateCounts()
 
 
 def test_who_asks_the_same_again_computes_one_token() -> None:

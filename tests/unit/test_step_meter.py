@@ -34,7 +34,7 @@ def test_one_step_at_a_time_leaves_the_other_stages_idle() -> None:
     assert meter.predicted_s == [pytest.approx(0.1), None]
     assert meter.outside_s == pytest.approx(0.0)
     assert meter.compute_s == pytest.approx([49 * 0.2] * 2)
-    assert meter.tokens == 49
+    assert meter.tokens == [49, 49]
 
 
 def test_steps_that_overlap_fill_the_bubbles() -> None:
@@ -51,7 +51,7 @@ def test_prompts_count_in_sums_and_bubbles_only() -> None:
     meter = StepMeter(1)
     meter.observe(done(1.0, round_trip_s=1.25, tokens=7), [None], now=1.0)
     assert (meter.step_s, meter.round_trip_s, meter.slowest) == ([], None, None)
-    assert (meter.compute_s, meter.tokens) == ([1.0], 7)
+    assert (meter.compute_s, meter.tokens) == ([1.0], [7])
     assert meter.bubble_ratio == pytest.approx(0.2)
 
 

@@ -112,6 +112,14 @@ def test_what_is_to_be_spelled_out_goes_there_and_comes_back(orders: TextOrders)
     assert Unpacker(Reply).feed(pack(told)) == [told]
 
 
+def test_the_id_of_a_first_token_comes_with_the_prompt() -> None:
+    orders = TextOrders()
+    orders.prompt(prompt(1))
+    told = msgspec.structs.replace(encoded(1, 7), first=9)
+    assert Unpacker(Reply).feed(pack(told)) == [told]
+    assert orders.replied(told) == [Tokenized(key(1), [7], first=9)]
+
+
 def test_masks_come_with_the_prompt_and_with_every_text() -> None:
     orders = TextOrders()
     orders.prompt(prompt(1))

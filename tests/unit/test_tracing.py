@@ -2,13 +2,14 @@
 
 import pytest
 
-from distributed_llm.common.messages import MAX_TRACED, StageTime, StepTrace
+from distributed_llm.common.messages import MAX_TRACED, Finished, StageTime, StepTrace
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.tracing import trace_step
+from distributed_llm.summary import headline
 from tests.unit.fake_client import Answer
-from tests.unit.fake_model import MODEL
+from tests.unit.fake_model import MODEL, with_sources
 from tests.unit.simulation import World, finish, with_settings
 
 ROOMY = 4000
@@ -71,6 +72,34 @@ def test_the_steps_of_a_prompt_come_with_its_first_token() -> None:
     first = answer.trace[0]
     assert first.hops[1].bytes_in == first.step_tokens * MODEL.activation_bytes
     finish(world, answer)
+
+
+def test_answers_of_an_encoder_decoder_go_by_stages_that_write_them() -> None:
+    """Two layers of six are the encoder's, which the first of three workers has."""
+    world = World(with_settings(max_batch_tokens=64), model=with_sources(MODEL))
+    for worker in world.linked(3, ROOMY):
+        worker.layer_s = LAYER_S
+    answer = world.client().submit(PROMPT, traced(6))
+    finish(world, answer)
+    encoder, *decoder = (worker.worker_id for worker in world.plan())
+    source, *written = answer.trace
+    assert (source.start, source.tokens, source.sampled) == (0, len(PROMPT), False)
+    assert [hop.worker for hop in source.hops] == [encoder, *decoder]
+    assert [step.start for step in written] == list(range(len(PROMPT), len(PROMPT) + 6))
+    for step in written:
+        assert [hop.worker for hop in step.hops] == decoder
+        assert [hop.bytes_in for hop in step.hops] == [4, MODEL.activation_bytes]
+        assert step.hops[0].link_s is None
+        assert step.hops[1].link_s
+    status = world.core.status(now=world.now)
+    (pipeline,) = status.pipelines
+    assert "(6 layers, 2 of them the encoder's): serving" in headline(status)
+    assert [stage.step_s == 0.0 for stage in pipeline.stages] == [True, False, False]
+    tokens = [link.bytes_sent // MODEL.activation_bytes for link in pipeline.links]
+    assert tokens == [len(PROMPT), len(PROMPT) + 6]
+    assert isinstance(answer.end, Finished)
+    tasks = {stage.worker: stage.tasks for stage in answer.end.timings.stages}
+    assert tasks == {encoder: 1, **dict.fromkeys(decoder, 7)}
 
 
 def test_a_step_that_is_shared_says_so_and_only_who_asks_is_told() -> None:

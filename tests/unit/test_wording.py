@@ -18,6 +18,7 @@ from distributed_llm.common.wording import (
     rate_text,
     rates_text,
     size_text,
+    stacks_text,
     times_text,
 )
 
@@ -70,6 +71,10 @@ from distributed_llm.common.wording import (
             layer_map_text([("a", LayerRange(0, 1)), ("b", LayerRange(1, 2))]),
             "layer 1 of 2 on a, 2 on b",
         ),
+        (stacks_text(LayerRange(2, 6), 0), "3-6"),
+        (stacks_text(LayerRange(0, 24), 24), "encoder 1-24"),
+        (stacks_text(LayerRange(24, 25), 24), "decoder 1"),
+        (stacks_text(LayerRange(12, 27), 24), "encoder 13-24, decoder 1-3"),
     ],
 )
 def test_words(text: str, expected: str) -> None:

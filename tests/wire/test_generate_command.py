@@ -153,7 +153,7 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
     flags += ["--fit-context"]
     flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
     flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
-    flags += ["--stop-token-ids", "9", "--show-special-tokens"]
+    flags += ["--stop-token-ids", "9", "--show-special-tokens", "--forced-bos-token-id", "de_DE"]
     done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
     arrived = msgspec.to_builtins(coordinator.requests[0].params)
@@ -165,12 +165,19 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
         "timeout_s": 1.5,
         "bad_words_ids": ((5, 9), (4,)),
         "suppress_tokens": (1, 2),
+        "forced_bos_token_id": "de_DE",
         "logit_bias": {5: -1.5, 6: 2.0},
         "eos_token_id": (3, 8),
         "stop_token_ids": (9,),
         "skip_special_tokens": False,
     }
     assert arrived.keys() == set(SamplingParams.__struct_fields__) - {"trace"}
+
+
+def test_a_first_token_may_be_an_id(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [piece(r, "", 1, end="stop"), finished(r)]
+    assert dllm(coordinator, "generate", "Hi", "--forced-bos-token-id", "12").exit_code == 0
+    assert coordinator.requests[0].params.forced_bos_token_id == 12
 
 
 def test_a_model_without_a_tokenizer_is_asked_with_token_ids(coordinator: FakeCoordinator) -> None:

@@ -22,6 +22,7 @@ _Integers = Annotated[
 _Texts = Annotated[
     Any, WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "string"}})
 ]
+_Token = Annotated[Any, WithJsonSchema({"type": ["integer", "string", "null"]})]
 _Biases = Annotated[
     Any, WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}})
 ]
@@ -50,6 +51,7 @@ class SamplingFields(Body):
     frequency_penalty: _Number = None
     repetition_penalty: _Number = None
     no_repeat_ngram_size: Integer = None
+    forced_bos_token_id: _Token = None
     logit_bias: _Biases = None
     max_tokens: Integer = None
     min_tokens: Integer = None
@@ -67,7 +69,7 @@ NAMES: Mapping[str, str] = {
             *("n", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),
             *("no_repeat_ngram_size", "logit_bias", "stop_token_ids", "ignore_eos"),
-            "skip_special_tokens",
+            *("skip_special_tokens", "forced_bos_token_id"),
         )
     },
     "stop": "stop_strings",
@@ -161,6 +163,8 @@ def _place_of(token: int, given: Mapping[str, Any]) -> str | None:
     """Return the parameter that names a token; None if none does."""
     if str(token) in (given.get("logit_bias") or ()):
         return "logit_bias"
+    if token == given.get("forced_bos_token_id"):
+        return "forced_bos_token_id"
     return "stop_token_ids" if token in (given.get("stop_token_ids") or ()) else None
 
 

@@ -37,6 +37,7 @@ from distributed_llm.common.messages.between_workers import (
     PeerProbe,
     PeerProbed,
     PeerWelcome,
+    StatePart,
 )
 from distributed_llm.common.messages.from_client import (
     MAX_CHAT_MESSAGES,
@@ -291,6 +292,7 @@ __all__ = [
     "StageTimes",
     "StageTiming",
     "StageTrial",
+    "StatePart",
     "StatusReport",
     "StepTrace",
     "Task",

@@ -10,7 +10,7 @@ from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, Epoch, LayerRange
 
 MAX_PIECES = 2048
-"""Parts of KV cache in one message at most."""
+"""Parts of KV cache in one message at most, and of states."""
 
 
 class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
@@ -50,23 +50,47 @@ class KVPart(
     capacity: Count
 
 
-class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
-    """Worker -> worker: parts of a KV cache; answered by `KVTaken`.
+class StatePart(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """Numbers `[offset, offset + count)` of one tensor of a state of the sender, in one layer.
 
-    `tensors` is [bytes (uint8)]: for each part, keys [heads, count, key_dim] followed by values
-    [heads, count, value_dim], as the sender keeps them.
+    Attributes:
+        state: id of the state at the sender.
+        layer: index of the layer in the model.
+        tensor: which one of the layer's state, in the order of their names.
+        dtype: of the numbers.
+    """
+
+    state: Count
+    layer: Annotated[int, Meta(ge=0, le=65535)]
+    tensor: Annotated[int, Meta(ge=0, le=255)]
+    offset: Count
+    count: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    dtype: DtypeName
+
+
+class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
+    """Worker -> worker: parts of a KV cache and of states; answered by `KVTaken`.
+
+    `tensors` is [bytes (uint8)]: for each part of the KV cache, keys [heads, count, key_dim]
+    followed by values [heads, count, value_dim], as the sender keeps them; then for each part of a
+    state its numbers.
 
     Attributes:
         layers: layers of the transfer, which identify it.
         number: number of this message in the transfer, from 1.
-        dtype: of keys and values; uint8 if they are kept in 8 bits.
+        dtype: of keys and values; uint8 if they are kept in 8 bits, or there are none.
+        parts: of the KV cache.
+        states: parts of states.
     """
 
     epoch: Epoch
     layers: LayerRange
     number: Count
     dtype: DtypeName
-    parts: Annotated[tuple[KVPart, ...], Meta(min_length=1, max_length=MAX_PIECES)]
+    parts: Annotated[tuple[KVPart, ...], Meta(max_length=MAX_PIECES)]
+    states: Annotated[tuple[StatePart, ...], Meta(max_length=MAX_PIECES)] = ()
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 

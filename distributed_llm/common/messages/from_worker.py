@@ -72,12 +72,14 @@ class StageTrial(
         sequences: number of sequences in the step.
         start: positions that each sequence had in the KV cache before.
         num_tokens: tokens that each sequence computed.
+        is_source: whether these were a source, which an encoder reads.
     """
 
     sequences: _TrialSize
     start: Count
     num_tokens: _TrialSize
     time: StageTime
+    is_source: bool = False
 
 
 class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):

@@ -348,6 +348,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         files: format of the weights in the files ("GPTQ (4 bits, groups of 128)"); empty if
             unknown.
         epoch: epoch of the newest plan that is served or loaded; 0 before the first.
+        encoder_layers: how many of the layers, the first, are an encoder's.
         kv_tokens: positions of KV cache that all pipelines have room for.
         kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
@@ -376,6 +377,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     note: str
     epoch: Epoch
     num_layers: Count
+    encoder_layers: Count = 0
     context_length: Count
     kv_tokens: Count
     kv_tokens_used: Count

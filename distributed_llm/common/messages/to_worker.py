@@ -198,10 +198,14 @@ class HandOver(Message, frozen=True, kw_only=True, tag="hand_over"):
     Attributes:
         first_step: the first step that the served epoch will run if the move is undone. Its task
             may come from another worker before `UndoMove` comes, and says the same.
+        set_back: sequences of which the latest step was abandoned, so that some stages are to go on
+            from where it began. Of others, layers with a state of their own need only the latest
+            one and snapshots.
     """
 
     epoch: Epoch
     first_step: StepNumber
+    set_back: SequenceIds = ()
 
 
 class UndoMove(Message, frozen=True, kw_only=True, tag="undo_move"):
@@ -241,6 +245,8 @@ class SequenceSlice(
         embed: whether to sum up the model's last hidden states at these positions; does not sample.
         snapshot: whether layers with a state of their own keep it as it is after these positions
             for as long as the sequence is held, so that computing can go on from there again.
+        source: how many of the sequence's first positions are what an encoder reads. All of them
+            are computed in one task, which computes nothing else of any sequence.
     """
 
     sequence_id: SequenceId
@@ -252,6 +258,12 @@ class SequenceSlice(
     masked: bool = False
     embed: bool = False
     snapshot: bool = False
+    source: Count = 0
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the positions are what an encoder reads."""
+        return self.start < self.source
 
 
 class SeenFrom(
@@ -266,7 +278,7 @@ class SeenFrom(
 class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     """Coordinator -> worker, or worker -> worker: one step on one stage, for a packed batch.
 
-    `tensors` is [token_ids [tokens] int32], and on all stages but the first
+    `tensors` is [token_ids [tokens] int32], and on all stages but the first of the step
     hidden_states [tokens, hidden_size] in the wire dtype; tokens is the sum of `num_tokens`. If any
     slice is masked, masks [masked slices, bytes] uint8 follow: bit i % 8 of byte i // 8, the lowest
     first, says whether token i may be sampled; tokens beyond must not be.

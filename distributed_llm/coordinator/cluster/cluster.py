@@ -9,6 +9,7 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.worker import Worker
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.requests.text_questions import TextQuestions
 from distributed_llm.coordinator.serving.event_log import EventLog
@@ -87,7 +88,15 @@ class Cluster:
         planned = self.model.planned
         return {worker.id: planned(worker.capabilities).memory_bytes for worker in workers}
 
-    def needed_tokens(self, pipeline: Pipeline) -> int:
-        """Return the positions of KV cache without which a new plan would fail requests."""
-        used = pipeline.scheduler.kv_tokens_used if pipeline.scheduler else 0
+    def needed_tokens(self, pipeline: Pipeline, windows: KVWindows | None = None) -> int:
+        """Return the positions of KV cache without which a new plan would fail requests.
+
+        Args:
+            windows: of the layers of that plan, by which states are charged; None: as they are now.
+        """
+        scheduler = pipeline.scheduler
+        used = scheduler.kv_tokens_used if scheduler else 0
+        if scheduler and windows:
+            more = windows.state_tokens - pipeline.kv_windows.state_tokens
+            used += round(scheduler.states.charged * more)
         return max(used, min(self.book.most_reserved, pipeline.kv_tokens))

@@ -21,15 +21,25 @@ class Transfer:
         return self.sender.worker, self.receiver.worker
 
 
-def transfers_between(old: Sequence[PipelineStage], new: Sequence[PipelineStage]) -> list[Transfer]:
-    """Return what has to be sent so that the new stages have what the old ones have."""
+def transfers_between(
+    old: Sequence[PipelineStage], new: Sequence[PipelineStage], encoder_layers: int = 0
+) -> list[Transfer]:
+    """Return what has to be sent so that the new stages have what the old ones have.
+
+    Args:
+        old: stages that serve.
+        new: stages that are to go on.
+        encoder_layers: the model's first layers, which keep nothing.
+    """
+    decoding = LayerRange(encoder_layers, new[-1].layers.stop)
     held = {stage.peer: stage.layers for stage in old}
     return [
         Transfer(sender, receiver, part)
         for receiver in new
         for missing in _without(receiver.layers, held.get(receiver.peer))
         for sender in old
-        for part in _common(missing, sender.layers)
+        for kept in _common(missing, decoding)
+        for part in _common(kept, sender.layers)
     ]
 
 

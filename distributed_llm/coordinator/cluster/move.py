@@ -3,7 +3,8 @@
 1. *Prepare*: the new stages load beside the old ones, which go on serving; then the KV cache of
    layers that change hands is copied.
 2. *Handover*: the old pipeline is paused. When its steps have ended, senders send what has changed
-   since, and the new stages assemble their KV cache.
+   since, and the new stages assemble their KV cache. States of layers that have one of their own
+   change with every step: of sequences that run, the latest ones are sent only now.
 3. *Commit*: the new stages go on where the old ones stopped.
 
 Until the commit everything can be undone, and the old stages go on as if nothing had been. A move
@@ -18,7 +19,14 @@ from enum import Enum
 from typing import Literal
 
 from distributed_llm.common.keys import PublicKey
-from distributed_llm.common.messages import CopyKV, DropStage, HandOver, KVTransfer, UndoMove
+from distributed_llm.common.messages import (
+    MAX_RELEASED,
+    CopyKV,
+    DropStage,
+    HandOver,
+    KVTransfer,
+    UndoMove,
+)
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
@@ -94,9 +102,10 @@ MOVE_STATES = StateTable(
     },
 )
 
-_LIMITS_S = {_S.HANDOVER: 10.0}
-"""Seconds in a state after which the move is undone. While it loads, the progress of the loads is
-watched; while it finishes steps, leases bound them."""
+_HANDOVER_LIMIT_S = 10.0
+"""Seconds that the handover may take, beside `COPY_SLOWDOWN` times what states should take in it.
+Then the move is undone. While it loads, the progress of the loads is watched; while it finishes
+steps, leases bound them."""
 
 _COPY_LIMIT_S = 30.0
 """Seconds that copying may take beside `COPY_SLOWDOWN` times what it should. It needs a limit: KV
@@ -149,7 +158,9 @@ class Move:
         self.reason = reason
         self.copies = price.copies
         self.copied_bytes = 0
-        self.transfers = transfers_between(old.stages, new.stages) if self.copies else []
+        self.transfers = (
+            transfers_between(old.stages, new.stages, old.encoder_layers) if self.copies else []
+        )
         self.began_at = now
         self.paused_at: float | None = None
         self.state = MOVE_STATES.initial
@@ -157,7 +168,10 @@ class Move:
         self._addresses = addresses
         self._keys = keys
         self._link_key = link_key
-        self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * price.copy_s
+        self._limits_s = {
+            _S.COPYING: _COPY_LIMIT_S + COPY_SLOWDOWN * price.copy_s,
+            _S.HANDOVER: _HANDOVER_LIMIT_S + COPY_SLOWDOWN * price.handover_s,
+        }
         self._awaited: set[PeerId] = set()  # who has not copied, or handed over, yet
 
     # -------------------------------------------------------------- who has a part in it
@@ -174,8 +188,7 @@ class Move:
 
     def next_deadline(self) -> float | None:
         """Return when its state has lasted too long, clock seconds."""
-        copying = self.state is _S.COPYING
-        limit_s = self._copy_limit_s if copying else _LIMITS_S.get(self.state)
+        limit_s = self._limits_s.get(self.state)
         return None if limit_s is None else self.state_at + limit_s
 
     def loaded(self, *, now: float) -> list[Send]:
@@ -212,7 +225,12 @@ class Move:
         receivers = {stage.peer for stage in self.new.stages}
         involved = receivers | {transfer.sender.peer for transfer in self.transfers}
         self._enter(_C.STEPS_ENDED, now, receivers)
-        order = HandOver(epoch=self.new.epoch, first_step=in_flight.next_step)
+        set_back = self.old.scheduler.were_set_back if self.old.scheduler else []
+        order = HandOver(
+            epoch=self.new.epoch,
+            first_step=in_flight.next_step,
+            set_back=tuple(set_back[-MAX_RELEASED:]),
+        )
         return [Send(peer, order) for peer in sorted(involved)]
 
     def handed_over(self, peer: PeerId) -> None:

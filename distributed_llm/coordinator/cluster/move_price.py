@@ -1,7 +1,8 @@
 """The price of a move: what moving a pipeline to another plan is expected to cost. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from distributed_llm.common.types import KV_BLOCK, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -47,6 +48,7 @@ class Price:
         cached_tokens: positions of ended sequences, kept as prefixes, whose KV cache goes along.
         kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
             workers cannot hold both, so that the new ones have to be loaded after the old ones go.
+        handover_s: how long states take that can only be sent while requests stand still.
     """
 
     standstill_s: float
@@ -54,13 +56,52 @@ class Price:
     copy_s: float
     cached_tokens: int
     kv_tokens: int | None
+    handover_s: float = 0.0
+
+
+class _Kept(NamedTuple):
+    """What a pipeline keeps of sequences.
+
+    Attributes:
+        tokens: positions that sequences that run are charged.
+        tokens_ended: those that others are charged.
+        running: positions and states of those that run, without the latest states.
+        latest: the latest states of these.
+        ended: positions and states of those that have ended.
+    """
+
+    tokens: int
+    tokens_ended: int
+    running: tuple[float, int]
+    latest: int
+    ended: tuple[float, int]
+
+    @classmethod
+    def by(cls, pipeline: Pipeline) -> "_Kept":
+        """Return what a pipeline keeps."""
+        scheduler, each = pipeline.scheduler, pipeline.kv_windows.state_tokens
+        if scheduler is None:
+            return cls(0, 0, (0.0, 0), 0, (0.0, 0))
+        tokens, ended, states = (
+            scheduler.kv_tokens_used,
+            scheduler.kv_tokens_cached,
+            scheduler.states,
+        )
+        return cls(
+            tokens,
+            ended,
+            (max(0.0, tokens - states.charged * each), states.snapshots),
+            states.latest,
+            (max(0.0, ended - states.charged_ended * each), states.ended),
+        )
 
 
 class MovePrices:
     """Tells the prices of moves, and learns from those that were made.
 
     Attributes:
-        stall_s: how long steps stood still in the latest move; 0 before the first.
+        stall_s: how long steps stood still in the latest move, without what states should have
+            taken meanwhile; 0 before the first.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -76,38 +117,41 @@ class MovePrices:
         rooms = self._cluster.memory_of(workers[stage.worker] for stage in plan)
         stages = tuple(PipelineStage(workers[s.worker].peer, s.worker, s.layers) for s in plan)
         held = {stage.worker: stage.layers for stage in old.stages}
-        tokens = old.scheduler.kv_tokens_used if old.scheduler else 0
-        load_s, room = 0.0, old.kv_tokens
+        load_s = 0.0
         for stage in stages:
             worker, before = workers[stage.worker], held.get(stage.worker)
             added = added_bytes(cost, before, stage.layers)
             fetch_s = worker.stock.fetch_s(added, before, stage.layers)
             read_s = added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S)
             load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
-            own_bytes = cost.weight_bytes(before) if before else 0
-            layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
-            kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
-            left_bytes = rooms[stage.worker] - own_bytes - added
-            room = min(room, left_bytes // max(1, kv_bytes))
-        room -= room % KV_BLOCK
-        transfers = transfers_between(old.stages, stages)
+        room = _room_beside(old, stages, cost, rooms)
+        transfers = transfers_between(old.stages, stages, cost.encoder_layers)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
-        most = max((cost.kv_bytes(transfer.layers) for transfer in transfers), default=0)
-        token_s = most / self._copy_bytes_per_s
-        cached = old.scheduler.kv_tokens_cached if old.scheduler else 0
-        cached = min(cached, int(_PREFIX_COPY_S / token_s)) if token_s else cached
-        copy_s = (tokens + cached) * token_s
-        again_s = self._compute_again_s(stages, tokens)
-        slower_s = _SLOWED_SHARE * tokens * token_s  # prefixes are optional
-        keeps_states = any(cost.layer_state_bytes)  # these do not travel
-        copies = reachable and not keeps_states and slower_s <= again_s + _COPY_ALLOWANCE_S
-        if room < tokens or room < KV_BLOCK:
+        kept = _Kept.by(old)
+        sizes = [
+            (cost.kv_bytes(transfer.layers), cost.state_bytes(transfer.layers))
+            for transfer in transfers
+        ]
+        running_s, latest_s, prefixes_s = (
+            max((positions * kv + states * state for kv, state in sizes), default=0)
+            / self._copy_bytes_per_s
+            for positions, states in (kept.running, (0.0, kept.latest), kept.ended)
+        )
+        share = min(1.0, _PREFIX_COPY_S / prefixes_s) if prefixes_s else 1.0
+        cached = int(share * kept.tokens_ended)
+        copy_s = running_s + share * prefixes_s
+        again_s = self._compute_again_s(stages, kept.running[0])
+        slower_s = _SLOWED_SHARE * running_s + latest_s  # prefixes are optional
+        copies = reachable and slower_s <= again_s + _COPY_ALLOWANCE_S
+        if room < kept.tokens or room < KV_BLOCK:
             return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)
         slowed_s = load_s + copy_s if copies else load_s
-        stall_s = (self.stall_s or _STALL_S) + (0.0 if copies else again_s)
-        return Price(stall_s + _SLOWED_SHARE * slowed_s, copies, copy_s, cached, room)
+        handover_s = latest_s if copies else 0.0
+        stall_s = (self.stall_s or _STALL_S) + (handover_s if copies else again_s)
+        standstill_s = stall_s + _SLOWED_SHARE * slowed_s
+        return Price(standstill_s, copies, copy_s, cached, room, handover_s)
 
-    def _compute_again_s(self, stages: Sequence[PipelineStage], tokens: int) -> float:
+    def _compute_again_s(self, stages: Sequence[PipelineStage], tokens: float) -> float:
         """Return how long a pipeline takes to compute so many tokens of prompts."""
         prompt = Work.of_prompt(_CHUNK, _CHUNK * 256)
         layer_s = self._cluster.measurements.layer_s
@@ -141,6 +185,29 @@ class MovePrices:
         self._unreachable = {pair for pair in self._unreachable if worker not in pair}
 
 
+def _room_beside(
+    old: Pipeline,
+    stages: Sequence[PipelineStage],
+    cost: ModelCost,
+    rooms: Mapping[WorkerId, int],
+) -> int:
+    """Return the positions that there is room for beside old and new layers, in whole blocks."""
+    held = {stage.worker: stage.layers for stage in old.stages}
+    room, state_tokens = old.kv_tokens, old.kv_windows.state_tokens
+    for stage in stages:
+        before = held.get(stage.worker)
+        own_bytes = cost.weight_bytes(before) if before else 0
+        left_bytes = rooms[stage.worker] - own_bytes - added_bytes(cost, before, stage.layers)
+        layers = {*_numbers(stage.layers), *(_numbers(before) if before else ())}
+        kv_bytes = sum(cost.layer_kv_bytes[layer] for layer in layers)
+        if kv_bytes or left_bytes < 0 or not cost.encoder_layers:  # an encoder keeps nothing
+            room = min(room, left_bytes // max(1, kv_bytes))
+        if state_tokens:
+            state_bytes = sum(cost.layer_state_bytes[layer] for layer in layers)
+            room = min(room, int(left_bytes * state_tokens / max(1, state_bytes)))
+    return room - room % KV_BLOCK
+
+
 def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -> int:
     """Return the bytes of weights that a worker reads to have other layers."""
     if before is None:
@@ -149,12 +216,12 @@ def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -
     layers = set(_numbers(after)) - set(_numbers(before))
     first = after.start == 0 and before.start != 0
     last = after.stop == size and before.stop != size
-    has_shared = before.start == 0 or before.stop == size
+    shared = cost.shares(after) and not cost.shares(before)
     return (
         sum(cost.layer_bytes[layer] for layer in layers)
         + cost.first_bytes * first
         + cost.last_bytes * last
-        + cost.shared_bytes * ((first or last) and not has_shared)
+        + cost.shared_bytes * shared
     )
 
 

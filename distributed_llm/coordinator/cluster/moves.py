@@ -247,7 +247,8 @@ class Moves:
         if move is None:
             return []
         if move.state not in (MoveState.LOADING, MoveState.COMMITTED):
-            room, needed = move.new.kv_tokens, self._cluster.needed_tokens(move.old)
+            room = move.new.kv_tokens
+            needed = self._cluster.needed_tokens(move.old, move.new.kv_windows)
             if room < needed:
                 why = f"the new stages have room for {room} tokens, and requests need {needed}"
                 return self.undo(why, now=now)
@@ -259,8 +260,9 @@ class Moves:
         self.move = None
         self.failures = 0
         self.num_moves += 1
-        self.prices.stall_s = now - move.paused_at
-        self.stall_s = self.prices.stall_s if move.old.num_running else 0.0
+        stall_s = now - move.paused_at
+        self.prices.stall_s = max(0.0, stall_s - move.price.handover_s)
+        self.stall_s = stall_s if move.old.num_running else 0.0
         self._pipelines.commit(move.old, move.new)
         if move.copies:
             move.new.continue_from(move.old)

@@ -29,13 +29,13 @@ from distributed_llm.coordinator.plan import LayerMap
 def is_uniform(tables: Tables) -> bool:
     """Return whether all layers have one size, KV cache included, and all links one speed.
 
-    If layers have to be together, they are not alike.
+    If layers have to be together, or some are an encoder's, they are not alike.
     """
     pairs = ~np.eye(len(tables.names), dtype=bool)
     links = [np.all(each[pairs] == each[0, -1]) for each in (tables.delays, tables.busy)]
     cost = tables.cost
     sizes = set(zip(cost.layer_bytes, cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True))
-    return len(sizes) == 1 and all(links) and not cost.uncut
+    return len(sizes) == 1 and all(links) and not cost.uncut and not cost.encoder_layers
 
 
 def solve_uniform(tables: Tables, objective: PartitionObjective) -> LayerMap:
@@ -141,7 +141,8 @@ class PathTimes:
 
     Attributes:
         stages: seconds of [start, stop) by worker, float64 [n, L + 1, L + 1].
-        hops: seconds by sender and receiver, float64 [n, n].
+        hops: seconds by sender, receiver and layers covered, float64 [n, n, L + 1]; [n, n, 1] if it
+            does not matter how many layers are covered.
         join: `np.add` or `np.maximum`.
     """
 
@@ -164,11 +165,15 @@ def path_times(
     """
     index = np.array(team, dtype=np.int64)
     pairs = np.ix_(index, index)
-    stages, busy = tables.stages[index, edges, edges], tables.busy[pairs]
+    stages = tables.stages[index, edges, edges]
+    busy = tables.hops(tables.source_busy[pairs], tables.busy[pairs])
+    delays = tables.hops(tables.source_delays[pairs], tables.delays[pairs])
+    if busy.shape[2] > 1:
+        busy, delays = busy[..., edges], delays[..., edges]
     if cap_s is None:
         return PathTimes(stages, busy, np.maximum)
     stages = np.where(stages <= cap_s, stages + TIE_S, np.inf)
-    return PathTimes(stages, np.where(busy <= cap_s, tables.delays[pairs], np.inf), np.add)
+    return PathTimes(stages, np.where(busy <= cap_s, delays, np.inf), np.add)
 
 
 _Solver = Callable[[PathTimes], tuple[float, Cuts]]
@@ -220,8 +225,8 @@ def held_karp(times: PathTimes, window: Window) -> tuple[float, Cuts]:
     count, size = window.workers, times.stages.shape[1] - 1
     stages, hops = times.stages[:count], times.hops[:count, :count]
     zeros = np.zeros(count)
-    enter = zeros if window.before is None else times.hops[window.before, :count]
-    leave = zeros if window.after is None else times.hops[:count, window.after]
+    enter = zeros if window.before is None else times.hops[window.before, :count, 0]
+    leave = zeros if window.after is None else times.hops[:count, window.after, -1]
     best = np.full((2**count, count, size + 1), np.inf)
     for worker in range(count):
         best[1 << worker, worker] = times.join(enter[worker], stages[worker, 0])
@@ -229,7 +234,7 @@ def held_karp(times: PathTimes, window: Window) -> tuple[float, Cuts]:
         step = 1 + 2**18 // (size + 1) ** 2  # sets at a time, so that they stay in the cache
         for at in range(0, len(sets), step):
             some = sets[at : at + step]
-            arrived = times.join(best[some], hops[:, worker, np.newaxis]).min(axis=1)
+            arrived = times.join(best[some], hops[:, worker]).min(axis=1)
             reached = times.join(arrived[:, :, np.newaxis], stages[worker]).min(axis=1)
             best[some | 1 << worker, worker] = reached
     ends = times.join(best[:, :, size], leave)
@@ -240,7 +245,7 @@ def held_karp(times: PathTimes, window: Window) -> tuple[float, Cuts]:
         if not used:
             cuts.append((worker, 0, at))
             break
-        arrived = times.join(best[used, :, :at], hops[:, worker, np.newaxis])
+        arrived = times.join(best[used, :, :at], hops[:, worker, :at])
         sums = times.join(arrived, stages[worker, :at, at])
         sender, begin = (int(each) for each in np.unravel_index(sums.argmin(), sums.shape))
         cuts.append((worker, begin, at))
@@ -275,7 +280,8 @@ def walk(times: PathTimes) -> tuple[float, Cuts]:
     used = np.zeros((edges, count, count), dtype=bool)  # [layers covered, last worker, worker]
     for at in range(1, edges - 1):
         used[at] = used[begin[:, at], sender[:, at]] | np.eye(count, dtype=bool)
-        sums = np.where(used[at], np.inf, times.join(best[:, at, np.newaxis], times.hops))
+        hops = times.hops[..., min(at, times.hops.shape[2] - 1)]
+        sums = np.where(used[at], np.inf, times.join(best[:, at, np.newaxis], hops))
         senders = sums.argmin(axis=0)
         arrived = sums[senders, np.arange(count)]
         reached = times.join(arrived[:, np.newaxis], times.stages[:, at])
@@ -297,5 +303,5 @@ def walk_forward(times: PathTimes) -> tuple[float, Cuts]:
 
     Some may be left out.
     """
-    forward = np.triu(np.ones_like(times.hops, dtype=bool), 1)
+    forward = np.triu(np.ones(times.hops.shape[:2], dtype=bool), 1)[..., np.newaxis]
     return walk(replace(times, hops=np.where(forward, times.hops, np.inf)))

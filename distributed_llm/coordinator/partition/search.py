@@ -7,6 +7,7 @@ of Halda): "throughput" minimises the slowest stage or link, and among such part
 * All layers and all links are alike: then the order does not matter. Bisection finds how fast the
   slowest stage can be (how many layers can each worker compute in this time?), and a knapsack with
   fixed charges over (worker, layers covered) the least sum. Exact for any number of workers.
+  No layers of an encoder-decoder are alike in this sense.
 * Few workers: dynamic programming over (set of workers used, last worker, layers covered), which is
   Held and Karp's for the travelling salesman, with layers. Exact for any links and layers.
 * Otherwise a search. It starts from the first way, with layers and links taken to be alike
@@ -104,14 +105,21 @@ def times_of(
         KeyError: the layer map names a worker that is no candidate.
     """
     by_worker = {candidate.worker: candidate for candidate in candidates}
-    lengths = mean_layers(cost)
+    lengths, source_lengths = mean_layers(cost)
     stages = []
     for worker, layers in layer_map:
         times, disk_s = by_worker[worker].times, _disk_s(cost, by_worker[worker], layers)
         last = layers.stop == cost.num_layers
         length = float(lengths[layers.start, layers.stop])
-        stages.append(times.task_s + times.layer_s * length + times.last_s * last + disk_s)
-    hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(layer_map)]
+        taken = times.task_s + times.layer_s * length + times.last_s * last + disk_s
+        if cost.encoder_layers:
+            taken += times.source_s * float(source_lengths[layers.start, layers.stop])
+            taken += times.answer_s * (layers.stop > cost.encoder_layers)
+        stages.append(taken)
+    hops = [
+        links.hop(sender, receiver, for_sources=held.stop <= cost.encoder_layers)
+        for (sender, held), (receiver, _) in pairwise(layer_map)
+    ]
     return stages, hops
 
 
@@ -297,7 +305,7 @@ def _by_layer_time(
     layers = np.clip(tables.memory // max(1.0, bytes_each), 0, most)
     arrive = tables.delays[list(senders)].min(axis=0)
     leave = tables.delays[:, list(receivers)].min(axis=1)
-    task, layer, _ = tables.times
+    task, layer = tables.mean_times
     seconds = np.where(layers, (task + arrive + leave) / np.maximum(layers, 1) + layer, np.inf)
     return [int(w) for w in np.argsort(seconds, kind="stable") if math.isfinite(seconds[w])]
 

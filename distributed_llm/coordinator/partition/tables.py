@@ -1,5 +1,6 @@
 """The partitioning problem in numbers: times of stages and hops as tables. Pure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -30,15 +31,23 @@ TIE_S = 1e-9
 class WorkerTimes:
     """Seconds of one step on one worker, for the step that is planned for; none is negative.
 
+    Of an encoder-decoder, a step that decodes stands for the share of a step with sources that
+    comes with it as well. Stages without decoder layers have no part in what decodes.
+
     Attributes:
-        task_s: of a task beside its layers.
-        layer_s: of a layer of mean size; other layers take time in proportion to their bytes.
+        task_s: of a task beside its layers; of an encoder-decoder, of one with sources.
+        layer_s: of a layer of mean size; other layers take time in proportion to their bytes. Of an
+            encoder-decoder, of a layer that decodes.
         last_s: of norm, head and sampling, on the last stage.
+        source_s: as `layer_s`, for a layer that reads sources.
+        answer_s: as `task_s`, for a task that decodes.
     """
 
     task_s: float
     layer_s: float
     last_s: float
+    source_s: float = 0.0
+    answer_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,22 +92,43 @@ class Hop:
     latency_s: float
     busy_s: float
 
+    def part(self, steps: float, tokens: float) -> "Hop":
+        """Return the hop if only shares of the steps and of the tokens take it.
+
+        Who cannot be reached remains so.
+        """
+        shares = ((self.latency_s, steps), (self.busy_s, tokens))
+        return Hop(*(s * share if math.isfinite(s) else s for s, share in shares))
+
 
 @dataclass(frozen=True)
 class Links:
     """The links between workers.
 
+    Between stages of an encoder-decoder, steps that decode take only hops after a decoder layer.
+
     Attributes:
         default: hop of a pair that is not in `known`.
         known: by (sender, receiver); the way back may differ.
+        source_steps: share of the steps that have sources, of an encoder-decoder.
+        source_tokens: share of the tokens that are of sources.
     """
 
     default: Hop
     known: Mapping[tuple[WorkerId, WorkerId], Hop]
+    source_steps: float = 1.0
+    source_tokens: float = 1.0
 
-    def hop(self, sender: WorkerId, receiver: WorkerId) -> Hop:
-        """Return the hop from `sender` to `receiver`."""
-        return self.known.get((sender, receiver), self.default)
+    def hop(self, sender: WorkerId, receiver: WorkerId, *, for_sources: bool = False) -> Hop:
+        """Return the hop from `sender` to `receiver`.
+
+        Args:
+            sender: a worker.
+            receiver: another.
+            for_sources: whether it is before the first decoder layer of an encoder-decoder.
+        """
+        hop = self.known.get((sender, receiver), self.default)
+        return hop.part(self.source_steps, self.source_tokens) if for_sources else hop
 
 
 @dataclass(frozen=True)
@@ -121,10 +151,12 @@ class Tables:
     """The problem as arrays, for W workers and L layers.
 
     Attributes:
-        times: task_s, layer_s, last_s, float64 [3, W].
+        times: task_s, layer_s, last_s, source_s, answer_s, float64 [5, W].
         memory: bytes, float64 [W].
         delays: latency_s + busy_s of each hop, float64 [W, W]; infinite from a worker to itself.
         busy: busy_s of each hop, likewise.
+        source_delays: as `delays`, before the first decoder layer of an encoder-decoder.
+        source_busy: as `busy`, likewise.
         disks: bytes of `memory` that are on a disk, and seconds to read one of them, float64
             [2, W].
     """
@@ -136,6 +168,8 @@ class Tables:
     memory: Floats
     delays: Floats
     busy: Floats
+    source_delays: Floats
+    source_busy: Floats
     disks: Floats
 
     @property
@@ -145,8 +179,13 @@ class Tables:
 
     @cached_property
     def lengths(self) -> Floats:
-        """Lengths of the stages [start, stop); see `mean_layers`."""
-        return mean_layers(self.cost)
+        """Lengths of the stages [start, stop) for steps that decode; see `mean_layers`."""
+        return mean_layers(self.cost)[0]
+
+    @cached_property
+    def source_lengths(self) -> Floats:
+        """Lengths of the stages [start, stop) for sources; see `mean_layers`."""
+        return mean_layers(self.cost)[1]
 
     @cached_property
     def sizes(self) -> Floats:
@@ -161,8 +200,11 @@ class Tables:
             stop: ends, likewise; the result is float64 [W, ...].
         """
         shape = (-1,) + (1,) * start.ndim
-        task, layer, last = (each.reshape(shape) for each in self.times)
+        task, layer, last, source, answer = (each.reshape(shape) for each in self.times)
         taken = task + layer * self.lengths[start, stop] + last * (stop == self.num_layers)
+        if self.cost.encoder_layers:
+            taken += source * self.source_lengths[start, stop]
+            taken += answer * (stop > self.cost.encoder_layers)
         sizes, memory = self.sizes[start, stop], self.memory.reshape(shape)
         if self.disks.any():
             room, byte_s = (each.reshape(shape) for each in self.disks)
@@ -177,6 +219,34 @@ class Tables:
         edges = np.indices(self.sizes.shape)
         return self.seconds(edges[0], edges[1])
 
+    def hops(self, before: Floats, after: Floats) -> Floats:
+        """Return the seconds of hops by sender, receiver and layers covered.
+
+        Args:
+            before: of hops before the first decoder layer of an encoder-decoder, float64 [n, n].
+            after: of all others, likewise.
+
+        Returns:
+            float64 [n, n, L + 1]; [n, n, 1] if it does not matter how many layers are covered.
+        """
+        if not self.cost.encoder_layers:
+            return after[..., np.newaxis]
+        is_before = np.arange(self.num_layers + 1) <= self.cost.encoder_layers
+        return np.where(is_before, before[..., np.newaxis], after[..., np.newaxis])
+
+    @property
+    def mean_times(self) -> tuple[Floats, Floats]:
+        """Seconds of a task beside layers, and of a layer of mean size, float64 [W] each.
+
+        They are those of the stages of an encoder-decoder on average.
+        """
+        task, layer, _, source, answer = self.times
+        if not self.cost.encoder_layers:
+            return task, layer
+        sums = layer * self.lengths[0, -1] + source * self.source_lengths[0, -1]
+        decoding = 1 - self.cost.encoder_layers / self.num_layers
+        return task + answer * decoding, sums / self.num_layers
+
     def subset(self, team: Sequence[int]) -> "Tables":
         """Return the tables of some workers, in this order."""
         index = np.array(team, dtype=np.int64)
@@ -187,13 +257,15 @@ class Tables:
             memory=self.memory[index],
             delays=self.delays[np.ix_(index, index)],
             busy=self.busy[np.ix_(index, index)],
+            source_delays=self.source_delays[np.ix_(index, index)],
+            source_busy=self.source_busy[np.ix_(index, index)],
             disks=self.disks[:, index],
         )
 
     def alike(self, layer_bytes: int, kv_bytes: int) -> "Tables":
         """Return these tables as if all layers had these sizes, and all links the median times.
 
-        And as if layers might be cut apart anywhere.
+        And as if layers might be cut apart anywhere, and no layer were an encoder's.
         """
         links = ~np.eye(len(self.names), dtype=bool)
         flat = [
@@ -206,8 +278,11 @@ class Tables:
             layer_kv_bytes=(kv_bytes,) * every,
             layer_state_bytes=(),
             uncut=(),
+            encoder_layers=0,
         )
-        return replace(self, cost=cost, delays=flat[0], busy=flat[1])
+        times = self.times.copy()
+        times[:2] = self.mean_times
+        return replace(self, cost=cost, times=times, delays=flat[0], busy=flat[1])
 
     def layer_map(self, cuts: Cuts) -> LayerMap:
         """Return the layer map of these cuts."""
@@ -225,10 +300,14 @@ class Tables:
 
     def minimised(self, cuts: Cuts, objective: PartitionObjective) -> tuple[float, float]:
         """Return the seconds that an objective minimises: first the one, then the other."""
-        hops = list(pairwise(w for w, _, _ in cuts))
         stages = [float(self.stages[cut]) for cut in cuts]
-        total = sum(stages) + sum(self.delays[hop] for hop in hops) + len(cuts) * TIE_S
-        slowest = max([*stages, *(float(self.busy[hop]) for hop in hops)])
+        delays, busy = [], []
+        for (sender, _, at), (receiver, _, _) in pairwise(cuts):
+            hop, before = (sender, receiver), at <= self.cost.encoder_layers
+            delays.append((self.source_delays if before else self.delays)[hop])
+            busy.append(float((self.source_busy if before else self.busy)[hop]))
+        total = sum(stages) + sum(delays) + len(cuts) * TIE_S
+        slowest = max([*stages, *busy])
         return (slowest, total) if objective == "throughput" else (total, slowest)
 
 
@@ -236,26 +315,46 @@ def make_tables(
     cost: ModelCost, candidates: Sequence[Candidate], links: Links, kv_tokens: int
 ) -> Tables:
     """Return the tables of these workers, in this order."""
-    index = {candidate.worker: w for w, candidate in enumerate(candidates)}
-    delays = np.full((len(index), len(index)), links.default.latency_s + links.default.busy_s)
-    busy = np.full_like(delays, links.default.busy_s)
-    for (sender, receiver), hop in links.known.items():
+    names = [candidate.worker for candidate in candidates]
+    delays, busy = _hop_tables(names, links)
+    source_delays, source_busy = delays, busy
+    if cost.encoder_layers:
+        source_delays, source_busy = _hop_tables(names, links, for_sources=True)
+    times = [
+        (each.task_s, each.layer_s, each.last_s, each.source_s, each.answer_s)
+        for each in (candidate.times for candidate in candidates)
+    ]
+    return Tables(
+        cost=cost,
+        kv_tokens=kv_tokens,
+        names=tuple(names),
+        times=np.array(times).T,
+        memory=np.array([float(candidate.memory_bytes) for candidate in candidates]),
+        delays=delays,
+        busy=busy,
+        source_delays=source_delays,
+        source_busy=source_busy,
+        disks=np.array([_disk(candidate) for candidate in candidates]).T,
+    )
+
+
+def _hop_tables(
+    workers: Sequence[WorkerId], links: Links, *, for_sources: bool = False
+) -> tuple[Floats, Floats]:
+    """Return `delays` and `busy` of `Tables` for workers in this order; see `Links.hop`."""
+    steps, tokens = links.source_steps, links.source_tokens
+    index = {worker: w for w, worker in enumerate(workers)}
+    default = links.default.part(steps, tokens) if for_sources else links.default
+    delays = np.full((len(index), len(index)), default.latency_s + default.busy_s)
+    busy = np.full_like(delays, default.busy_s)
+    for (sender, receiver), known in links.known.items():
         if sender in index and receiver in index:
+            hop = known.part(steps, tokens) if for_sources else known
             delays[index[sender], index[receiver]] = hop.latency_s + hop.busy_s
             busy[index[sender], index[receiver]] = hop.busy_s
     np.fill_diagonal(delays, np.inf)
     np.fill_diagonal(busy, np.inf)
-    times = [candidate.times for candidate in candidates]
-    return Tables(
-        cost=cost,
-        kv_tokens=kv_tokens,
-        names=tuple(index),
-        times=np.array([(each.task_s, each.layer_s, each.last_s) for each in times]).T,
-        memory=np.array([float(candidate.memory_bytes) for candidate in candidates]),
-        delays=delays,
-        busy=busy,
-        disks=np.array([_disk(candidate) for candidate in candidates]).T,
-    )
+    return delays, busy
 
 
 def _disk(candidate: Candidate) -> tuple[float, float]:
@@ -285,17 +384,20 @@ def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
     """
     sizes = zip(cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True)
     table = _range_sums([fixed + kv * kv_tokens for fixed, kv in sizes])
-    table[0, :] += cost.first_bytes + cost.shared_bytes
+    table[0, :] += cost.first_bytes
     table[:, -1] += cost.last_bytes
-    table[1:, -1] += cost.shared_bytes
     table += cost.each_bytes
+    shares = np.zeros(table.shape, dtype=bool)
+    for layer in cost.sharers:
+        shares[: layer + 1, layer + 1 :] = True
+    table += cost.shared_bytes * shares
     uncut = list(cost.uncut)
     table[uncut, :] = table[:, uncut] = np.inf
     table[np.tril_indices(len(table))] = np.inf
     return table
 
 
-def _range_sums(values: Sequence[int]) -> Floats:
+def _range_sums(values: Sequence[float]) -> Floats:
     """Return sum(values[start:stop]) for all pairs; negative if start > stop."""
     edges = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     table: Floats = edges[np.newaxis, :] - edges[:, np.newaxis]
@@ -303,13 +405,20 @@ def _range_sums(values: Sequence[int]) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def mean_layers(cost: ModelCost) -> Floats:
+def mean_layers(cost: ModelCost) -> tuple[Floats, Floats]:
     """Return the lengths of [start, stop), in layers of mean size, float64 [L + 1, L + 1].
 
     They are kept, for a search asks hundreds of times about one model; nobody can write to them.
+
+    Returns:
+        The lengths for steps that decode, with any prompts; and those for steps in which an
+        encoder-decoder reads sources.
     """
-    whole = sum(cost.layer_bytes)
-    sizes = cost.layer_bytes if whole else (1,) * cost.num_layers
-    lengths: Floats = _range_sums(sizes) * cost.num_layers / (whole or cost.num_layers)
-    lengths.flags.writeable = False
-    return lengths
+    if not sum(cost.layer_bytes):
+        cost = replace(cost, layer_bytes=(1,) * cost.num_layers)
+    tables = []
+    for sizes in (cost.answer_bytes, cost.source_bytes):
+        lengths: Floats = _range_sums(sizes) * cost.num_layers / sum(cost.layer_bytes)
+        lengths.flags.writeable = False
+        tables.append(lengths)
+    return tables[0], tables[1]

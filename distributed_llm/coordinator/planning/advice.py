@@ -163,7 +163,7 @@ class _Baseline:
     @cached_property
     def links(self) -> Links:
         """Hops of a step."""
-        return self.machines.links(self.targets[0].work.all_tokens)
+        return self.machines.links_for(self.targets[0].work)
 
     @property
     def quickest(self) -> WorkerId:
@@ -230,7 +230,7 @@ class _Baseline:
         solver = walk_forward if through is None else partial(_walk_through, through)
         some, scored = self.machines.subset(order), [_NOTHING]
         for target in self.targets:
-            links = self.machines.links(target.work.all_tokens)
+            links = self.machines.links_for(target.work)
             room = self.kv_tokens if kv_tokens is None else kv_tokens
             tables = make_tables(self.cost, some.candidates(target.work), links, room)
             cuts = solve(tables, range(len(order)), target.objective, solver)
@@ -363,7 +363,8 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
 
 
 def _stage_s(times: WorkerTimes, layers: int) -> float:
-    return max(1e-9, times.task_s + layers * times.layer_s)
+    task_s, layer_s = times.task_s + times.answer_s, times.layer_s + times.source_s
+    return max(1e-9, task_s + layers * layer_s)
 
 
 def _linked(

@@ -97,7 +97,7 @@ def _rate(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Dema
     for depth in range(1, 1 + max(1, min(2 * len(layer_map), int(demand.sequences)))):
         sequences = demand.sequences / depth
         work = demand.mean_step(sequences)
-        partition = predict(cost, used.candidates(work), used.links(work.all_tokens), layer_map)
+        partition = predict(cost, used.candidates(work), used.links_for(work), layer_map)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
         bounds.append(_Rate(demand.sequences / step_s, depth, partition))
@@ -146,7 +146,7 @@ def _simulated(
 
 
 def _step_times(cost: ModelCost, machines: Machines, layer_map: LayerMap, work: Work) -> StepTimes:
-    links = machines.links(work.all_tokens)
+    links = machines.links_for(work)
     stages, hops = times_of(cost, machines.candidates(work), links, layer_map)
     busy_s, delay_s = [stages[0]], [0.0]
     for hop, stage_s in zip(hops, stages[1:], strict=True):
@@ -174,7 +174,7 @@ def best_forecast(
         partition = best_partition(
             cost,
             machines.candidates(target.work),
-            machines.links(target.work.all_tokens),
+            machines.links_for(target.work),
             objective=target.objective,
             kv_tokens=kv_tokens,
         )
@@ -202,7 +202,7 @@ def _compromises(
         alone: the best layer map for latency.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    links, candidates = machines.links(work.all_tokens), machines.candidates(work)
+    links, candidates = machines.links_for(work), machines.candidates(work)
     slowest = [predict(cost, candidates, links, one).slowest_s for one in (full, alone)]
     low, high = (max(each, 1e-9) for each in slowest)
     used = machines.subset([worker for worker, _ in full]).candidates(work)
@@ -255,7 +255,7 @@ def score(
         return _rate(cost, machines, layer_map, demand).tokens_per_s
     work = targets(demand, objective, len(machines.memory_bytes))[0].work
     candidates = machines.subset([worker for worker, _ in layer_map]).candidates(work)
-    partition = predict(cost, candidates, machines.links(work.all_tokens), layer_map)
+    partition = predict(cost, candidates, machines.links_for(work), layer_map)
     alone_s = partition.total_s + machines.overhead_s
     step_s = partition.slowest_s if objective == "throughput" else alone_s
     return work.tokens / max(step_s, 1e-9)

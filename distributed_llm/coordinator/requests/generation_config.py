@@ -10,11 +10,18 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.sampling_params import MAX_EOS, CheckpointParams, SamplingParams
 from distributed_llm.coordinator.model import GenerationDefaults
+from distributed_llm.coordinator.requests.decoder_settings import (
+    ABOUT_SOURCE,
+    decoder_start,
+    settings_in_config,
+)
 
 _FILE = "generation_config.json"
+_CONFIG = "config.json"
 
 _USUAL_TOP_K = 50
 """What transformers takes for `top_k` where a file does not say."""
@@ -134,29 +141,35 @@ def generation_defaults(
 
     Values pass the limits of values from users. All end-of-sequence ids of generation_config.json
     end an answer, or those of config.json if it names none; ids outside the vocabulary (some files
-    have -1) are ignored.
+    have -1) are ignored. Of an encoder-decoder without generation_config.json, config.json says it
+    all.
 
     Args:
         config: content of config.json.
-        generation_config: content of generation_config.json.
+        generation_config: content of generation_config.json, empty if there is none.
 
     Raises:
-        CheckpointError: a value in one of the files is out of range; with the file's name.
+        CheckpointError: a value in one of the files is out of range; with the file's name. Or the
+            decoder of an encoder-decoder has no start.
     """
-    named = generation_config.get("eos_token_id") is not None
-    eos_file, eos_source = (_FILE, generation_config) if named else ("config.json", config)
+    has_source = is_encoder_decoder(config)
+    file, said = _FILE, generation_config
+    if has_source and not said:
+        file, said = _CONFIG, settings_in_config(config, [*FOLLOWED, *OFF])
+    named = said.get("eos_token_id") is not None
+    eos_file, eos_source = (file, said) if named else (_CONFIG, config)
     eos_ids = _checked(_listed(eos_source.get("eos_token_id")), _TokenIds, eos_file, "eos_token_id")
-    samples = bool(generation_config.get("do_sample"))
+    samples = bool(said.get("do_sample"))
     names = [*_REQUEST_PARAMS, *(_REQUEST_WARPERS if samples else ())]
     usual = {"temperature": 1.0, "top_k": _USUAL_TOP_K} if samples else {"temperature": 0.0}
-    values = {**usual, **_given(generation_config, names)}
+    values = {**usual, **_given(said, names)}
     if values.get("top_k") == _NO_TOP_K:
         values["top_k"] = 0
     try:
         params = SamplingParams.from_arguments(values)
     except InvalidRequest as exc:
         raise CheckpointError(
-            f"{_FILE} of the model has a value that cannot be used. {exc} Correct the file, or "
+            f"{file} of the model has a value that cannot be used. {exc} Correct the file, or "
             "take the line out."
         ) from exc
     return GenerationDefaults(
@@ -164,21 +177,24 @@ def generation_defaults(
         vocab_size,
         tuple(token for token in eos_ids if 0 <= token < vocab_size),
         params,
-        _checkpoint_params(generation_config, samples=samples),
-        _not_followed(generation_config),
+        _checkpoint_params(said, file, samples=samples, has_source=has_source),
+        _not_followed(said, {**OFF, **(ABOUT_SOURCE if has_source else {})}),
+        decoder_start(said, config, vocab_size) if has_source else (),
     )
 
 
-def _checkpoint_params(generation_config: Mapping[str, Any], *, samples: bool) -> CheckpointParams:
+def _checkpoint_params(
+    said: Mapping[str, Any], file: str, *, samples: bool, has_source: bool
+) -> CheckpointParams:
     names = [*_CHECKPOINT_PARAMS, *(_CHECKPOINT_WARPERS if samples else ())]
-    values = _given(generation_config, names)
+    values = _given(said, [name for name in names if not has_source or name not in ABOUT_SOURCE])
     if "forced_eos_token_id" in values:
         values["forced_eos_token_id"] = _listed(values["forced_eos_token_id"])
     for name in ("epsilon_cutoff", "eta_cutoff"):
         if values.get(name) == 1:  # off, as in transformers
             del values[name]
     for name, value in values.items():
-        _checked({name: value}, CheckpointParams, _FILE, name)  # one by one: the error names it
+        _checked({name: value}, CheckpointParams, file, name)  # one by one: the error names it
     return msgspec.convert(values, CheckpointParams)
 
 
@@ -207,11 +223,12 @@ def _checked(value: Any, kind: Any, file: str, name: str) -> Any:
         ) from exc
 
 
-def _not_followed(generation_config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = sorted(set(generation_config) - FOLLOWED - WITHOUT_EFFECT)
+def _not_followed(
+    said: Mapping[str, Any], off: Mapping[str, tuple[object, ...]]
+) -> tuple[str, ...]:
+    names = sorted(set(said) - (FOLLOWED - off.keys()) - WITHOUT_EFFECT)
     return tuple(
         name
         for name in names
-        if generation_config[name] not in (None, False)
-        and generation_config[name] not in OFF.get(name, ())
+        if said[name] not in (None, False) and said[name] not in off.get(name, ())
     )

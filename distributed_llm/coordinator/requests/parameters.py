@@ -84,8 +84,9 @@ def _named_tokens(params: SamplingParams) -> tuple[int, ...]:
     """Return the token ids that a request's parameters name."""
     words = (token for word in params.bad_words_ids or () for token in word)
     ends = (params.eos_token_id or (), params.stop_token_ids)
+    first = params.forced_bos_token_id
     others = (*ends, params.suppress_tokens or (), params.logit_bias)
-    return (*words, *chain.from_iterable(others))
+    return (*words, *chain.from_iterable(others), *((first,) if isinstance(first, int) else ()))
 
 
 def text_rules(
@@ -95,7 +96,10 @@ def text_rules(
     eos = _eos(params, defaults)
     hidden = None if params.skip_special_tokens else (*eos, *params.stop_token_ids)
     ends = () if grammar is None or params.ignore_eos else eos
-    return TextRules(params.stop_strings, hidden, grammar, ends)
+    first = params.forced_bos_token_id
+    return TextRules(
+        params.stop_strings, hidden, grammar, ends, first if isinstance(first, str) else ""
+    )
 
 
 def resolve(
@@ -106,43 +110,49 @@ def resolve(
     kv_tokens: int,
     seed: int,
     constrained: bool = False,
+    source_tokens: int = 0,
 ) -> Limits:
     """Return the parameters of a request after defaults.
 
     Args:
-        params: the parameters that the user gave.
+        params: the parameters that the user gave; of `forced_bos_token_id`, the id.
         defaults: the checkpoint's defaults.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt; of an encoder-decoder, tokens that its decoder starts
+            with. Positions in the result count from there.
         kv_tokens: positions of KV cache that the largest pipeline has room for.
         seed: seed for a request without one.
         constrained: whether a grammar says which tokens may be sampled; none is forced then.
+        source_tokens: length of what the encoder of an encoder-decoder reads.
 
     Raises:
-        ContextLengthExceeded: prompt and answer are longer than the model's context.
+        ContextLengthExceeded: prompt and answer are longer than the model's context, or the source
+            is.
         NotEnoughMemory: no pipeline has room for their KV cache.
         InvalidRequest: the prompt is empty, or parameters contradict one another.
     """
-    if prompt_tokens == 0:
+    if prompt_tokens == 0 or (defaults.decoder_start and source_tokens == 0):
         raise InvalidRequest("The prompt is empty. Give at least one token.")
+    if source_tokens > defaults.context_length:
+        raise ContextLengthExceeded(too_long_text(source_tokens, defaults.context_length))
+    if constrained and params.forced_bos_token_id is not None:
+        raise InvalidRequest(
+            "forced_bos_token_id and a grammar both say what an answer begins with. Give one of "
+            "them."
+        )
     kv_tokens -= kv_tokens % KV_BLOCK
-    room = min(defaults.context_length, kv_tokens) - prompt_tokens
+    room = min(defaults.context_length, kv_tokens - source_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
     max_new_tokens = params.max_new_tokens or usual
     if params.fit_context or not params.max_new_tokens:
         max_new_tokens = max(1, min(max_new_tokens, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
-        raise ContextLengthExceeded(
-            f"The prompt has {prompt_tokens} tokens and the answer may have {max_new_tokens}: with "
-            f"{total} tokens that exceeds the context window, as this model's maximum "
-            f"context length is {defaults.context_length} tokens. Shorten the prompt or lower "
-            "max_new_tokens."
-        )
-    if total > kv_tokens:
+        raise ContextLengthExceeded(_too_long(defaults, prompt_tokens, max_new_tokens))
+    if source_tokens + total > kv_tokens:
         raise NotEnoughMemory(
-            f"Prompt and answer may take {count_text(total, 'token')} of context, but the workers' "
-            f"memory has room for {kv_tokens:,}. Add a worker, raise --max-memory, or lower "
-            "max_new_tokens."
+            f"Prompt and answer may take {count_text(source_tokens + total, 'token')} of context, "
+            f"but the workers' memory has room for {kv_tokens:,}. Add a worker, raise "
+            "--max-memory, or lower max_new_tokens."
         )
     eos = () if params.ignore_eos else _eos(params, defaults)
     ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
@@ -198,6 +208,23 @@ def embedding_limits(defaults: GenerationDefaults, *, prompt_tokens: int, kv_tok
     return Limits(sampling=(sampling,), max_new_tokens=1, end_token_ids=())
 
 
+def _too_long(defaults: GenerationDefaults, prompt_tokens: int, max_new_tokens: int) -> str:
+    """Return that prompt and answer are too long, or that of an encoder-decoder the answer is."""
+    shorten = "Lower" if defaults.decoder_start else "Shorten the prompt or lower"
+    return (
+        f"{_before_answer(defaults, prompt_tokens)} and the answer may have {max_new_tokens}: with "
+        f"{prompt_tokens + max_new_tokens} tokens that exceeds the context window, as this model's "
+        f"maximum context length is {defaults.context_length} tokens. {shorten} max_new_tokens."
+    )
+
+
+def _before_answer(defaults: GenerationDefaults, prompt_tokens: int) -> str:
+    """Return how many tokens there are before the answer."""
+    if defaults.decoder_start:
+        return f"The decoder starts with {count_text(prompt_tokens, 'token')}"
+    return f"The prompt has {prompt_tokens} tokens"
+
+
 def _eos(params: SamplingParams, defaults: GenerationDefaults) -> tuple[int, ...]:
     return defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
 
@@ -212,9 +239,10 @@ def _usual_max_new_tokens(defaults: GenerationDefaults, prompt_tokens: int) -> i
     if defaults.params.max_new_tokens or not longest:
         return defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     if prompt_tokens >= longest:
+        both = "start" if defaults.decoder_start else "prompt"
         raise InvalidRequest(
-            f"The prompt has {prompt_tokens} tokens, and the model's generation_config.json allows "
-            f"{longest} for prompt and answer together (max_length). Give max_new_tokens."
+            f"{_before_answer(defaults, prompt_tokens)}, and the model's settings of generation "
+            f"allow {longest} for {both} and answer together (max_length). Give max_new_tokens."
         )
     return longest - prompt_tokens
 
@@ -253,7 +281,7 @@ def _constraints(
         "bad_words_ids": tuple(word for word in bad_words if word not in ends),
         "suppress_tokens": _first(params.suppress_tokens, usual.suppress_tokens) or (),
         "begin_suppress_tokens": checkpoint.begin_suppress_tokens,
-        "forced_bos_token_id": checkpoint.forced_bos_token_id,
+        "forced_bos_token_id": _first(params.forced_bos_token_id, checkpoint.forced_bos_token_id),
         "forced_eos_token_ids": checkpoint.forced_eos_token_id,
         "encoder_repetition_penalty": checkpoint.encoder_repetition_penalty,
         "encoder_no_repeat_ngram_size": checkpoint.encoder_no_repeat_ngram_size,

@@ -6,6 +6,7 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
+import hashlib
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,16 @@ class Answer:
         return self.request.embeds and runs and not self.num_uncomputed_tokens
 
     @property
+    def reads_source(self) -> bool:
+        """Whether an encoder has to read its source next."""
+        return self.num_scheduled_tokens < self.request.source_tokens
+
+    @property
+    def waits_for_source(self) -> bool:
+        """Whether a step in flight reads its source."""
+        return self.num_computed_tokens < self.request.source_tokens and not self.reads_source
+
+    @property
     def sampling_bytes(self) -> int:
         """How many bytes `sampling` adds to its next task; 0 once it was sent."""
         return 0 if self.sampling_sent else self._encoded_bytes
@@ -224,6 +235,8 @@ class Request:
         shares_with: only requests with an equal value share prefixes with it.
         constrained: whether a grammar says which tokens may be sampled.
         embeds: whether it wants the mean of the last hidden states of its prompt, and no tokens.
+        source_tokens: how many tokens, at the beginning of its answers', an encoder reads; what is
+            made of them depends on all of them, so none of them can be shared alone.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
     """
@@ -235,6 +248,7 @@ class Request:
     shares_with: Hashable = None
     constrained: bool = False
     embeds: bool = False
+    source_tokens: int = 0
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
 
@@ -251,7 +265,13 @@ class Request:
         return self.answers[0].num_prompt_tokens + self.limits.max_new_tokens
 
     def accept(
-        self, prompt: Sequence[int], limits: Limits, *, number: int, mask: bytes = b""
+        self,
+        prompt: Sequence[int],
+        limits: Limits,
+        *,
+        number: int,
+        mask: bytes = b"",
+        start: Sequence[int] = (),
     ) -> None:
         """Create its answers.
 
@@ -259,15 +279,21 @@ class Request:
             prompt: token ids.
             number: of the first answer; the others have the following numbers.
             mask: which token may be their first; empty without a grammar.
+            start: what answers of an encoder-decoder begin with, of which the prompt is the source.
         """
         self.limits = limits
+        if start:
+            self.source_tokens = len(prompt)
+            source = hashlib.sha256(np.asarray(prompt, dtype=np.int32).tobytes()).digest()
+            self.shares_with = (self.shares_with, source)
+        tokens = [*prompt, *start]
         self.answers = tuple(
             Answer(
                 self,
                 number + choice,
                 choice,
-                list(prompt),
-                len(prompt),
+                list(tokens),
+                len(tokens),
                 sampling,
                 mask=mask or None,
                 shares=not self.embeds,  # what is shared has no hidden states here
@@ -278,10 +304,15 @@ class Request:
     def usage(self) -> Usage:
         """Return its token counts."""
         return Usage(
-            prompt_tokens=self.answers[0].num_prompt_tokens,
+            prompt_tokens=self.source_tokens or self.answers[0].num_prompt_tokens,
             completion_tokens=sum(answer.num_new_tokens for answer in self.answers),
-            cached_tokens=self.answers[0].num_cached_tokens,
+            cached_tokens=self._cached_tokens,
         )
+
+    @property
+    def _cached_tokens(self) -> int:
+        cached = self.answers[0].num_cached_tokens
+        return min(cached, self.source_tokens) if self.source_tokens else cached
 
     def timings(self) -> Timings:
         """Return where its time went. Every answer must have a token."""

@@ -11,11 +11,11 @@ from distributed_llm.coordinator.plan import PipelineStage
 
 @dataclass
 class _PlanTimes:
-    """Tasks of each stage of one plan, and microseconds by stage."""
+    """Tasks of one plan and their microseconds, both by stage."""
 
     stages: Sequence[PipelineStage]
+    tasks: list[int]
     compute_us: list[int]
-    tasks: int = 0
 
 
 class StageTimes:
@@ -25,19 +25,24 @@ class StageTimes:
         self._plans: dict[Epoch, _PlanTimes] = {}
 
     def add(
-        self, epoch: Epoch, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
+        self,
+        epoch: Epoch,
+        stages: Sequence[PipelineStage],
+        timings: Sequence[StageTime],
+        first: int = 0,
     ) -> None:
         """Count one step.
 
         Args:
             epoch: of the plan; `stages` are its stages.
-            timings: of this step, one per stage.
+            timings: of this step, one per stage that it went through.
+            first: index of the first of these stages.
         """
         plan = self._plans.get(epoch)
         if plan is None:
-            plan = self._plans[epoch] = _PlanTimes(stages, [0] * len(stages))
-        plan.tasks += 1
-        for stage, timing in enumerate(timings):
+            plan = self._plans[epoch] = _PlanTimes(stages, [0] * len(stages), [0] * len(stages))
+        for stage, timing in enumerate(timings, first):
+            plan.tasks[stage] += 1
             plan.compute_us[stage] += timing.compute_us
 
     @staticmethod
@@ -51,8 +56,9 @@ class StageTimes:
         compute_us: Counter[tuple[WorkerId, LayerRange]] = Counter()
         for times_of_answer in times:
             for plan in times_of_answer._plans.values():
-                for stage, microseconds in zip(plan.stages, plan.compute_us, strict=True):
-                    tasks[stage.worker, stage.layers] += plan.tasks
+                sums = zip(plan.stages, plan.tasks, plan.compute_us, strict=True)
+                for stage, count, microseconds in sums:
+                    tasks[stage.worker, stage.layers] += count
                     compute_us[stage.worker, stage.layers] += microseconds
         timings = [
             StageTiming(

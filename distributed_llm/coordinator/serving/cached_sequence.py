@@ -23,6 +23,8 @@ class CachedSequence:
         ended: whether it is kept only as a prefix for others.
         cut: whether its end was cut off, so that no state is kept there.
         shares_with: only sequences with an equal value begin with a prefix of it.
+        set_back: whether its latest step was abandoned, so that some stages are to go on from where
+            that began.
         lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
         states: of layers with a state, that are charged for it.
         snapshots: positions at which one is kept, or will be once they are computed; ascending.
@@ -38,6 +40,7 @@ class CachedSequence:
     pins: int = 0
     ended: bool = False
     cut: bool = False
+    set_back: bool = False
     lost: bool = False
     states: int = 0
     snapshots: list[int] = field(default_factory=list)

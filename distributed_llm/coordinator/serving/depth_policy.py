@@ -55,7 +55,9 @@ class DepthPolicy:
         else:
             times, self._prefill_depths = self._prefills, {}
         tokens = len(done.step.token_ids)
-        for stage, timing in enumerate(done.timings):
+        for stage in range(done.first):
+            times.observe(stage, tokens, 0.0, depth=done.depth, now=now)
+        for stage, timing in enumerate(done.timings, done.first):
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
         inside_s = sum(timing.compute_us + timing.queued_us for timing in done.timings) / 1e6
         times.observe_overhead(max(0.0, done.round_trip_s - inside_s), now=now)

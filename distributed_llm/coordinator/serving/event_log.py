@@ -48,7 +48,7 @@ class EventKind(Enum):
 
     PARAMETERS_NOT_FOLLOWED = (
         "warning",
-        "generation_config.json of the model sets {names}, which is not followed here: answers may "
+        "the model's settings of generation have {names}, which is not followed here: answers may "
         "differ from those of transformers",
     )
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"

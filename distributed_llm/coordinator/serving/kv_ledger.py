@@ -29,6 +29,7 @@ from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.serving.cached_sequence import CachedSequence
 from distributed_llm.coordinator.serving.kv_charges import KVCharges, Segment, blocks_of
 from distributed_llm.coordinator.serving.prefix_index import STRIDE, PrefixIndex, common_prefix
+from distributed_llm.coordinator.serving.state_counts import StateCounts
 
 _NOBODY = SequenceId(0)
 """An id that no sequence has: nothing more is appended to a segment that it owns."""
@@ -217,9 +218,20 @@ class KVLedger:
             computed: positions that all stages have computed.
         """
         sequence = self._sequences[sequence_id]
+        sequence.set_back = True
         kept = [at for at in sequence.snapshots if at <= computed]
         self._add_states(sequence, len(kept) - len(sequence.snapshots))
         sequence.snapshots = kept
+
+    @property
+    def were_set_back(self) -> list[SequenceId]:
+        """Sequences of which the latest step was abandoned, in models whose layers have a state."""
+        return [i for i, sequence in self._sequences.items() if sequence.set_back]
+
+    @property
+    def states(self) -> StateCounts:
+        """How many states all sequences keep."""
+        return StateCounts.of(self._sequences.values() if self._charges.windows.state else ())
 
     def has_snapshot(self, sequence_id: SequenceId, position: int) -> bool:
         """Return whether a state is kept after a position of a sequence, or will be."""
@@ -351,7 +363,7 @@ class KVLedger:
         """Record that all stages have computed `length` positions; others may share them now."""
         sequence = self._sequences[sequence_id]
         self._confirm(sequence)
-        sequence.computed = length
+        sequence.computed, sequence.set_back = length, False
         self._add_to_index(sequence_id, sequence)
         if self._is_short:
             self._drop_unseen([sequence_id])

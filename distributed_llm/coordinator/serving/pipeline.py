@@ -175,8 +175,16 @@ class Pipeline:
 
     @property
     def kv_tokens(self) -> int:
-        """Positions of KV cache that every stage has room for: as planned, or less as reported."""
-        reported = (ready.kv_tokens for ready in self._ready.values())
+        """Positions of KV cache that every stage has room for: as planned, or less as reported.
+
+        What stages report that keep none, for they have layers of an encoder only, does not matter.
+        """
+        cost = self._model.cost_at(self.quantize)
+        reported = (
+            ready.kv_tokens
+            for stage in self.stages
+            if (ready := self._ready.get(stage.peer)) and not cost.only_encodes(stage.layers)
+        )
         tokens = min((kv_tokens_of(self.plan), *reported))
         return tokens - tokens % KV_BLOCK
 
@@ -197,6 +205,11 @@ class Pipeline:
             if (ready := self._ready.get(stage.peer))
         ]
         return KVWindows.of_stages(told, margin)
+
+    @property
+    def encoder_layers(self) -> int:
+        """The model's first layers that are an encoder's."""
+        return self._model.cost.encoder_layers
 
     @property
     def longest_tokens(self) -> int:

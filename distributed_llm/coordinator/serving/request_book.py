@@ -10,6 +10,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
+import msgspec
+
 from distributed_llm.common.errors import (
     DeadlineExceeded,
     DistributedLLMError,
@@ -168,6 +170,12 @@ class RequestBook:
         wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
+        if embeds and self._defaults.decoder_start:
+            none = InvalidRequest(
+                "This model is an encoder-decoder, and encoder-decoders have no embeddings here. "
+                "Use a model with a decoder alone."
+            )
+            return self.refuse(peer, message.request_id, none)
         try:
             payload, grammar = split(message, frames)
         except InvalidRequest as exc:
@@ -208,6 +216,10 @@ class RequestBook:
         request = self._find(event.key)
         if request is None:
             return []
+        if event.first is not None:
+            request.params = msgspec.structs.replace(
+                request.params, forced_bos_token_id=event.first
+            )
         vocab_size = self._defaults.vocab_size
         if error := unknown_token(event.token_ids, request.params, vocab_size):
             return self.fail(event.key, error)
@@ -216,7 +228,13 @@ class RequestBook:
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
-        request.accept(event.token_ids, limits, number=event.key[2], mask=event.mask)
+        request.accept(
+            event.token_ids,
+            limits,
+            number=event.key[2],
+            mask=event.mask,
+            start=self._defaults.decoder_start,
+        )
         self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
@@ -226,6 +244,7 @@ class RequestBook:
         return []
 
     def _limits(self, request: Request, prompt_tokens: int) -> Limits:
+        start = self._defaults.decoder_start
         if request.embeds:
             return embedding_limits(
                 self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
@@ -233,7 +252,8 @@ class RequestBook:
         return resolve(
             request.params,
             self._defaults,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=len(start) or prompt_tokens,
+            source_tokens=prompt_tokens if start else 0,
             kv_tokens=self._kv_tokens,
             seed=self._draw_seed(),
             constrained=request.constrained,

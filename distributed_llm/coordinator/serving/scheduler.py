@@ -16,6 +16,9 @@ another answer waits until it can share that.
 Layers with a state of their own go on only from where one is kept: the latest and the one before,
 and snapshots (`snapshots.py`). So no sequence of theirs is in two steps at once; whatever is lost,
 computing goes on from the one or the other.
+
+The source of an encoder-decoder is read as a whole, in a step that computes nothing but sources.
+Where answers are ready too, such steps take turns with those that decode.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -30,6 +33,7 @@ from distributed_llm.coordinator.serving.followers import Followers
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.prefix_index import common_prefix
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
+from distributed_llm.coordinator.serving.state_counts import StateCounts
 from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64
@@ -80,6 +84,7 @@ class Scheduler:
         self._preempted: list[Answer] = []
         self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
         self._num_slices = 0
+        self._read_sources = False  # whether the latest step did
         self._prefix_tokens = (0, 0)  # looked up, and found
 
     @property
@@ -116,6 +121,16 @@ class Scheduler:
     def kv_tokens_cached(self) -> int:
         """Positions of KV cache that prefixes of ended sequences take."""
         return self._ledger.cached_tokens
+
+    @property
+    def states(self) -> StateCounts:
+        """How many states its sequences keep, where layers have one of their own."""
+        return self._ledger.states
+
+    @property
+    def were_set_back(self) -> list[SequenceId]:
+        """Sequences of which some stages are to go on from where the latest step began."""
+        return self._ledger.were_set_back
 
     def take_freed(self) -> list[SequenceId]:
         """Return the sequences that every stage is to free, and forget them."""
@@ -346,6 +361,7 @@ class Scheduler:
             answer
             for answer in self._running.values()
             if not answer.waits_for_mask and not (alone and answer.num_in_flight)
+            if not answer.waits_for_source
         ]
         suspects = [a for a in candidates if a.suspects and a.waits_for is None]
         if suspects:
@@ -355,6 +371,7 @@ class Scheduler:
             parts = list(self._fill(candidates, max_decodes, prompts=prompts))
         if not parts:
             return None
+        self._read_sources = parts[0][1].is_source
         return Step(
             answers=tuple(answer for answer, _ in parts),
             slices=tuple(part for _, part in parts),
@@ -367,6 +384,22 @@ class Scheduler:
         )
 
     def _fill(
+        self, candidates: Collection[Answer], max_decodes: int, *, prompts: bool
+    ) -> Iterator[tuple[Answer, SequenceSlice]]:
+        """Yield slices within the budgets: of answers, or of sources where it is their turn."""
+        sources = [a for a in _unread(candidates) if a.reads_source] if prompts else []
+        if sources and not self._read_sources:
+            yield from self._fill_sources(sources)
+            return
+        others = [answer for answer in candidates if not answer.reads_source]
+        none = True
+        for filled in self._fill_answers(others, max_decodes, prompts=prompts):
+            none = False
+            yield filled
+        if none:
+            yield from self._fill_sources(sources)
+
+    def _fill_answers(
         self, candidates: Collection[Answer], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Answer, SequenceSlice]]:
         """Yield slices within the budgets: decoding answers first, then prefill chunks."""
@@ -399,6 +432,17 @@ class Scheduler:
             count += 1
             room -= answer.sampling_bytes
             yield answer, self._slice(answer, size)
+
+    def _fill_sources(self, answers: Collection[Answer]) -> Iterator[tuple[Answer, SequenceSlice]]:
+        """Yield whole sources within the token budget, or one that is longer."""
+        read = 0
+        for count, (answer, _) in enumerate(shared_out(answers, self._max_tokens)):
+            size = answer.request.source_tokens
+            if count >= MAX_SLICES:
+                return
+            if not read or read + size <= self._max_tokens:
+                read += size
+                yield answer, self._slice(answer, size)
 
     def _reach(self, answer: Answer, size: int) -> int:
         """Return how many of the next `size` positions of an answer layers with a window can hold.
@@ -459,6 +503,7 @@ class Scheduler:
             masked=sample and answer.mask is not None,
             embed=embed,
             snapshot=snapshot,
+            source=answer.request.source_tokens,
         )
 
     def _grow(self, answer: Answer) -> bool:
@@ -523,8 +568,8 @@ class Scheduler:
                 answer.num_in_flight -= 1
                 answer.num_scheduled_tokens = answer.num_computed_tokens
                 answer.sampling_sent = False
-                if self._windows.state:
-                    self._ledger.set_back(part.sequence_id, answer.num_computed_tokens)
+            if self._windows.state:
+                self._ledger.set_back(part.sequence_id, part.start)
             self._step_ended(part.sequence_id)
 
     def _step_ended(self, sequence_id: SequenceId) -> None:

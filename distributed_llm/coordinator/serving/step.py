@@ -51,9 +51,14 @@ class Step:
         return sum(part.embed for part in self.slices)
 
     @property
+    def is_source(self) -> bool:
+        """Whether it computes what an encoder reads, and no answers."""
+        return self.slices[0].is_source
+
+    @property
     def decodes(self) -> bool:
-        """Whether every slice is a single token: the step has no prefill chunks."""
-        return len(self.token_ids) == len(self.slices)
+        """Whether every slice is a single token of an answer: the step has no prefill chunks."""
+        return len(self.token_ids) == len(self.slices) and not self.is_source
 
 
 def wrong_tokens(

@@ -15,7 +15,8 @@ _HALF_LIFE_S = 10.0
 class StepMeter:
     """Means over the latest steps of one pipeline, and sums over all.
 
-    All but `compute_s`, `tokens` and `bubble_ratio` are of steps that only decode.
+    All but `compute_s`, `tokens` and `bubble_ratio` are of steps that only decode. A stage that a
+    step does not reach, since it has layers of an encoder only, takes no time for it.
 
     Attributes:
         step_s: mean time that each stage computes a step; empty before the first.
@@ -25,7 +26,7 @@ class StepMeter:
         outside_s: mean part of that which is neither computed nor queued at a stage.
         step_tokens: mean tokens of a step.
         compute_s: time that each stage has computed in all.
-        tokens: of all steps.
+        tokens: of all steps, by stage.
     """
 
     def __init__(self, num_stages: int) -> None:
@@ -36,7 +37,7 @@ class StepMeter:
         self.outside_s: float | None = None
         self.step_tokens: float | None = None
         self.compute_s = [0.0] * num_stages
-        self.tokens = 0
+        self.tokens = [0] * num_stages
         self._num_stages = num_stages
         self._weight = 0.0
         self._decoded_at = 0.0
@@ -64,10 +65,11 @@ class StepMeter:
             predicted_s: what was expected of each stage before; None where nothing was.
             now: clock seconds.
         """
-        compute_s = [timing.compute_us / 1e6 for timing in done.timings]
-        for stage, seconds in enumerate(compute_s):
-            self.compute_s[stage] += seconds
-        self.tokens += len(done.step.token_ids)
+        skipped = [0.0] * done.first
+        compute_s = [*skipped, *(timing.compute_us / 1e6 for timing in done.timings)]
+        for stage in range(done.first, self._num_stages):
+            self.compute_s[stage] += compute_s[stage]
+            self.tokens[stage] += len(done.step.token_ids)
         self._observe_bubbles(sum(compute_s), done.round_trip_s, now)
         if done.step.decodes:
             self._observe_decode(done, compute_s, predicted_s, now)
@@ -90,7 +92,8 @@ class StepMeter:
         past = self._weight * fade(now - self._decoded_at, _HALF_LIFE_S)
         share = 1 / (past + 1)
         self._weight, self._decoded_at = min(past + 1, MAX_WEIGHT), now
-        queued_s = [timing.queued_us / 1e6 for timing in done.timings]
+        skipped = [0.0] * done.first
+        queued_s = [*skipped, *(timing.queued_us / 1e6 for timing in done.timings)]
         outside_s = max(0.0, done.round_trip_s - sum(compute_s) - sum(queued_s))
         tokens = float(len(done.step.token_ids))
         self.step_s = _means(self.step_s, compute_s, share)

@@ -74,10 +74,11 @@ class StepDone:
     Attributes:
         token_ids: the sampled tokens, one for each slice that samples.
         logprobs: one for each slice that samples; None where none were asked for.
-        timings: one for each stage.
+        timings: one for each stage that it passed.
         depth: steps in flight when this one began, itself included.
         round_trip_s: from beginning to end.
         sums: of hidden states, one for each slice that embeds.
+        first: index of the first stage that it passed; all after it follow.
     """
 
     step: Step
@@ -87,6 +88,7 @@ class StepDone:
     depth: int
     round_trip_s: float
     sums: list[FloatVector] = field(default_factory=list)
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class _StepInFlight:
         released: sequences that its task frees.
         seen_from: of sequences of which its task drops earlier positions.
         route: for each hop, whether the stage passes the step on directly.
+        first: index of the stage where it began.
         stage: index of the last stage that it was sent to by the coordinator.
         depth: steps in flight when it began, itself included.
         deadline: when its lease runs out, clock seconds.
@@ -134,6 +137,7 @@ class _StepInFlight:
     released: tuple[SequenceId, ...]
     seen_from: tuple[SeenFrom, ...]
     route: tuple[bool, ...]
+    first: int
     stage: int
     depth: int
     began_at: float
@@ -171,7 +175,9 @@ class StepsInFlight:
         self._relay_steps = 0  # number of next steps that are relayed at every hop
         self._next_relay_steps = _RELAY_STEPS
         self._flights: dict[StepNumber, _StepInFlight] = {}
-        self._passed = [0] * len(self.stages)  # newest step that is known to have left each stage
+        # Where steps begin that decode: before are stages with layers of an encoder alone.
+        self._first = sum(s.layers.stop <= model.cost.encoder_layers for s in self.stages)
+        self._passed = self._nothing_passed()
         self._to_release: dict[SequenceId, None] = {}
         self._to_drop: dict[SequenceId, int] = {}
         self._next_step = self._oldest = StepNumber(1)
@@ -256,10 +262,20 @@ class StepsInFlight:
         for sequence_id, _ in dropping:
             del self._to_drop[sequence_id]
         seen_from = tuple(SeenFrom(sequence_id=i, position=at) for i, at in dropping)
-        route = self._route()
-        masks = frame_of_masks(step.masks) if step.masks else None
+        first = 0 if step.is_source else self._first
         flight = _StepInFlight(
-            self._next_step, step, ids, masks, released, seen_from, route, 0, depth, now, deadline
+            number=self._next_step,
+            step=step,
+            ids=ids,
+            masks=frame_of_masks(step.masks) if step.masks else None,
+            released=released,
+            seen_from=seen_from,
+            route=self._route(),
+            first=first,
+            stage=first,
+            depth=depth,
+            began_at=now,
+            deadline=deadline,
         )
         self._next_step = StepNumber(self._next_step + 1)
         self._flights[flight.number] = flight
@@ -272,8 +288,12 @@ class StepsInFlight:
             self._forget_again(flight)
         self._flights.clear()
         self._oldest = self._next_step
-        self._passed = [0] * len(self.stages)
+        self._passed = self._nothing_passed()
         return steps
+
+    def _nothing_passed(self) -> dict[int, list[int]]:
+        """Return, by where steps begin, the newest that is known to have left each stage: none."""
+        return {first: [0] * len(self.stages) for first in {0, self._first}}
 
     def result(
         self, peer: PeerId, result: TaskResult, frames: tuple[Frame, ...], *, now: float
@@ -285,7 +305,8 @@ class StepsInFlight:
                 one that did not pass them on.
         """
         stage, flight = self._expected(peer, result)
-        if stage is None or len(result.timings) != stage + 1:
+        firsts = {0, self._first} if flight is None else {flight.first}
+        if stage is None or stage + 1 - len(result.timings) not in firsts:
             return Dropped(FOREIGN_RESULT)
         if flight is None or stage < flight.stage:
             return Dropped("late_result")
@@ -300,9 +321,8 @@ class StepsInFlight:
                 epoch=self.epoch, step=flight.number, code="shape_mismatch", message=wrong
             )
             return self._break(flight, failure)
-        self._passed[: stage + 1] = [
-            max(flight.number, newest) for newest in self._passed[: stage + 1]
-        ]
+        passed = self._passed[flight.first]
+        passed[: stage + 1] = [max(flight.number, newest) for newest in passed[: stage + 1]]
         if last:
             return self._done(flight, result, frames, now)
         flight.stage = stage + 1
@@ -335,10 +355,12 @@ class StepsInFlight:
     def has_overtaken(self) -> bool:
         """Whether a step came past an older one, which is lost: on a route they keep their order.
 
+        But steps that begin at a later stage come past those that began before it.
+
         Progress on newer steps renews its lease for as long as there are any.
         """
         oldest = next(iter(self._flights.values()), None)
-        return oldest is not None and oldest.number < self._passed[oldest.stage]
+        return oldest is not None and oldest.number < self._passed[oldest.first][oldest.stage]
 
     def overtaken(self) -> PeerId | Literal["abandon"]:
         """Return what to do about a step that was overtaken; as for `expire`.
@@ -416,6 +438,7 @@ class StepsInFlight:
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
             sums=embedding_sums(flight.step, frames),
+            first=flight.first,
         )
 
     def _expected(

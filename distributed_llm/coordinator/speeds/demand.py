@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.work import Work
 
@@ -110,7 +111,7 @@ class DemandMeter:
         self._answered = keep * self._answered + answered
         ends = (part.start + part.num_tokens for part in done.step.slices if part.sample)
         self._positions = keep * self._positions + sum(ends)
-        prompts = [part.num_tokens for part in done.step.slices if part.num_tokens > 1]
+        prompts = [part.num_tokens for part in done.step.slices if _is_prompt(part)]
         self._prompt_tokens = keep * self._prompt_tokens + sum(prompts)
         self._promised = keep * self._promised + _promised(done)
         self._chunks = keep * self._chunks + bool(prompts)
@@ -139,11 +140,16 @@ class DemandMeter:
         return weight * measured + (1.0 - weight) * self._prompt_tokens / self._promised
 
 
+def _is_prompt(part: SequenceSlice) -> bool:
+    """Return whether tokens are of a prompt: several at once, or of an encoder-decoder a source."""
+    return part.is_source if part.source else part.num_tokens > 1
+
+
 def _promised(done: StepDone) -> float:
     """Return the tokens of answers that may follow the prompt tokens of a step."""
     promised = 0.0
     for answer, part in zip(done.step.answers, done.step.slices, strict=True):
-        if part.num_tokens > 1:
+        if _is_prompt(part):
             assert answer.request.limits is not None
             share = part.num_tokens / answer.num_prompt_tokens
             promised += share * answer.request.limits.max_new_tokens

@@ -48,6 +48,12 @@ class Machines:
     disks: Mapping[WorkerId, Disk] = field(default_factory=dict)
     offloads: bool = False
 
+    def links_for(self, work: Work) -> Links:
+        """Return the hops of an average step."""
+        tokens = work.all_tokens
+        share = work.prompt_tokens / tokens if tokens else 0.0
+        return replace(self.links(tokens), source_steps=work.prompts, source_tokens=share)
+
     def candidates(self, work: Work) -> list[Candidate]:
         """Return the workers with their times for an average step.
 

@@ -42,7 +42,7 @@ class Measurements:
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
         self._disks: dict[WorkerId, Disk] = {}
         self._shares: dict[WorkerId, str] = {}  # what stands for the cores that they share
-        self._lengths: dict[LayerRange, float] = {}  # of layer ranges, in layers of mean size
+        self._lengths: dict[tuple[LayerRange, bool], float] = {}  # see `_length`
         self._network = LinkSpeeds(bytes_per_token)
         self._overhead = FadingMean(_HALF_LIFE_S)  # of a step, beside stages and hops
 
@@ -85,6 +85,7 @@ class Measurements:
         speed.try_out(
             trials,
             layers=self._length(held),
+            source_layers=self._length(held, reading=True),
             is_last=held.stop == self._cost.num_layers,
             now=now,
         )
@@ -102,18 +103,25 @@ class Measurements:
     ) -> list[float | None]:
         """Learn the times of the stages from a step, and upper bounds of the links.
 
+        Args:
+            stages: of the pipeline; the first ones may have had no part in the step.
+            done: the step.
+            now: clock seconds.
+
         Returns:
             The seconds that were expected of each stage before; None where nothing was.
         """
+        skipped, stages = done.first, stages[done.first :]
         inside_us = sum(timing.compute_us + timing.queued_us for timing in done.timings)
         outside_s = max(0.0, done.round_trip_s - inside_us / 1e6)
         hops_s = self._network.bound(pairwise(stage.worker for stage in stages), outside_s)
         self._overhead.add(outside_s - hops_s, now)
         work = work_of(done.step)
-        return [
+        expected_s = [
             self._observe_stage(stage, timing, work, now)
             for stage, timing in zip(stages, done.timings, strict=True)
         ]
+        return [*[None] * skipped, *expected_s]
 
     def _observe_stage(
         self, stage: PipelineStage, timing: StageTime, work: Work, now: float
@@ -124,7 +132,7 @@ class Measurements:
         self._probes.pop(stage.worker, None)
         return speed.observe(
             work,
-            layers=self._length(stage.layers),
+            layers=self._length(stage.layers, reading=work.is_source),
             is_last=stage.layers.stop == self._cost.num_layers,
             layers_s=timing.layers_us / 1e6,
             other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
@@ -170,11 +178,22 @@ class Measurements:
         overhead_s = self._overhead.value or 0.0
         return Machines(dict(memory_bytes), speeds, links, overhead_s, shares, disks)
 
-    def _length(self, layers: LayerRange) -> float:
-        length = self._lengths.get(layers)
+    def _length(self, layers: LayerRange, *, reading: bool = False) -> float:
+        """Return how many layers of mean size have to do with a step.
+
+        Args:
+            layers: of the stage.
+            reading: whether the step reads sources of an encoder-decoder. If so, there are 0 if the
+                stage has no encoder layer: nothing about those is to be learned from the little
+                that decoder layers do.
+        """
+        length = self._lengths.get((layers, reading))
         if length is None:
-            length = sum(self._cost.layer_bytes[layers.start : layers.stop]) / self._mean_bytes
-            self._lengths[layers] = length
+            sizes = self._cost.source_bytes if reading else self._cost.answer_bytes
+            if reading and layers.start >= self._cost.encoder_layers:
+                sizes = ()
+            length = sum(sizes[layers.start : layers.stop]) / self._mean_bytes
+            self._lengths[layers, reading] = length
         return length
 
 

@@ -46,6 +46,8 @@ class Prior:
         prompt_position_s: for attending to one position from a prompt; reads are shared by tokens.
         head_s: for reading norm and head.
         head_token_s: for their arithmetic for one token.
+        reads_sources: whether the model is an encoder-decoder: its encoder layers read sources in
+            steps of their own, and decoder layers do the rest.
     """
 
     layer_s: float
@@ -54,6 +56,7 @@ class Prior:
     prompt_position_s: float
     head_s: float
     head_token_s: float
+    reads_sources: bool = False
 
     @classmethod
     def from_capabilities(
@@ -71,21 +74,25 @@ class Prior:
             2 / capabilities.flops_per_s / item_bytes
         )  # multiply and add, per byte of parameters
         layer_bytes = sum(cost.layer_bytes) / cost.num_layers - cost.table_bytes
+        kv_bytes = sum(cost.layer_kv_bytes) / (cost.num_layers - cost.encoder_layers)
         head_bytes = cost.last_bytes + cost.shared_bytes
         return cls(
             layer_s=layer_bytes * byte_s,
             token_s=layer_bytes * item_s,
-            position_s=cost.mean_kv_bytes * byte_s,
-            prompt_position_s=cost.mean_kv_bytes * item_s * _QUERIES,
+            position_s=kv_bytes * byte_s,
+            prompt_position_s=kv_bytes * item_s * _QUERIES,
             head_s=head_bytes * byte_s,
             head_token_s=head_bytes * item_s,
+            reads_sources=cost.encoder_layers > 0,
         )
 
 
 class WorkerSpeed:
     """Learns what one worker takes per layer, per task, and as the last stage.
 
-    What was not measured is predicted by the prior, scaled like the layers.
+    What was not measured is predicted by the prior, scaled like the layers. Of an encoder-decoder,
+    what prompts take is learned from encoder layers, and the rest from decoder layers; the speed of
+    the machine, as how much slower than before it is, from both.
 
     Args:
         prior: times by the probe of the machine.
@@ -93,22 +100,25 @@ class WorkerSpeed:
     """
 
     def __init__(self, prior: Prior, half_life_s: float = 30.0) -> None:
+        self._reads_sources = prior.reads_sources
+        task_s = _TASK_S if prior.reads_sources else 0.0  # of a step that only reads sources
         self._layers = SpeedFit(
             Coefficients(
                 step=prior.layer_s,
                 token=prior.token_s,
                 position=prior.position_s,
+                prompt=max(prior.layer_s, LEAST_S) if prior.reads_sources else 0.0,
                 prompt_token=prior.token_s,
                 prompt_position=prior.prompt_position_s,
             ),
             half_life_s,
         )
-        self._tasks = SpeedFit(Coefficients(_TASK_S), half_life_s)
+        self._tasks = SpeedFit(Coefficients(_TASK_S, prompt=task_s), half_life_s)
         self._lasts = SpeedFit(
             Coefficients(
                 step=_TASK_S + prior.head_s,
                 token=prior.head_token_s,
-                prompt=prior.head_token_s,  # about one prompt ends in a step
+                prompt=task_s or prior.head_token_s,  # about one prompt ends in a step
             ),
             half_life_s,
         )
@@ -142,16 +152,34 @@ class WorkerSpeed:
         return self.error or (_ERROR_OF_TRIALS if self._tried else 0.0)
 
     def try_out(
-        self, trials: Sequence[StageTrial], *, layers: float, is_last: bool, now: float
+        self,
+        trials: Sequence[StageTrial],
+        *,
+        layers: float,
+        is_last: bool,
+        now: float,
+        source_layers: float = 0.0,
     ) -> None:
-        """Learn from steps that were tried on new layers; arguments as for `observe`."""
+        """Learn from steps that were tried on new layers.
+
+        Args:
+            trials: what was tried, and how long it took.
+            layers: as for `observe`.
+            is_last: likewise.
+            now: likewise.
+            source_layers: as `layers`, for trials with sources.
+        """
         if not trials:
             return
         works = [work_of_trial(trial) for trial in trials]
-        layer_s = [trial.time.layers_us / 1e6 / layers for trial in trials]
+        seconds = [
+            (work, trial.time.layers_us / 1e6 / length)
+            for work, trial in zip(works, trials, strict=True)
+            if (length := source_layers if trial.is_source else layers)
+        ]
         other_us = [max(0, trial.time.compute_us - trial.time.layers_us) for trial in trials]
         beside = self._lasts if is_last else self._tasks
-        self._layers.try_out(list(zip(works, layer_s, strict=True)), now)
+        self._layers.try_out(seconds, now)
         beside.try_out([(work, us / 1e6) for work, us in zip(works, other_us, strict=True)], now)
         self._tried = True
 
@@ -169,7 +197,8 @@ class WorkerSpeed:
 
         Args:
             work: of the step.
-            layers: layers of the stage, in layers of mean size; positive.
+            layers: layers of the stage that have to do with the step, in layers of mean size; 0: it
+                teaches nothing about layers.
             is_last: whether the stage also has norm, head and sampling.
             layers_s: seconds inside the layers.
             other_s: the other seconds of its compute time.
@@ -178,9 +207,9 @@ class WorkerSpeed:
         beside, unseen = self._tasks, self._lasts
         if is_last:
             beside, unseen = unseen, beside
-        layer_s = self._layers.add(work, layers_s / layers, now)
+        layer_s = self._layers.add(work, layers_s / layers, now) if layers else None
         beside_s = beside.add(work, other_s, now)
-        if self._layers.jumped != 1.0:
+        if layers and self._layers.jumped != 1.0:
             unseen.rescale(self._layers.jumped)
         self._tried = False
         if layer_s is None or beside_s is None:
@@ -225,13 +254,26 @@ class WorkerSpeed:
             work: of the step.
             scale: factor on the prior if nothing was measured, such as that of other workers.
         """
-        layer_s = self.layer_s(work, scale=scale)
+        task_s, last_s = self._beside_layers(work, scale)
+        if not self._reads_sources:
+            return WorkerTimes(task_s, self.layer_s(work, scale=scale), last_s)
+        reading_s = min(task_s, self._tasks(work.reading))
+        return WorkerTimes(
+            task_s=reading_s,
+            layer_s=self.layer_s(work.answering, scale=scale),
+            last_s=last_s,
+            source_s=self.layer_s(work.reading, scale=scale),
+            answer_s=task_s - reading_s,
+        )
+
+    def _beside_layers(self, work: Work, scale: float) -> tuple[float, float]:
+        """Return the seconds of a task beside its layers, and of norm, head and sampling."""
         tasks, lasts = self._tasks, self._lasts
-        task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
+        task_s = tasks(work)
         if not lasts.measured:
             scale = self._layers.scale(work) if self.measured else scale
-            return WorkerTimes(task_s, layer_s, scale * (lasts.prior_s(work) - _TASK_S))
+            return task_s, scale * (lasts.prior_s(work) - tasks.prior_s(work))
         whole_s = lasts(work)
         if not tasks.measured:
             task_s = min(task_s, whole_s)
-        return WorkerTimes(task_s, layer_s, max(0.0, whole_s - task_s))
+        return task_s, max(0.0, whole_s - task_s)

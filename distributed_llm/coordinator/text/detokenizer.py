@@ -7,7 +7,8 @@ from itertools import islice
 
 from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.coordinator.events import TextRules
-from distributed_llm.coordinator.text.tokenizer import NO_TOKENIZER, Tokenizer
+from distributed_llm.coordinator.text.spaces import SpacesTakenOut
+from distributed_llm.coordinator.text.tokenizer import NO_TOKENIZER, UNFINISHED, Tokenizer
 
 _USUAL = TextRules()
 
@@ -17,16 +18,13 @@ _MAX_WINDOW_TOKENS = 16
 _KEPT_TOKENS = 8
 """Tokens to which it is shortened."""
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""The decoded text of an unfinished character."""
-
 _EACH_BYTE = "distributed_llm.each_byte"
 """Name of the handler of bytes that are no UTF-8: each becomes a U+FFFD, as in `tokenizers`."""
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeDecodeError)
-    return _UNFINISHED * (error.end - error.start), error.end
+    return UNFINISHED * (error.end - error.start), error.end
 
 
 codecs.register_error(_EACH_BYTE, _replace_each_byte)
@@ -89,6 +87,7 @@ class Detokenizer:
             raise InvalidRequest(NO_TOKENIZER.format("stop strings"))
         self._tokenizer = tokenizer
         self._stops = _StopStrings(rules.stop_strings) if rules.stop_strings else None
+        self._spaces = SpacesTakenOut() if tokenizer.takes_spaces_out else None
         self._hidden = None if rules.hidden is None else frozenset(rules.hidden)
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that are final
@@ -108,17 +107,17 @@ class Detokenizer:
                 break
             self._count += 1
             if not self._is_silent(token_id):
-                pieces.append(self._release(self._advance(token_id)))
+                pieces.append(self._release(self._tidied(self._advance(token_id))))
             elif self._stops:
-                name = self._tokenizer.special_name(token_id)
-                pieces.append(self._release(name, visible=False))
+                pieces.append(self._release_mark(token_id))
         return DetokenizedPiece("".join(pieces), self._count, self._stop_string)
 
     def finish(self) -> DetokenizedPiece:
         """Return the text that was held back, as the answer has no further tokens."""
         text = ""
         if self._stop_string is None:
-            text = self._release(self._end_run() if self._in_run else self._pending())
+            rest = self._end_run() if self._in_run else self._pending()
+            text = self._release(self._tidied(rest, last=True))
         if self._stops and self._stop_string is None:
             text += self._stops.held()
         self._window, self._given = [], 0
@@ -141,7 +140,7 @@ class Detokenizer:
         rest = self._end_run() if self._in_run else ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        end = max(self._given, len(text) - text.endswith(_UNFINISHED))
+        end = max(self._given, len(text) - self._unsettled(text))
         final, self._given = text[self._given : end], end
         if len(self._window) > _MAX_WINDOW_TOKENS:
             self._shorten(waiting=len(text) - end)
@@ -167,12 +166,31 @@ class Detokenizer:
         """Return the text of the window that was held back."""
         return self._decode(self._window)[self._given :]
 
+    def _unsettled(self, text: str) -> int:
+        """Return how many characters at the end of a text the next token may change."""
+        ends = (end for end in self._tokenizer.ends_unsettled if text.endswith(end))
+        return len(next(ends, ""))
+
     def _shorten(self, waiting: int) -> None:
         """Drop the oldest tokens; the last `waiting` characters have not been returned yet."""
         recent = self._window[-_KEPT_TOKENS:]
         length = len(self._decode(recent))
         if length > waiting:
             self._window, self._given = recent, length - waiting
+
+    def _release_mark(self, token_id: int) -> str:
+        """Return the text that a special token makes certain, which is not shown itself."""
+        text = self._release(self._spaces.finish()) if self._spaces else ""
+        if self._stop_string is None:
+            text += self._release(self._tokenizer.special_name(token_id), visible=False)
+        return text
+
+    def _tidied(self, text: str, *, last: bool = False) -> str:
+        """Return the text that is certain, if spaces are to be taken out of it."""
+        if self._spaces is None:
+            return text
+        tidied = self._spaces.add(text)
+        return tidied + self._spaces.finish() if last else tidied
 
     def _release(self, text: str, *, visible: bool = True) -> str:
         if self._stops is None:

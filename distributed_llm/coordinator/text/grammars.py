@@ -105,10 +105,15 @@ class Grammars:
             tried: whether an earlier process has compiled it.
 
         Raises:
-            InvalidRequest: the grammar is wrong or too complex, or there is no tokenizer.
+            InvalidRequest: the grammar is wrong or too complex, or there is no tokenizer for it.
         """
         if not self._tokenizer.available:
             raise InvalidRequest(NO_TOKENIZER.format("a grammar"))
+        if not self._tokenizer.has_own_spaces:
+            raise InvalidRequest(
+                "This model's tokens do not say where spaces are, so no grammar can be followed. "
+                "Ask without one."
+            )
         with self._lock:
             known, trials = self._load()
             compiled = self._compiled.get(grammar)

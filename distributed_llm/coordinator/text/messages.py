@@ -104,13 +104,14 @@ class Encoded(_Message, frozen=True, kw_only=True):
     Attributes:
         token_ids: int32 in the byte order of this machine.
         context: its last tokens if answers continue its text, else nothing.
-        mask: see `events.Tokenized`.
+        mask, first: see `events.Tokenized`.
     """
 
     request: int
     token_ids: bytes
     context: tuple[TokenId, ...]
     mask: bytes = b""
+    first: TokenId | None = None
 
 
 class Answered(_Message, frozen=True, kw_only=True):

@@ -168,7 +168,8 @@ class TextOrders:
         if request is None:
             return []
         request.prompt, request.begun, request.context = None, False, reply.context
-        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids), reply.mask)]
+        token_ids = token_ids_of_frame(reply.token_ids)
+        return [Tokenized(request.key, token_ids, reply.mask, reply.first)]
 
     def _failed(self, reply: Failed) -> list[TextEvent]:
         request = self._requests.pop(reply.request, None)

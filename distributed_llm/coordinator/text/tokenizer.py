@@ -16,35 +16,60 @@ from distributed_llm.coordinator.text.chat_template import (
     render_chat,
     tool_template,
 )
+from distributed_llm.coordinator.text.python_backend import WORD_GOES_ON, PythonBackend
+from distributed_llm.coordinator.text.source_tokenizers import source_config
+from distributed_llm.coordinator.text.spaces import without_spaces
 from distributed_llm.coordinator.text.tokenizer_files import (
     has_tokenizer,
     read_tokenizer,
     why_no_template,
 )
 
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""The decoded text of an unfinished character."""
+
 NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, without {}."
 """What is said to a request for what only a tokenizer can do."""
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint; without one, only prompts of token ids can be served."""
+    """The tokenizer of a checkpoint; without one, only prompts of token ids can be served.
 
-    def __init__(self, hugging_face: Any | None, why_no_chat: str = "") -> None:
-        """Wrap a fast tokenizer of transformers. Use `load` or `open` instead.
+    Attributes:
+        has_source: whether prompts are sources of an encoder-decoder, and answers texts of their
+            own.
+        takes_spaces_out: whether spaces before punctuation are no part of a text, although
+            `decode` leaves them in.
+        ends_unsettled: what a decoded text may end with that the next token changes.
+        has_own_spaces: whether each token says by itself where spaces are, as a grammar needs it.
+    """
+
+    def __init__(
+        self, hugging_face: Any | None, why_no_chat: str = "", *, has_source: bool = False
+    ) -> None:
+        """Wrap a tokenizer of transformers. Use `load` or `open` instead.
 
         Args:
             why_no_chat: why it has no chat template, and what to do about that.
+            has_source: whether it is that of an encoder-decoder.
         """
         self._hugging_face = hugging_face
         self._why_no_chat = why_no_chat
-        self._backend = None if hugging_face is None else hugging_face.backend_tokenizer
+        self._backend: Any = None
+        self.has_source = has_source
+        self.takes_spaces_out = has_source and _takes_spaces_out(hugging_face)
+        self.ends_unsettled: tuple[str, ...] = (UNFINISHED,)
+        self.has_own_spaces = True
         self._special: dict[int, str] = {}
         self._bytes: dict[int, int] = {}
         self._spellings: dict[int, Spelling | None] = {}  # of tokens that were asked for
         self._letters: dict[str, int] = {}
-        if self._backend is not None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
+        if hugging_face is not None:
+            if self.takes_spaces_out:
+                hugging_face.clean_up_tokenization_spaces = False  # `decode` may be of a piece
+            self._backend = _backend_of(hugging_face)
+            if isinstance(self._backend, PythonBackend) and self._backend.joins_words:
+                self.ends_unsettled, self.has_own_spaces = (UNFINISHED, WORD_GOES_ON), False
             added = self._backend.get_added_tokens_decoder().items()
             self._special = {i: token.content for i, token in added if token.special}
             self._bytes = _byte_tokens(self._backend)
@@ -58,7 +83,8 @@ class Tokenizer:
             CheckpointError: there is no tokenizer, it is broken, it needs to run its own code, or
                 a package that is not installed.
         """
-        return cls(read_tokenizer(folder), why_no_template(folder))
+        has_source = source_config(folder) is not None
+        return cls(read_tokenizer(folder), why_no_template(folder), has_source=has_source)
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
@@ -68,7 +94,9 @@ class Tokenizer:
             CheckpointError: the tokenizer is broken, it needs to run its own code, or a package
                 that is not installed.
         """
-        return cls.load(folder) if has_tokenizer(folder) else cls(None)
+        if has_tokenizer(folder):
+            return cls.load(folder)
+        return cls(None, has_source=source_config(folder) is not None)
 
     @property
     def available(self) -> bool:
@@ -133,7 +161,8 @@ class Tokenizer:
             )
         if any(token_id < 0 for token_id in token_ids):
             raise InvalidRequest("Token ids must be at least 0.")
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=not special))
+        text = str(self._backend.decode(list(token_ids), skip_special_tokens=not special))
+        return without_spaces(text) if self.takes_spaces_out else text
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; empty without a tokenizer."""
@@ -149,6 +178,22 @@ class Tokenizer:
     def knows(self, token_id: int) -> bool:
         """Return whether the vocabulary has a token."""
         return self._backend is not None and self._backend.id_to_token(token_id) is not None
+
+    def id_of(self, written: str) -> int:
+        """Return the id of a token, by how it is written ("deu_Latn").
+
+        Raises:
+            InvalidRequest: there is no such token, or no tokenizer.
+        """
+        if self._backend is None:
+            raise InvalidRequest(NO_TOKENIZER.format("forced_bos_token_id as a text"))
+        token_id = self._backend.token_to_id(written)
+        if token_id is None:
+            raise InvalidRequest(
+                f"The model's tokenizer has no token {written!r}, which forced_bos_token_id "
+                "names. Give one that it has, or an id."
+            )
+        return int(token_id)
 
     def special_name(self, token_id: int) -> str:
         """Return how a special token is written ("</s>"); empty for any other token."""
@@ -181,15 +226,18 @@ class Tokenizer:
         """
         assert self._backend is not None
         pieces = {token_id: piece for piece, token_id in self._backend.get_vocab().items()}
+        in_python = isinstance(self._backend, PythonBackend)
         written = [(b"<no token>", False)] * (max(pieces) + 1)
         for token_id, name in self._special.items():
             written[token_id] = name.encode(), False
         unread = []
         for token_id in pieces.keys() - self._special.keys():
-            if self.byte_of(token_id) is not None or self._letters:
+            if in_python or self.byte_of(token_id) is not None or self._letters:
                 written[token_id] = self._bytes_of(token_id, pieces[token_id]), True
             else:
                 unread.append(token_id)
+        if not unread:
+            return written
         before = self._encode("a", add_special_tokens=False)
         texts = self._backend.decode_batch([[*before, token_id] for token_id in unread])
         start = len(self.decode(before))
@@ -224,6 +272,8 @@ class Tokenizer:
         byte = self.byte_of(token_id)
         if byte is not None:
             return bytes([byte])
+        if isinstance(self._backend, PythonBackend):
+            return self._backend.written(piece)
         if self._letters:
             known = [self._letters.get(letter) for letter in piece]
             return piece.encode() if None in known else bytes(b for b in known if b is not None)
@@ -240,6 +290,24 @@ class Tokenizer:
         # Unlike `encode`, this lets other threads run; and it leaves out offsets.
         batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
+
+
+def _backend_of(hugging_face: Any) -> Any:
+    """Return what encodes and decodes, without a limit to the length of texts."""
+    backend = getattr(hugging_face, "backend_tokenizer", None)
+    if backend is None:
+        return PythonBackend(hugging_face)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _takes_spaces_out(hugging_face: Any | None) -> bool:
+    """Return whether transformers takes spaces before punctuation out of texts."""
+    if hugging_face is None or not hugging_face.clean_up_tokenization_spaces:
+        return False
+    backend = getattr(hugging_face, "backend_tokenizer", None)
+    return backend is None or type(backend.model).__name__ != "BPE"
 
 
 def _byte_letters(backend: Any) -> dict[str, int]:

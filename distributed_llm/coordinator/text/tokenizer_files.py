@@ -2,10 +2,12 @@
 
 `tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch: 60 MB and a
 second less than `AutoTokenizer`, which converts folders with only older files (vocab.json,
-merges.txt). Mistral's tekken.json is converted too. Nothing in a checkpoint is executed.
+merges.txt). Mistral's tekken.json is converted too, and encoder-decoders have their own classes.
+Nothing in a checkpoint is executed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import read_json
 from distributed_llm.common.model_folder import TOKENIZER_NAMES
 from distributed_llm.coordinator.text.chat_template import short
+from distributed_llm.coordinator.text.source_tokenizers import (
+    needs_no_files,
+    read_source_tokenizer,
+    source_config,
+)
 
 _MADE_FOR_ALL = "tokenizer.json"
 _TEKKEN = "tekken.json"
 
 _FILES = (
     *(_MADE_FOR_ALL, "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", _TEKKEN),
+    *("spiece.model", "sentencepiece.bpe.model", "source.spm", _TEKKEN),
 )
 
 _SHOWN_CHARS = 200
@@ -31,11 +38,13 @@ _OLD_TEMPLATE = "chat_template.json"
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether `folder` has the files of a tokenizer."""
-    return any((folder / name).exists() for name in _FILES)
+    return any((folder / name).exists() for name in _FILES) or needs_no_files(folder)
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer in `folder`, a fast one of transformers, with its chat templates.
+    """Return the tokenizer in `folder`, one of transformers, with its chat templates.
+
+    It is a fast one, but for some encoder-decoders.
 
     Raises:
         CheckpointError: there is no tokenizer, it is broken, it needs to run its own code, or a
@@ -53,7 +62,7 @@ def read_tokenizer(folder: Path) -> Any:
         raise
     except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
         raise CheckpointError(_why_unread(folder, exc)) from exc
-    if getattr(loaded, "backend_tokenizer", None) is None:
+    if getattr(loaded, "backend_tokenizer", None) is None and source_config(folder) is None:
         raise CheckpointError(
             f"The tokenizer in {folder} ({type(loaded).__name__}) is not one of the "
             "'tokenizers' package. Use a version of the model that has a tokenizer.json."
@@ -119,6 +128,8 @@ def _refuse_code(folder: Path) -> None:
 
 
 def _reader(folder: Path) -> Callable[[Path], Any]:
+    if config := source_config(folder):
+        return partial(read_source_tokenizer, config)
     if (folder / _MADE_FOR_ALL).exists():
         return _read_made_for_all
     return _read_tekken if (folder / _TEKKEN).exists() else _read_older

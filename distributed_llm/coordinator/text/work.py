@@ -115,12 +115,19 @@ class TextWork:
         answers: list[_Answer] = []
         try:
             token_ids = self._token_ids(prompt)
-            continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
+            # A turn of a conversation is a text of its own, and so is what a decoder writes.
+            continued = prompt.kind != "chat" and not self._tokenizer.has_source
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
             answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
             mask = _first_mask(answers[0]) if answers else b""  # an embedding has no answers
-            result = Encoded(request=prompt.request, token_ids=ids, context=context, mask=mask)
+            result = Encoded(
+                request=prompt.request,
+                token_ids=ids,
+                context=context,
+                mask=mask,
+                first=self._tokenizer.id_of(prompt.rules.first) if prompt.rules.first else None,
+            )
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))
             answers = []

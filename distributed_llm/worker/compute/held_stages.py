@@ -361,7 +361,12 @@ class HeldStages:
         if not order.trials or (self.served and self.served.stage is not stage):
             return ()
         try:
-            return try_out(stage, lambda step: self._timer(stage, step), kv_tokens=kv_tokens)
+            return try_out(
+                stage,
+                lambda step: self._timer(stage, step),
+                kv_tokens=kv_tokens,
+                context_length=order.context_length,
+            )
         except torch.AcceleratorError:
             raise
         except Exception as exc:

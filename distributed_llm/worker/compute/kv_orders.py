@@ -10,8 +10,8 @@ from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.compute.loading import PreparedStage
+from distributed_llm.worker.kv.held_transfer import HeldExporter
 from distributed_llm.worker.kv.manifest import KVTransferError
-from distributed_llm.worker.kv.transfer import KVExporter
 from distributed_llm.worker.kv.wire import (
     MAX_PIECES_BYTES,
     MAX_PIECES_SENT,
@@ -35,7 +35,7 @@ class KVExports:
     """The exporters of the served stage, one per transfer."""
 
     def __init__(self) -> None:
-        self._exporters: dict[tuple[int, LayerRange], KVExporter] = {}  # by new epoch and layers
+        self._exporters: dict[tuple[int, LayerRange], HeldExporter] = {}  # by new epoch and layers
 
     def next(self, order: ExportKV, served: Stage | None) -> KVExported:
         """Return the next message of a transfer.
@@ -45,13 +45,15 @@ class KVExports:
         """
         exporter = self._exporter(order, served)
         epoch, layers, number = order.epoch, order.layers, order.number
-        pieces = exporter.next_chunk(MAX_PIECES_BYTES, MAX_PIECES_SENT)
+        rest = order.set_back if order.rest else None
+        pieces = exporter.next_chunk(MAX_PIECES_BYTES, MAX_PIECES_SENT, rest)
         if pieces is not None:
             return KVExported(order, *encode_pieces(epoch, layers, number, pieces))
         if not order.rest:
             return KVExported(order, None)
         assert served is not None
-        return KVExported(order, *encode_end(epoch, layers, number, served.kv_manifest()))
+        manifest = served.kv_manifest(order.set_back)
+        return KVExported(order, *encode_end(epoch, layers, number, manifest))
 
     def end(self, epoch: Epoch) -> None:
         """Forget the transfers to `epoch`."""
@@ -61,7 +63,7 @@ class KVExports:
         """Forget all transfers: the stage is no longer served."""
         self._exporters.clear()
 
-    def _exporter(self, order: ExportKV, served: Stage | None) -> KVExporter:
+    def _exporter(self, order: ExportKV, served: Stage | None) -> HeldExporter:
         key = (order.epoch, order.layers)
         if key not in self._exporters:
             if served is None:
@@ -91,7 +93,8 @@ def import_kv(order: ImportKV, prepared: PreparedStage | None) -> KVImported:
         )
     match message:
         case KVPieces():
-            for piece in decode_pieces(message, order.frames, importer.layouts):
+            layouts, of_states = importer.positions.layouts, importer.states.layouts
+            for piece in decode_pieces(message, order.frames, layouts, of_states):
                 importer.add(piece)
         case KVEnd():
             importer.update(decode_end(message, order.frames))

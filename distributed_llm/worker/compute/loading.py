@@ -16,7 +16,7 @@ from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.compute.finding import Weights
 from distributed_llm.worker.compute.probe import free_memory_bytes
-from distributed_llm.worker.kv.transfer import KVImporter
+from distributed_llm.worker.kv.held_transfer import HeldImporter
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Load
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -74,7 +74,7 @@ class PreparedStage:
     order: LoadStage
     stage: Stage
     threads: int
-    importers: dict[LayerRange, KVImporter]
+    importers: dict[LayerRange, HeldImporter]
     imported_bytes: int = 0
 
 
@@ -300,7 +300,7 @@ def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange)
     return missing
 
 
-def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerRange, KVImporter]:
+def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerRange, HeldImporter]:
     """Return the importers for the KV cache that an order announces, by layers.
 
     Args:

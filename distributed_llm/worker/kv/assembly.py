@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import (
     Extent,
@@ -84,7 +85,7 @@ def assemble(
         ValueError: the cache is not empty.
     """
     mine = _buffers_of(own, layers)
-    imported = {layer: source for source in imports for layer in source.layers if layer not in mine}
+    imported = {n: each for each in imports for n in _numbers(each.layers) if n not in mine}
     used = list(dict.fromkeys(imported.values()))
     manifests = [own[0].manifest()] if own and mine else []
     manifests += [_manifest_of(source) for source in used]
@@ -97,14 +98,15 @@ def assemble(
                 f"{cache.kv_dtype}"
             )
     manifest = reduce(KVManifest.common_with, manifests)
-    numbers = range(layers.start, layers.stop)
+    numbers = _numbers(layers)
     kept = [layer for layer in numbers if cache.knows(layer - layers.start)]
     orphans = [layer for layer in kept if layer not in mine and layer not in imported]
     if orphans and manifest.sequences:
         raise KVTransferError(f"nobody sent the KV cache of layers {orphans}")
     windowed = {layer for layer in numbers if cache.windows[layer - layers.start]}
     sources = {source: _Source(source, manifest, windowed) for source in used}
-    missing = [gap for layer, source in imported.items() for gap in sources[source].missing(layer)]
+    arriving = ((layer, source) for layer, source in imported.items() if layer in kept)
+    missing = [gap for layer, source in arriving for gap in sources[source].missing(layer)]
     if missing:
         raise KVIncomplete(tuple(missing))
 
@@ -122,9 +124,13 @@ def assemble(
     )
 
 
+def _numbers(layers: LayerRange) -> range:
+    return range(layers.start, layers.stop)
+
+
 def _manifest_of(source: KVImporter) -> KVManifest:
     if source.manifest is None:
-        raise KVTransferError(f"the sender of layers {list(source.layers)} has sent no manifest")
+        raise KVTransferError(f"the sender of {layers_text(source.layers)} has sent no manifest")
     return source.manifest
 
 

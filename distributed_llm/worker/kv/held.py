@@ -1,11 +1,21 @@
 """What a stage holds of sequences: keys and values of positions, and states of layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+import msgspec
 
 from distributed_llm.common.messages import SequenceSlice
-from distributed_llm.common.types import SequenceId
+from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.wording import layers_text
+from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
-from distributed_llm.worker.kv.states import SequenceState, StateStore, StateTensors
+from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
+from distributed_llm.worker.kv.import_room import ImportRoom
+from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
+from distributed_llm.worker.kv.state_assembly import assemble_states
+from distributed_llm.worker.kv.state_transfer import StateExporter, StateImporter
+from distributed_llm.worker.kv.states import SequenceState, StateStore, StateTensors, layout_of
+from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 
 
 class HeldSequences:
@@ -57,6 +67,14 @@ class HeldSequences:
         """Return the state of a sequence at a position, if one stands there."""
         return self._states.at(sequence_id, position)
 
+    def learn(self, made: Sequence[StateTensors]) -> None:
+        """Learn what states look like from those of one sequence.
+
+        Args:
+            made: tensors of each layer.
+        """
+        self._states.layouts = tuple(map(layout_of, made))
+
     def admit(self, step: Sequence[SequenceSlice]) -> None:
         """Check that a step fits, and create its new sequences; see `KVCache.admit`.
 
@@ -91,6 +109,78 @@ class HeldSequences:
                 self._states.commit([parts[whose] for whose in sequence_ids], layers)
         for part in step:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
+
+    def manifest(self, set_back: Collection[SequenceId]) -> KVManifest:
+        """Return a description of what is held; not to be called in a step.
+
+        Args:
+            set_back: sequences of which what their latest steps began with is told, too.
+        """
+        states = self._states.standing(set_back)
+        return msgspec.structs.replace(self._cache.manifest(), states=states)
+
+    def exporter(self, held: LayerRange, layers: LayerRange) -> HeldExporter:
+        """Return an exporter of what is held in some layers; steps may go on.
+
+        Args:
+            held: the layers of the stage.
+            layers: those to export.
+
+        Raises:
+            ValueError: the stage does not have these layers.
+        """
+        positions = KVExporter(self._cache, held, layers)
+        return HeldExporter(positions, StateExporter(self._states, held, layers))
+
+    def importer(self, held: LayerRange, layers: LayerRange, max_bytes: int) -> HeldImporter:
+        """Return an importer for what others hold in some layers.
+
+        Args:
+            held: the layers of the stage.
+            layers: to expect.
+            max_bytes: of memory for the importer.
+
+        Raises:
+            ValueError: the stage does not have these layers.
+        """
+        if layers.start < held.start or layers.stop > held.stop:
+            raise ValueError(f"a stage of {layers_text(held)} has no {layers_text(layers)}")
+        room, first = ImportRoom(max_bytes), held.start
+        numbers = range(layers.start, layers.stop)
+        kept = [n for n in numbers if self._cache.knows(n - first)]
+        layouts = {n: self._cache.layout(n - first) for n in kept}
+        windowed = [n for n in kept if self._cache.windows[n - first]]
+        states = {n: layout for n in numbers if (layout := self._states.layouts[n - first])}
+        return HeldImporter(
+            KVImporter(layers, layouts, room, windowed), StateImporter(states, room)
+        )
+
+    def assemble(
+        self,
+        layers: LayerRange,
+        own: tuple["HeldSequences", LayerRange] | None,
+        imports: Sequence[HeldImporter],
+    ) -> None:
+        """Fill this with what other stages hold; nothing is held, and no step runs.
+
+        Args:
+            layers: of the stage.
+            own: what this worker has held so far, and its layers; see `assembly.assemble`.
+            imports: for the layers that `own` lacks, with their senders' manifests.
+
+        Raises:
+            KVTransferError: something has not arrived, or a layer has no source.
+            ValueError: something is held.
+        """
+        mine = (own[0]._cache, own[1]) if own else None
+        assemble(self._cache, layers, mine, [each.positions for each in imports])
+        lengths = {each: self._cache.length(each) for each in self._cache.sequence_ids}
+        states = (own[0]._states, own[1]) if own else None
+        try:
+            assemble_states(self._states, layers, lengths, states, imports)
+        except KVTransferError:
+            self._cache.free(self._cache.sequence_ids)
+            raise
 
     def free(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Drop all that is held of these sequences; ignore unknown ones."""

@@ -1,10 +1,11 @@
-"""Describes a KV cache without its tensors, as it is sent to another worker.
+"""Describes a KV cache and states beside it, without tensors, as it is sent to another worker.
 
 The fields of these structs are on the wire: arrays of MessagePack, in this order.
 """
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -69,6 +70,36 @@ class ManifestSequence(
         return np.frombuffer(self.token_ids, dtype=_WIRE_TOKEN).astype(np.int32, copy=False)
 
 
+class ManifestState(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """A state of the layers that have one of their own; see `states.SequenceState`.
+
+    Attributes:
+        number: identifies the state at its stage.
+        position: of the sequence, which comes next.
+    """
+
+    number: Count
+    position: Count
+
+
+class ManifestStates(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What stands of a sequence in layers with a state of their own.
+
+    Attributes:
+        sequence_id: as in tasks.
+        latest: where its latest step ended, then where that began, as far as they are told.
+        snapshots: that are kept for as long as the sequence is held.
+    """
+
+    sequence_id: SequenceId
+    latest: Annotated[tuple[ManifestState, ...], msgspec.Meta(max_length=2)]
+    snapshots: tuple[ManifestState, ...]
+
+
 class Extent(msgspec.Struct, frozen=True):
     """Positions `[start, stop)` of a sequence, held by one segment from its start on."""
 
@@ -86,11 +117,13 @@ class KVManifest(
         sequences: that the cache holds.
         segments: of these sequences.
         kv_dtype: how keys and values are kept.
+        states: that stand beside them, in layers that have one of their own.
     """
 
     sequences: tuple[ManifestSequence, ...]
     segments: tuple[ManifestSegment, ...]
     kv_dtype: KVDtype = "auto"
+    states: tuple[ManifestStates, ...] = ()
 
     def check(self) -> None:
         """Refuse a manifest that no cache can have.
@@ -108,9 +141,18 @@ class KVManifest(
             and all(segment.capacity % KV_BLOCK == 0 for segment in self.segments)
             and all(segment.owner is None or segment.owner in ids for segment in self.segments)
             and all(_is_sound(sequence, segments) for sequence in self.sequences)
+            and self._states_are_sound()
         )
         if not sound:
             raise KVTransferError("another worker's manifest contradicts itself")
+
+    def _states_are_sound(self) -> bool:
+        states = [one for held in self.states for one in (*held.latest, *held.snapshots)]
+        positions = {one.number: one.position for one in states}
+        ids = {held.sequence_id for held in self.states}
+        return len(ids) == len(self.states) and all(
+            positions[one.number] == one.position for one in states
+        )
 
     def chains(self) -> Mapping[int, tuple[ManifestSegment, ...]]:
         """Return the segments of each sequence, in the order of their positions."""

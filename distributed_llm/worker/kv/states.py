@@ -12,7 +12,9 @@ States that one step made for several sequences lie in the same tensors, where t
 them together. Once less than half of them is held, those are copied, and the tensors are freed.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -20,9 +22,43 @@ from torch import Tensor
 
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import SequenceId
+from distributed_llm.worker.kv.manifest import ManifestState, ManifestStates
 
 StateTensors = dict[str, Tensor]
 """Tensors of one layer's states by what they are; [rows, ...], a row for each sequence."""
+
+
+class StateTensor(NamedTuple):
+    """One tensor of a layer's state.
+
+    Attributes:
+        name: what it is.
+        shape: of one sequence.
+        dtype: of its numbers.
+        device: where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Numbers of one sequence."""
+        return math.prod(self.shape)
+
+
+StateLayout = tuple[StateTensor, ...]
+"""The tensors of a layer's state by name; empty if it keeps none."""
+
+
+def layout_of(made: StateTensors) -> StateLayout:
+    """Return the layout of a layer's states."""
+    return tuple(
+        StateTensor(name, tuple(tensor.shape[1:]), tensor.dtype, tensor.device)
+        for name, tensor in sorted(made.items())
+    )
 
 
 class StateBatch:
@@ -45,10 +81,6 @@ class StateBatch:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
 
-    def states(self, positions: Sequence[int]) -> list["SequenceState"]:
-        """Return the states of all rows, at these positions."""
-        return [SequenceState(self, row, position) for row, position in enumerate(positions)]
-
     def alone(self, row: int) -> "StateBatch":
         """Return a copy of one row."""
         copies = [
@@ -65,14 +97,16 @@ class SequenceState:
         batch: with the tensors.
         row: in these.
         position: of the sequence, which comes next.
+        number: identifies it in its store; later ones have larger numbers.
     """
 
-    __slots__ = ("__weakref__", "batch", "position", "row")
+    __slots__ = ("__weakref__", "batch", "number", "position", "row")
 
-    def __init__(self, batch: StateBatch, row: int, position: int) -> None:
+    def __init__(self, batch: StateBatch, row: int, position: int, number: int) -> None:
         self.batch = batch
         self.row = row
         self.position = position
+        self.number = number
         batch.held.add(self)
 
     def move_out(self) -> None:
@@ -104,15 +138,25 @@ class _Held:
         self.former: SequenceState | None = None
         self.snapshots: dict[int, SequenceState] = {}
 
-    def states(self) -> Iterable[SequenceState]:
+    def states(self) -> Iterator[SequenceState]:
         yield from self.snapshots.values()
+        yield from self.latest()
+
+    def latest(self) -> Iterator[SequenceState]:
         yield from (state for state in (self.committed, self.former) if state is not None)
 
 
 class StateStore:
-    """The states of all sequences of a stage."""
+    """The states of all sequences of a stage.
+
+    Attributes:
+        layouts: of each layer's states, once they are known.
+        num_made: states that were made so far; the numbers of later ones are no smaller.
+    """
 
     def __init__(self) -> None:
+        self.layouts: tuple[StateLayout, ...] = ()
+        self.num_made = 0
         self._sequences: dict[SequenceId, _Held] = {}
         self._batches: WeakSet[StateBatch] = WeakSet()
 
@@ -189,10 +233,9 @@ class StateStore:
             parts: what the step computed of these sequences.
             layers: tensors of each layer, with a row for each of them.
         """
-        batch = StateBatch(layers, len(parts))
-        self._batches.add(batch)
         ends = [part.start + part.num_tokens for part in parts]
-        for part, state in zip(parts, batch.states(ends), strict=True):
+        states = self._new_states(StateBatch(layers, len(parts)), ends)
+        for part, state in zip(parts, states, strict=True):
             begun = self.at(part.sequence_id, part.start)
             held = self._sequences.setdefault(part.sequence_id, _Held())
             held.former, held.committed = begun, state
@@ -201,6 +244,56 @@ class StateStore:
             if part.snapshot:
                 held.snapshots[state.position] = state
         self._free_batches()
+
+    def _new_states(self, batch: StateBatch, positions: Sequence[int]) -> list[SequenceState]:
+        """Return the states of all rows of a new batch, at these positions."""
+        self._batches.add(batch)
+        first = self.num_made
+        self.num_made += batch.rows
+        return [SequenceState(batch, row, at, first + row) for row, at in enumerate(positions)]
+
+    def standing(self, set_back: Collection[SequenceId] | None) -> tuple[ManifestStates, ...]:
+        """Return what stands of all sequences.
+
+        Args:
+            set_back: only of these, what their latest steps began with; None: of all.
+        """
+        return tuple(
+            ManifestStates(
+                sequence_id=sequence_id,
+                latest=tuple(
+                    _told(state)
+                    for state in held.latest()
+                    if state is held.committed or set_back is None or sequence_id in set_back
+                ),
+                snapshots=tuple(map(_told, held.snapshots.values())),
+            )
+            for sequence_id, held in self._sequences.items()
+        )
+
+    def by_number(self) -> dict[int, SequenceState]:
+        """Return all states that stand, by their numbers."""
+        held = (state for one in self._sequences.values() for state in one.states())
+        return {state.number: state for state in held}
+
+    def restore(
+        self,
+        batches: Iterable[tuple[StateBatch, Sequence[int]]],
+        standing: Sequence[ManifestStates],
+    ) -> None:
+        """Fill this empty store with states.
+
+        Args:
+            batches: all states with their positions; they are numbered from 0, in this order.
+            standing: what stands of each sequence.
+        """
+        made = [state for batch, at in batches for state in self._new_states(batch, at)]
+        states = {state.number: state for state in made}
+        for told in standing:
+            held = self._sequences[told.sequence_id] = _Held()
+            latest = [states[one.number] for one in told.latest]
+            held.committed, held.former = (*latest, None, None)[:2]
+            held.snapshots = {one.position: states[one.number] for one in told.snapshots}
 
     def free(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Drop all states of these sequences; ignore unknown ones."""
@@ -219,3 +312,7 @@ class StateStore:
     def tensors(self) -> list[object]:
         """Return all tensors."""
         return [t for batch in self._batches for layer in batch.layers for t in layer.values()]
+
+
+def _told(state: SequenceState) -> ManifestState:
+    return ManifestState(number=state.number, position=state.position)

@@ -17,6 +17,7 @@ from distributed_llm.common.messages import KVPart
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.import_room import ImportRoom
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 
@@ -109,7 +110,7 @@ class KVExporter:
     def written(self, segment: int, offset: int) -> None:
         """Export positions from `offset` on again once they are committed."""
         done = self._done.get(segment)
-        if done is not None and max(done) > offset:
+        if done and max(done) > offset:
             self._done[segment] = [min(count, offset) for count in done]
 
     def _unseen(self, segment: Segment, layer: int) -> int:
@@ -146,30 +147,32 @@ class KVImporter:
     """Collects the pieces of one exporter on another worker.
 
     Args:
-        layouts: of the layers to expect, by their numbers in the model.
-        max_bytes: of memory for the buffers.
+        layers: to expect; some may keep no keys and values.
+        layouts: of those that keep some, by their numbers in the model.
+        room: for the buffers.
         windowed: those of the layers that have a window.
 
     Attributes:
+        layers: as given.
         layouts: as given.
         manifest: what the sender holds, as its latest manifest says; None before the first.
         nbytes: bytes of memory that the buffers take.
     """
 
     def __init__(
-        self, layouts: Mapping[int, KVLayout], max_bytes: int, windowed: Collection[int] = ()
+        self,
+        layers: LayerRange,
+        layouts: Mapping[int, KVLayout],
+        room: ImportRoom,
+        windowed: Collection[int] = (),
     ) -> None:
         self.manifest: KVManifest | None = None
         self.nbytes = 0
+        self.layers = layers
         self.layouts = dict(layouts)
-        self._max_bytes = max_bytes
+        self._room = room
         self._windowed = windowed
         self._arrived: dict[tuple[int, int], _Arrived] = {}  # by segment and layer
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers, in the model, of the layers that are expected."""
-        return tuple(self.layouts)
 
     def add(self, piece: KVPiece) -> None:
         """Keep a piece; forget what had arrived of its segment from its first position on.
@@ -207,7 +210,8 @@ class KVImporter:
         """Set the sender's manifest, and free segments that are not in it.
 
         Raises:
-            KVTransferError: the manifest contradicts itself, or describes more than `max_bytes`.
+            KVTransferError: the manifest contradicts itself, or describes more than there is room
+                for.
         """
         manifest.check()
         unseen = manifest.unseen()
@@ -217,12 +221,13 @@ class KVImporter:
             for layer, layout in self.layouts.items()
             for segment in manifest.segments
         )
-        if needed > self._max_bytes:
-            raise self._too_much()
+        self._room.ensure(needed)
         self.manifest = manifest
         held = {segment.number for segment in manifest.segments}
         gone = [key for key in self._arrived if key[0] not in held]
-        self.nbytes -= sum(self._arrived.pop(key).buffers.nbytes for key in gone)
+        freed = sum(self._arrived.pop(key).buffers.nbytes for key in gone)
+        self._room.give_back(freed)
+        self.nbytes -= freed
 
     def arrived(self, segment: int, layer: int) -> tuple[int, int]:
         """Return the positions of a segment, `[first, stop)`, that have arrived in a layer."""
@@ -241,8 +246,7 @@ class KVImporter:
         first = old.first if old else part.offset
         growth = (part.capacity - first) * layout.token_bytes
         growth -= old.buffers.nbytes if old else 0
-        if self.nbytes + growth > self._max_bytes:
-            raise self._too_much()
+        self._room.take(growth)
         new = _Arrived(layout.allocate(part.capacity, first), part.offset, part.offset)
         if old is not None:
             new.first, new.filled = old.first, old.filled
@@ -250,12 +254,6 @@ class KVImporter:
         self.nbytes += growth
         self._arrived[part.segment, part.layer] = new
         return new
-
-    def _too_much(self) -> KVTransferError:
-        return KVTransferError(
-            f"the KV cache that arrives takes more than the {self._max_bytes} bytes that are left "
-            "for it"
-        )
 
 
 def _check_piece(piece: KVPiece, layout: KVLayout) -> None:

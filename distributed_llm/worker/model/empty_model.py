@@ -8,6 +8,7 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -15,6 +16,7 @@ from transformers import (
 from distributed_llm.common import model_sizes
 from distributed_llm.common.architectures import generates_nothing, unknown_type
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS, is_encoder_decoder
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
@@ -24,6 +26,8 @@ from distributed_llm.worker.model.config_faults import refused
 from distributed_llm.worker.model.fixed_rope import fix_rope
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
+from distributed_llm.worker.model.stacks.attention import STACK_ATTENTION
+from distributed_llm.worker.model.stacks.joined import join_stacks
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
 
@@ -48,7 +52,8 @@ def model_config(config: Mapping[str, Any], context_length: int | None = None) -
     if model_type not in CONFIG_MAPPING:
         raise unknown_type(model_type)
     kind = CONFIG_MAPPING[model_type]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and model_type not in WITHOUT_HEAD:
+    heads = (kind in MODEL_FOR_CAUSAL_LM_MAPPING, model_type in WITHOUT_HEAD)
+    if not any((*heads, is_encoder_decoder(config))):
         raise generates_nothing(model_type)
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
     left_out = {*QUANTIZATION_NAMES, PART_OF}
@@ -80,7 +85,10 @@ def _leave_out_what_is_not_used(values: dict[str, Any]) -> None:
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
     """Return a model of this configuration, with weights as transformers initialises them."""
     of_config: Any = type(config)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
+    if config.model_type in ENCODER_DECODERS:
+        kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[of_config]
+    else:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     return model
 
@@ -132,9 +140,10 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """
     config = model_config(checkpoint.config, checkpoint.context_length)
     replaced = config.model_type in OWN_ATTENTION
+    stacks = config.model_type in ENCODER_DECODERS
     try:
         with torch.device("meta"):
-            kind = "eager" if replaced else ATTENTION_NAME
+            kind = "eager" if replaced else STACK_ATTENTION if stacks else ATTENTION_NAME
             model = new_model(config, dtype, attn_implementation=kind)
     except Exception as exc:
         _meta_model(config, dtype, checkpoint.config)  # raises if attention is not the reason
@@ -144,6 +153,8 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from exc
     if replaced:
         use_packed_attention(model)
+    if stacks:
+        join_stacks(model)
     tell_positions(model)
     tell_of_sorted_experts(model)
     return model

@@ -1,6 +1,6 @@
 """Hooks on a stage's layers: hidden states in and out, progress, and time taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ class LayerHooks:
     Args:
         layers: not empty; no other stage may run these modules.
         first: the layers are the model's first, so they take the embedding's output.
+        entries: other layers that a step may begin with, and take the embedding's output.
         last: the layers are the model's last, so the model's own norm and head take their output.
         new_event: returns a new event of the layers' device; see `event_type`.
         after_layer: called after each layer. It must not refer to the layers: the cycle would keep
@@ -34,6 +35,7 @@ class LayerHooks:
         last: bool,
         new_event: Callable[[], "Event"],
         after_layer: Callable[[], None] | None,
+        entries: Iterable[nn.Module] = (),
     ) -> None:
         self.incoming: Tensor | None = None
         self.outgoing: Tensor | None = None
@@ -41,14 +43,15 @@ class LayerHooks:
         self.after_layer = after_layer
         self._began = new_event()
         self._span = (self._began, self._began)
-        layers[0].register_forward_pre_hook(self._begin)
+        for entry in (layers[0], *entries):
+            entry.register_forward_pre_hook(self.begin)
         if not first:
             layers[0].register_forward_pre_hook(self._replace_input, with_kwargs=True)
-        layers[-1].register_forward_hook(self._end)
+        layers[-1].register_forward_hook(self.end)
         if not last:
             layers[-1].register_forward_hook(self._take_output)
         for layer in layers:
-            layer.register_forward_hook(self._report_progress)
+            layer.register_forward_hook(self.report_progress)
 
     @property
     def seconds(self) -> float:
@@ -64,16 +67,19 @@ class LayerHooks:
         """Drop the hidden states, so that their memory can be freed."""
         self.incoming = self.outgoing = None
 
-    def _begin(self, *_: Any) -> None:
+    def begin(self, *_: Any) -> None:
+        """Note that the layers begin."""
         self._began = self._new_event()
         self._began.record()
 
-    def _end(self, *_: Any) -> None:
+    def end(self, *_: Any) -> None:
+        """Note that the layers have ended."""
         ended = self._new_event()
         ended.record()
         self._span = (self._began, ended)
 
-    def _report_progress(self, *_: Any) -> None:
+    def report_progress(self, *_: Any) -> None:
+        """Tell whoever wants to know that a layer has ended."""
         if self.after_layer is not None:
             self.after_layer()
 

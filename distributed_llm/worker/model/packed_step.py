@@ -14,12 +14,22 @@ from distributed_llm.worker.kv.states import SequenceState, StateTensors, joined
 
 @dataclass(frozen=True, slots=True)
 class PackedSlice:
-    """Tokens `[row, row + num_tokens)` of the packed row: positions of a sequence from `start`."""
+    """Tokens `[row, row + num_tokens)` of the packed row: positions of a sequence from `start`.
+
+    Attributes:
+        source: how many of the sequence's first positions are what an encoder reads.
+    """
 
     sequence_id: SequenceId
     start: int
     row: int
     num_tokens: int
+    source: int = 0
+
+    @property
+    def is_source(self) -> bool:
+        """Whether the tokens are what an encoder reads."""
+        return self.start < self.source
 
 
 @dataclass(slots=True)
@@ -119,6 +129,7 @@ class Scoring:
             attends to none before its own. 0: the text is not cut.
         slopes: [heads], by how much the score of a position exceeds that of the one before, the
             rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
+        across: whether tokens see the source of their sequence, and nothing else.
     """
 
     scale: float
@@ -127,6 +138,7 @@ class Scoring:
     sinks: Tensor | None
     section: int = 0
     slopes: Tensor | None = None
+    across: bool = False
 
     @property
     def most_seen(self) -> int:
@@ -138,6 +150,12 @@ class Scoring:
         if self.section:
             return position - position % self.section
         return max(0, position + 1 - self.window) if self.window else 0
+
+    def seen_by(self, part: PackedSlice) -> tuple[int, int]:
+        """Return the positions [first, stop) of its sequence that a slice of one token sees."""
+        if self.across:
+            return 0, part.source
+        return part.source + self.first_seen(part.start - part.source), part.start + 1
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.

@@ -114,7 +114,8 @@ class SharedModules:
         if self._cut.applies_to(name):
             return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
-            alike = bool(self._cut.width) or (held.start == 0) == (self._layers.start == 0)
+            embeds = self._checkpoint.embeds
+            alike = bool(self._cut.width) or embeds(held) == embeds(self._layers)
             return self._is_last(held) and alike
         return self._uses(held, name)
 

@@ -1,11 +1,13 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import lenders_within
@@ -16,12 +18,10 @@ from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.common.wording import layers_text
-from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
-from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
-from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
+from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
+from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.failures import (
@@ -32,6 +32,7 @@ from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
 from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.step_results import StageOutput, StepResults
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
@@ -67,7 +68,8 @@ class Stage:
         self.layers = layers
         self._held = stage_model
         self._last = layers.stop == checkpoint.num_layers
-        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
+        encoders = encoder_layers(checkpoint.config)
+        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size, encoders)
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
@@ -79,14 +81,20 @@ class Stage:
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
-        self._forward = Forward(
-            stage_model,
-            checkpoint.num_layers,
-            device,
-            dtype,
-            keeps_kv=keeps_kv(checkpoint.config)[own],
-            keeps_state=[nbytes > 0 for nbytes in of_states],
-        )
+        self._forward: Forward | StackForward
+        if encoders:
+            self._forward = StackForward(
+                stage_model, checkpoint.num_layers, encoders, device, dtype
+            )
+        else:
+            self._forward = Forward(
+                stage_model,
+                checkpoint.num_layers,
+                device,
+                dtype,
+                keeps_kv=keeps_kv(checkpoint.config)[own],
+                keeps_state=[nbytes > 0 for nbytes in of_states],
+            )
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
         )
@@ -303,6 +311,8 @@ class Stage:
             )
         made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
         self._held_sequences.commit(sequences, made)
+        if self.layers.stop <= self.inputs.encoder_layers:  # nothing is kept of sources
+            self._held_sequences.free([part.sequence_id for part in sequences])
         return output
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:
@@ -331,41 +341,35 @@ class Stage:
         """
         return [*self._held.tensors(), *self._held_sequences.tensors]
 
-    def kv_manifest(self) -> KVManifest:
-        """Return a description of the KV cache's content; not to be called in a step."""
-        return self._cache.manifest()
+    def kv_manifest(self, set_back: Collection[SequenceId] = ()) -> KVManifest:
+        """Return a description of KV cache and states; not to be called in a step.
 
-    def export_kv(self, layers: LayerRange) -> KVExporter:
-        """Return an exporter of the KV cache of these layers; steps may go on.
+        Args:
+            set_back: see `HeldExporter.next_chunk`.
+        """
+        return self._held_sequences.manifest(set_back)
+
+    def export_kv(self, layers: LayerRange) -> HeldExporter:
+        """Return an exporter of the KV cache and states of these layers; steps may go on.
 
         Raises:
-            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
-        self._refuse_states()
-        return KVExporter(self._cache, self.layers, layers)
+        return self._held_sequences.exporter(self.layers, layers)
 
-    def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
-        """Return an importer that collects KV cache of these layers for `assemble_kv`.
+    def import_kv(self, layers: LayerRange, max_bytes: int) -> HeldImporter:
+        """Return an importer of KV cache and states of these layers for `assemble_kv`.
 
         Args:
             layers: some of this stage's.
             max_bytes: of memory for the importer.
 
         Raises:
-            KVTransferError: some of this stage's layers have a state of their own.
             ValueError: the stage does not have these layers.
         """
-        self._refuse_states()
-        start = self.layers.start
-        if layers.start < start or layers.stop > self.layers.stop:
-            raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
-        numbers = [n for n in range(layers.start, layers.stop) if self._cache.knows(n - start)]
-        layouts = {n: self._cache.layout(n - start) for n in numbers}
-        windowed = [n for n in numbers if self._cache.windows[n - start]]
-        return KVImporter(layouts, max_bytes, windowed)
+        return self._held_sequences.importer(self.layers, layers, max_bytes)
 
-    def assemble_kv(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
+    def assemble_kv(self, donor: "Stage | None", imports: Sequence[HeldImporter] = ()) -> None:
         """Fill this stage's empty KV cache from other stages, between two steps of the pipeline.
 
         Afterwards the stage holds what all sources have in common of each sequence; tasks that
@@ -379,19 +383,15 @@ class Stage:
 
         Raises:
             KVIncomplete: positions have not arrived; nothing was changed.
-            KVTransferError: a layer has no source, or some of this stage's layers have a state of
-                their own; nothing was changed.
+            KVTransferError: a layer has no source, or states have not arrived; nothing was changed.
             ValueError: this stage holds sequences already.
         """
-        self._refuse_states()
-        assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
-
-    def _refuse_states(self) -> None:
-        if self.state_bytes:
-            raise KVTransferError(
-                f"some of {layers_text(self.layers)} have a state of their own beside keys and "
-                "values, which is not sent to other workers; sequences are to be computed again"
-            )
+        if self.layers.stop <= self.inputs.encoder_layers:
+            return  # nothing is kept of sources
+        own = None
+        if donor and donor.layers.stop > self.inputs.encoder_layers:
+            own = donor._held_sequences, donor.layers
+        self._held_sequences.assemble(self.layers, own, imports)
 
     def _warm_up(self, of_states: Sequence[int]) -> None:
         """Compute one token and drop it, to learn what the KV cache is like and prepare kernels.
@@ -406,18 +406,26 @@ class Stage:
             CheckpointError: weights are not finite, or config.json has a value with which nothing
                 can be computed.
         """
-        token_ids, hidden_states = self.inputs.made_up(1)
-        for _ in range(2):
-            one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)
-            step = self._begin([one], token_ids)
+        encoders = self.inputs.encoder_layers
+        one = SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1, source=int(bool(encoders)))
+        steps = [one, one]
+        if encoders and self.layers.stop > encoders:
+            steps.append(msgspec.structs.replace(one, start=1))
+        for part in steps:
+            source = part.is_source
+            token_ids, hidden_states = self.inputs.made_up(1, source=source)
+            step = self._begin([part], token_ids)
+            rows = [0] if self._last and not source else []
             with computing(self._checkpoint.config):
-                result = self._forward.run(step, token_ids, hidden_states, [0] * self._last)
-        if result is not None and not result.isfinite().all():
-            self.check_finite_weights()
+                result = self._forward.run(step, token_ids, hidden_states, rows)
+            if result is not None and not result.isfinite().all():
+                self.check_finite_weights()
+            self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
         self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
         (group,) = step.groups
         measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
+        self._held_sequences.learn(group.made)
         if measured != list(of_states):
             raise StageError(f"states of layers take {measured} bytes, not {list(of_states)}")
 
@@ -460,7 +468,9 @@ class Stage:
         for part in sequences:
             stop = row + part.num_tokens
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
-            slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
+            slices.append(
+                PackedSlice(part.sequence_id, part.start, row, part.num_tokens, part.source)
+            )
             row = stop
         begun = [self._held_sequences.state_at(s.sequence_id, s.start) for s in slices]
         num_layers = len(self.layers)

@@ -17,6 +17,7 @@ from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep
 from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
 from distributed_llm.worker.model.sampler import RowsFailed
+from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.task_inputs import Masks
 
 
@@ -57,7 +58,13 @@ class StepResults:
     """
 
     def __init__(
-        self, forward: Forward, layers: LayerRange, dtype: torch.dtype, *, last: bool, width: int
+        self,
+        forward: Forward | StackForward,
+        layers: LayerRange,
+        dtype: torch.dtype,
+        *,
+        last: bool,
+        width: int,
     ) -> None:
         self._forward = forward
         self._layers = layers
@@ -110,8 +117,8 @@ class StepResults:
         rows_to_sample = [
             RowToSample(
                 samplings[s.sequence_id],
-                s.start + s.num_tokens,
-                step.cache.tokens(s.sequence_id, s.start + s.num_tokens),
+                s.start + s.num_tokens - s.source,
+                step.cache.tokens(s.sequence_id, s.start + s.num_tokens)[s.source :],
                 mask,
             )
             for s, mask in zip(ends, own, strict=True)

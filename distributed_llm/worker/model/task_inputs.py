@@ -27,21 +27,36 @@ class TaskInputs:
         layers: of the stage.
         hidden_size: width of the hidden states.
         vocab_size: exclusive upper bound of token ids.
+        encoder_layers: of the whole model; 0: it is a decoder alone.
     """
 
     layers: LayerRange
     hidden_size: int
     vocab_size: int
+    encoder_layers: int = 0
 
-    def made_up(self, total: int) -> tuple[Tensor, Tensor | None]:
+    def begins_with(self, *, source: bool) -> bool:
+        """Return whether a step begins at this stage, which is given no hidden states then.
+
+        Args:
+            source: whether the step computes what an encoder reads.
+        """
+        first = 0 if source else self.encoder_layers
+        return self.layers.start <= first < self.layers.stop
+
+    def made_up(self, total: int, *, source: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return random token ids and hidden states of `total` tokens, as `Stage.run` takes them.
 
         They are random so that mixture-of-experts layers choose experts about as for real tokens,
         and the same at every call.
+
+        Args:
+            total: number of tokens.
+            source: whether the step computes what an encoder reads.
         """
         draw = torch.Generator().manual_seed(0)
         token_ids = torch.randint(self.vocab_size, (total,), generator=draw, dtype=torch.int32)
-        if self.layers.start == 0:
+        if self.begins_with(source=source):
             return token_ids, None
         return token_ids, torch.randn(total, self.hidden_size, generator=draw)
 
@@ -66,13 +81,34 @@ class TaskInputs:
         if len({part.sequence_id for part in sequences}) != len(sequences):
             raise StageError("the task names a sequence twice")
         self._check_token_ids(sequences, token_ids)
-        if self.layers.start > 0:
+        source = self._check_kind(sequences)
+        if not self.begins_with(source=source):
             self._check_hidden_states(hidden_states, total)
         elif hidden_states is not None:
             raise StageError("the first stage was given hidden states")
         _check_masks(sequences, masks)
         for part in sequences:
             _check_prefix(part, sequences)
+
+    def _check_kind(self, sequences: Sequence[SequenceSlice]) -> bool:
+        """Return whether a step computes what an encoder reads; refuse a mixed one."""
+        sources = [part for part in sequences if part.is_source]
+        if any(bool(self.encoder_layers) != bool(part.source) for part in sequences):
+            raise StageError(
+                f"the task has sources of {[part.source for part in sequences]} tokens, but the "
+                f"model's encoder has {self.encoder_layers} layers"
+            )
+        if not sources:
+            if self.layers.stop <= self.encoder_layers:
+                raise StageError(f"stage {self.layers} has no layers for answers")
+            return False
+        if len(sources) < len(sequences):
+            raise StageError("the task has tokens of sources and of answers")
+        for part in sources:
+            if (part.start, part.num_tokens) != (0, part.source) or part.sample or part.embed:
+                why = f"the source of sequence {part.sequence_id} is not computed as a whole"
+                raise SequencesFailed([part.sequence_id], StageError(why))
+        return True
 
     def _check_token_ids(self, sequences: Sequence[SequenceSlice], token_ids: Tensor) -> None:
         lowest, highest = (int(value) for value in token_ids.aminmax())

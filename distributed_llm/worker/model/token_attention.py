@@ -74,14 +74,35 @@ def attend_tokens(
             sinks=scoring.sinks,
         )
     own = [(part.sequence_id, part.start) for part in step.single]
+    step.cache.append_tokens(layer, own, key, value)
+    return read_tokens(step, layer, query, scoring, key.shape[-1], value.shape[-1])
+
+
+def read_tokens(
+    step: PackedStep, layer: int, query: Tensor, scoring: Scoring, key_dim: int, value_dim: int
+) -> Tensor:
+    """Compute the attention of the step's single tokens over what is in the KV cache.
+
+    Args:
+        step: that runs.
+        layer: within the stage.
+        query: as for `attend_tokens`.
+        scoring: how.
+        key_dim: numbers of a key.
+        value_dim: numbers of a value.
+
+    Returns:
+        [tokens, heads, value_dim].
+    """
+    coding = step.cache.coding
     readings = readings_of(step, scoring)
     heads, tokens, _ = query.shape
-    kv_heads = key.shape[0]
-    step.cache.append_tokens(layer, own, key, value)
     held = [reading.segment.layers[layer] for reading in readings]
+    assert held[0] is not None
+    kv_heads = held[0].keys.shape[0]
     rows = None
     if coding is not None:
-        rows = CodedRows(coding, key.shape[-1], value.shape[-1], query.dtype)
+        rows = CodedRows(coding, key_dim, value_dim, query.dtype)
         query = rows.rotated(query)
     # [tokens, kv_heads, group, head_dim]
     queries = query.transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, -1)

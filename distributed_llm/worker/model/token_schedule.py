@@ -72,17 +72,18 @@ class Schedule:
 
 def readings_of(step: PackedStep, scoring: Scoring) -> list[Reading]:
     """Return what the single tokens of a step read in layers that see what these do."""
-    made_from = "readings", scoring.window, scoring.section
+    made_from = "readings", scoring.window, scoring.section, scoring.across
     made = step.made.get(made_from)
     if made is None:
         readers: dict[tuple[int, int, int], list[int]] = {}
         segments: dict[int, Segment] = {}
         for number, part in enumerate(step.single):
             chain = step.cache.segments(part.sequence_id)
+            lowest, end = scoring.seen_by(part)
             for segment, following in itertools.pairwise((*chain, None)):
                 assert segment is not None
-                stop = (following.start if following else part.start + 1) - segment.start
-                first = max(0, scoring.first_seen(part.start) - segment.start)
+                stop = min(following.start if following else end, end) - segment.start
+                first = max(0, lowest - segment.start)
                 if first < stop:
                     readers.setdefault((segment.number, first, stop), []).append(number)
                     segments[segment.number] = segment
@@ -101,7 +102,7 @@ def schedule_of(
 ) -> Schedule:
     """Return which readings of a layer are computed together; layers that are alike share it."""
     slabs: dict[int, int] = {}  # numbered as they appear, for each layer has its own
-    signature: list[object] = [scoring.window, scoring.section]
+    signature: list[object] = [scoring.window, scoring.section, scoring.across]
     for buffers in held:
         assert buffers is not None
         if buffers.row is None:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distributed_llm.common.cache_folder import offload_folder
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
@@ -43,6 +44,8 @@ from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
 from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
+from distributed_llm.worker.model.stacks.joined import drop_bias, link_stacks
+from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
 _EMBED_IN_PLACE = frozenset({"ctrl"})
@@ -128,6 +131,9 @@ def load_stage_model(
     numbers = _missing_layers(layers, shared)
     empty_layers = _take_layers(model, path, numbers)
     _drop_unneeded(model, checkpoint, layers, shared, device)
+    if checkpoint.stacks is not None:
+        of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
+        drop_bias(model, unless_in=of_head)
     cut = LayerCut(checkpoint.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names)
@@ -153,12 +159,16 @@ def load_stage_model(
                 move_to_disk(own[-1], offload_folder())
         loader.load_outer(entries.get(None, []), matrices, cut)
     _cut_config(model.config, checkpoint.num_layers, layers)
-    if not (layers.start == 0 or cut.width):
+    if not (checkpoint.embeds(layers) or cut.width):
         _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
     kept = cast(nn.ModuleList, model.get_submodule(path))
+    if checkpoint.stacks is not None:
+        link_stacks(
+            model, max(0, min(encoder_layers(checkpoint.config), layers.stop) - layers.start)
+        )
     read_one_ahead(kept)
     nbytes = _nbytes(model) - saved_nbytes(kept)
     shared_bytes = _shared_in_memory(model, kept, donor) if donor else 0
@@ -267,7 +277,7 @@ def _drop_unneeded(
     device: torch.device,
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
-    first, last = layers.start == 0, layers.stop == checkpoint.num_layers
+    first, last = checkpoint.embeds(layers), layers.stop == checkpoint.num_layers
     tied = model.all_tied_weights_keys
     separate = not last or not (first or checkpoint.ties_embeddings)
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
@@ -288,6 +298,8 @@ def _absent(module: nn.Module, device: torch.device, model_type: str) -> nn.Modu
     if isinstance(module, nn.Embedding):
         writable = model_type in _EMBED_IN_PLACE
         return AbsentEmbedding(module.embedding_dim, module.weight.dtype, device, writable=writable)
+    if isinstance(module, LearnedPositions):
+        return AbsentPositions()
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 

@@ -95,6 +95,7 @@ class ExportKV:
         epoch: to which the layers move.
         number: of the message in the transfer, from 1.
         rest: whether no step runs any more, so that `KVEnd` follows the last pieces.
+        set_back: see `HandOver`.
     """
 
     session: int
@@ -102,6 +103,7 @@ class ExportKV:
     layers: LayerRange
     number: int
     rest: bool
+    set_back: tuple[SequenceId, ...] = ()
 
 
 @dataclass(frozen=True)

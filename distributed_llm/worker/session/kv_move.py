@@ -26,7 +26,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import Epoch, LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId
 from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.session.events import (
     Action,
@@ -185,15 +185,20 @@ class KVMove:
             actions += sender.begin()
         return actions
 
-    def hand_over(self, now: float) -> list[Action]:
-        """Begin the handover: no step of the served epoch runs any more."""
+    def hand_over(self, set_back: tuple[SequenceId, ...], now: float) -> list[Action]:
+        """Begin the handover: no step of the served epoch runs any more.
+
+        Args:
+            set_back: see `HandOver`.
+            now: clock seconds.
+        """
         if self._state not in (_S.COPYING, _S.COPIED):
             return []
         self._change(_C.STEPS_ENDED)
         self._wait_for_arrivals(now)
         actions: list[Action] = []
         for sender in self._senders.values():
-            actions += sender.send_rest()
+            actions += sender.send_rest(set_back)
         return [*actions, *self._assemble()]
 
     def end(self) -> list[Action]:

@@ -13,7 +13,7 @@ flags and not one table of states.
 import math
 
 from distributed_llm.common.messages import Address, KVEnd, KVTaken, KVTransfer
-from distributed_llm.common.types import Epoch
+from distributed_llm.common.types import Epoch, SequenceId
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.session.dialling import Dialling
 from distributed_llm.worker.session.events import Action, ExportKV, KVExported
@@ -40,7 +40,7 @@ class KVSender:
     Attributes:
         worker: the receiver.
         link: the link to it.
-        sent_bytes: of keys, values and manifest so far.
+        sent_bytes: of keys, values, states and manifest so far.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class KVSender:
         self._link_up = False
         self._exporting = False  # an order to export is under way
         self._steps_ended = False
+        self._set_back: tuple[SequenceId, ...] = ()
         self._end_exported = False
         self._sent = self._acknowledged = 0  # numbers of messages
 
@@ -74,9 +75,13 @@ class KVSender:
         """Close the link; the sender must not be used any more."""
         return [CloseLink(self.link)]
 
-    def send_rest(self) -> list[Action]:
-        """Send what is not sent yet, and then `KVEnd`: no step runs any more."""
-        self._steps_ended = True
+    def send_rest(self, set_back: tuple[SequenceId, ...]) -> list[Action]:
+        """Send what is not sent yet, and then `KVEnd`: no step runs any more.
+
+        Args:
+            set_back: see `HandOver`.
+        """
+        self._steps_ended, self._set_back = True, set_back
         return self._export()
 
     def reached(self, address: Address, now: float) -> list[Action]:
@@ -150,5 +155,13 @@ class KVSender:
         if not self._link_up or self._exporting or self._end_exported or full:
             return []
         self._exporting, self._look_at = True, math.inf
-        number = self._sent + 1
-        return [ExportKV(self._session, self.link.epoch, self._layers, number, self._steps_ended)]
+        return [
+            ExportKV(
+                self._session,
+                self.link.epoch,
+                self._layers,
+                self._sent + 1,
+                self._steps_ended,
+                self._set_back,
+            )
+        ]

@@ -204,7 +204,7 @@ class Stages:
             return self._kv_move.fail("not_ready", _not_loaded(prepared))
         if served and served.state is StageState.SERVED:
             served.suspend(order.first_step)
-        return self._kv_move.hand_over(now)
+        return self._kv_move.hand_over(order.set_back, now)
 
     def _refuse(self, epoch: Epoch, why: str) -> list[Action]:
         message = f"Cannot move KV cache to plan {epoch}: {why}."

@@ -1,0 +1,1 @@
+"""Encoder-decoders: both stacks of layers as one list, their attention, and steps through them."""

@@ -1,0 +1,154 @@
+"""What attention and embeddings of encoder-decoders make of positions."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.packed_step import PackedStep, running_step
+
+
+class RelativeBias:
+    """What T5 adds to the scores of each head, by how far a key is from the query.
+
+    Args:
+        table: embedding of buckets of distances, [buckets, heads].
+        bucket_of: returns the buckets of distances (position of the key less that of the query).
+    """
+
+    def __init__(self, table: nn.Embedding, bucket_of: Callable[[Tensor], Tensor]) -> None:
+        self._table = table
+        self._bucket_of = bucket_of
+        self._reach = 0
+        self._made: Tensor | None = None  # [heads, 2 * reach + 1], from -reach on
+
+    def between(self, queries: range, keys: range) -> Tensor:
+        """Return what is added to scores, [heads, queries, keys].
+
+        Args:
+            queries: their positions.
+            keys: their positions, counted from the same start.
+        """
+        furthest = max(abs(keys.start - queries.stop + 1), abs(keys.stop - 1 - queries.start))
+        by_distance = self._up_to(furthest)
+        distances = torch.arange(keys.start, keys.stop) - torch.arange(
+            queries.start, queries.stop
+        ).unsqueeze(1)
+        return by_distance[:, sent(distances + self._reach, by_distance.device)]
+
+    def _up_to(self, distance: int) -> Tensor:
+        """Return the biases of all distances up to one, at least; they are kept."""
+        if self._made is None or distance > self._reach:
+            self._reach = max(distance, 2 * self._reach, 128)
+            device = self._table.weight.device
+            distances = torch.arange(-self._reach, self._reach + 1, device=device)
+            self._made = self._table(self._bucket_of(distances)).T.contiguous()
+        return self._made
+
+
+def use_packed_positions(module: nn.Module) -> nn.Module:
+    """Return a module that embeds the positions of the packed sequences of a step.
+
+    Args:
+        module: of transformers, which embeds the positions of one text.
+    """
+    name = type(module).__name__
+    if "Sinusoidal" not in name:
+        return LearnedPositions(cast(nn.Embedding, module))
+    if isinstance(module, nn.Embedding):
+        count, size = module.num_embeddings, module.embedding_dim
+        return ComputedPositions(_half_and_half, count, size, module.weight.dtype)
+    kind: Any = module
+    made = _FromPadding(type(kind), kind.padding_idx)
+    return ComputedPositions(made, kind.num_positions, kind.embedding_dim, kind.weights.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """Embeds positions by a matrix of the checkpoint."""
+
+    def __init__(self, module: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = module.weight
+        self._offset = int(getattr(module, "offset", 0))
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Return [1, tokens, size]."""
+        positions = positions_of(running_step()) + self._offset
+        return self.weight[sent(positions, self.weight.device)][None]
+
+
+class AbsentPositions(nn.Module):
+    """Stands for the positions of another stage."""
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Return zero, for what it is added to is discarded."""
+        return torch.zeros(())
+
+
+class ComputedPositions(nn.Module):
+    """Embeds positions by sines and cosines of them, which are no weights.
+
+    Attributes:
+        device: of the embeddings.
+
+    Args:
+        make: returns them, float32 [positions, size].
+        count: positions that a model has.
+        size: numbers of one position.
+        dtype: of the embeddings.
+    """
+
+    def __init__(
+        self, make: Callable[[int, int], Tensor], count: int, size: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._make = make
+        self._count = count
+        self._size = size
+        self._dtype = dtype
+        self._table: Tensor | None = None
+        self.device = torch.device("cpu")
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Return [1, tokens, size]."""
+        positions = positions_of(running_step())
+        if self._table is None or int(positions.max()) >= len(self._table):
+            count = max(self._count, int(positions.max()) + 1)
+            self._table = self._make(count, self._size).to(self._dtype)
+        return sent(self._table[positions], self.device)[None]
+
+
+class _FromPadding:
+    """Makes the positions of M2M100, which begin after that of padding."""
+
+    def __init__(self, kind: Any, padding: int) -> None:
+        self._kind = kind
+        self._padding = padding
+
+    def __call__(self, count: int, size: int) -> Tensor:
+        before = self._padding + 1
+        made: Tensor = self._kind.get_embedding(count + before, size, self._padding)
+        return made[before:]
+
+
+def _half_and_half(count: int, size: int) -> Tensor:
+    """Return the sines of all positions, and the cosines after them, as Marian and Pegasus do."""
+    halves = torch.arange(size, dtype=torch.float64) // 2
+    angles = torch.arange(count, dtype=torch.float64)[:, None] / torch.pow(
+        10_000.0, 2 * halves / size
+    )
+    sines, cosines = angles[:, 0::2].sin(), angles[:, 1::2].cos()
+    return torch.cat((sines, cosines), dim=1).float()
+
+
+def positions_of(step: PackedStep) -> Tensor:
+    """Return the positions of a step's tokens in their sources, or in their answers, [tokens]."""
+    return torch.cat(
+        [
+            torch.arange(start, start + part.num_tokens)
+            for part in step.slices
+            for start in (part.start if part.is_source else part.start - part.source,)
+        ]
+    )

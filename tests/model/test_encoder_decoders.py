@@ -1,0 +1,160 @@
+"""Split encoder-decoders answer what transformers answers: for every type, token for token.
+
+The reference is transformers alone: `generate`, and a whole forward, on each text by itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.failures import SequencesFailed
+from distributed_llm.worker.model.sampler import sample
+from distributed_llm.worker.model.stage import Stage
+from tests.encoder_decoders import (
+    DECODER_LAYERS,
+    ENCODER_LAYERS,
+    SETTINGS,
+    START,
+    answered,
+    build,
+    make,
+    numbers,
+)
+from tests.model.stack_driver import CPU, StackPipeline
+
+NUM_LAYERS = ENCODER_LAYERS + DECODER_LAYERS
+SOURCES = [numbers(length, length) for length in (23, 1, 9)]
+"""Longer than windows and than the most distant bucket of T5's biases, and shorter."""
+NEW_TOKENS = 7
+GREEDY = Sampling()
+HOT = Sampling(temperature=2.0, seed=1)
+"""It tells nearly equal logits apart."""
+FREQUENCIES = 128
+"""Bytes of those of rotary positions, which are no weights, in both stacks of t5gemma."""
+SPLITS: dict[str, tuple[int, ...]] = {
+    "one stage": (),
+    "encoder and decoder": (ENCODER_LAYERS,),
+    "within both": (2, 4),
+    "a stage for each layer": tuple(range(1, NUM_LAYERS)),
+}
+
+
+class Expected:
+    """What transformers makes of the sources: answers, and the logits before each token."""
+
+    def __init__(self, whole: Any) -> None:
+        self.answers = [answered(whole, source, NEW_TOKENS) for source in SOURCES]
+        self._logits = []
+        for source, answer in zip(SOURCES, self.answers, strict=True):
+            with torch.inference_mode():
+                made = whole(
+                    input_ids=torch.tensor([list(source)]),
+                    attention_mask=torch.ones((1, len(source)), dtype=torch.int64),
+                    decoder_input_ids=torch.tensor([[START, *answer]]),
+                    use_cache=False,
+                )
+            self._logits.append(made.logits[0])
+
+    def sampled(self, number: int, length: int) -> int:
+        """Return what `HOT` samples after the first `length` tokens of an answer."""
+        row = self._logits[number][length - 1][None]
+        return int(sample(row, [HOT], [length], [as_token_ids(())])[0])
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_tokens_are_those_of_transformers(tmp_path: Path, model_type: str) -> None:
+    """Greedy and sampled; in 1 to 5 stages; ragged, computed again in one chunk, and shared."""
+    checkpoint = open_checkpoint(make(tmp_path, model_type))
+    expected = Expected(build(model_type))
+    for name, cuts in SPLITS.items():
+        pipeline = StackPipeline(checkpoint, cuts)
+        _check_bytes(pipeline.stages, checkpoint)
+        pipeline.read(SOURCES, (START,))
+        for length in range(1, NEW_TOKENS + 1):
+            parts = [(i, length - 1, length) for i in range(len(SOURCES))]
+            hot = pipeline.step(parts, HOT)
+            assert hot == [expected.sampled(i, length) for i in range(3)], f"{name}: sampled"
+            found = pipeline.step(parts, GREEDY)
+            wanted = [answer[length - 1] for answer in expected.answers]
+            assert found == wanted, f"{name}: token {length}"
+            for i, token in enumerate(found):
+                pipeline.answers[i].append(token)
+        _check_again(name, pipeline, expected)
+
+
+def _check_bytes(stages: Sequence[Stage], checkpoint: Checkpoint) -> None:
+    planned = checkpoint.layer_kv_bytes("float32")
+    cost = model_cost(checkpoint, "float32")
+    for stage in stages:
+        own = planned[stage.layers.start : stage.layers.stop]
+        assert stage.kv_bytes_per_token == sum(own), f"planned KV cache of {stage.layers}"
+        beside = stage.weight_bytes - cost.weight_bytes(stage.layers)
+        assert 0 <= beside <= FREQUENCIES, f"planned weights of {stage.layers}"
+
+
+def _check_again(name: str, pipeline: StackPipeline, expected: Expected) -> None:
+    """Compute an answer again, beside others and beside one that shares its beginning."""
+    for stage in pipeline.stages:
+        stage.release([SequenceId(1)])
+    again, length = len(pipeline.sources), 5
+    pipeline.read([SOURCES[0]], (START, *expected.answers[0][: length - 1]))
+    found = pipeline.step([(again, 0, length), (2, 2, 3), (1, 0, 4)], HOT)
+    wanted = [expected.sampled(0, length), expected.sampled(2, 3), expected.sampled(1, 4)]
+    assert found == wanted, f"{name}: computed again"
+    child = pipeline.share(again, 3)
+    found = pipeline.step([(child, 2, 3), (again, length - 1, length)], HOT, child)
+    wanted = [expected.sampled(0, 3), expected.sampled(0, length)]
+    assert found == wanted, f"{name}: shared"
+    pipeline.answers[child].append(expected.answers[0][2])
+    found = pipeline.step([(child, 3, 4), (again, length - 1, length)], HOT)
+    wanted = [expected.sampled(0, 4), expected.sampled(0, length)]
+    assert found == wanted, f"{name}: after what is shared"
+
+
+def test_every_type_is_tried() -> None:
+    assert set(SETTINGS) == ENCODER_DECODERS
+
+
+def test_a_stage_with_encoder_layers_keeps_nothing(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make(tmp_path, "t5"))
+    pipeline = StackPipeline(checkpoint, (2,))
+    pipeline.read(SOURCES, (START,))
+    assert pipeline.stages[0].kv_bytes == 0
+    assert pipeline.stages[0].num_computed_tokens(SequenceId(1)) == 0
+    assert pipeline.stages[1].num_computed_tokens(SequenceId(1)) == len(SOURCES[0])
+
+
+def _part(start: int, count: int, source: int, **values: Any) -> SequenceSlice:
+    return SequenceSlice(
+        sequence_id=SequenceId(1), start=start, num_tokens=count, source=source, **values
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "error"),
+    [
+        ([_part(0, 3, 5)], SequencesFailed),
+        ([_part(0, 5, 5, sample=True, sampling=GREEDY)], SequencesFailed),
+        ([_part(0, 5, 0)], StageError),
+    ],
+)
+def test_steps_that_are_of_no_kind_are_refused(
+    tmp_path: Path, parts: list[SequenceSlice], error: type[Exception]
+) -> None:
+    checkpoint = open_checkpoint(make(tmp_path, "t5"))
+    layers = LayerRange(0, NUM_LAYERS)
+    stage = Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
+    ids = torch.ones(sum(part.num_tokens for part in parts), dtype=torch.int32)
+    with pytest.raises(error):
+        stage.run(parts, ids, None)
