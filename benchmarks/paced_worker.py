@@ -34,6 +34,7 @@ from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.step_results import StageOutput
 from distributed_llm.worker.model.task_inputs import Masks
 from distributed_llm.worker.session.events import Probe, Probed
+from distributed_llm.worker.way_in import find_way_in
 
 _T = TypeVar("_T")
 
@@ -121,7 +122,8 @@ def main() -> None:
     held_stages.Stage = loading.Stage = PacedStage  # type: ignore[attr-defined]
     service.Engine = PacedEngine  # type: ignore[attr-defined]
     try:
-        code = asyncio.run(work.work(settings))
+        way_in = asyncio.run(find_way_in(settings))
+        code = asyncio.run(work.work(settings, way_in))
     except DistributedLLMError as exc:
         print(f"Error ({exc.code}): {exc}", file=sys.stderr, flush=True)
         code = exc.exit_code

@@ -197,6 +197,10 @@ def _work(settings: "Settings", words: Sequence[str]) -> None:
     limit_active_waiting(os.environ)
     # KV cache buffers of many sizes would leave holes in a GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    from distributed_llm.worker.way_in import find_way_in
+
+    wanted = settings.worker
+    way_in = asyncio.run(find_way_in(wanted))
     logger.info("starting; loading PyTorch and transformers takes some seconds")
     gc.disable()  # collecting among a million new objects takes a third of the time of the imports
     from distributed_llm.gpus.run import run_workers
@@ -205,8 +209,7 @@ def _work(settings: "Settings", words: Sequence[str]) -> None:
     from distributed_llm.worker.work import name_of, work
 
     gc.enable()
-    wanted = settings.worker
     if gpus := gpus_of(wanted.device, present()):
         workers = workers_for(gpus, name_of(wanted), wanted.peer_bind)
         raise typer.Exit(asyncio.run(run_workers(workers, words)))
-    raise typer.Exit(asyncio.run(work(wanted)))
+    raise typer.Exit(asyncio.run(work(wanted, way_in)))

@@ -74,12 +74,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """Return a random encoder-decoder, in float32."""
     kind: Any = CONFIG_MAPPING[model_type]
-    tokens = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0}
-    config = kind(
-        vocab_size=VOCAB_SIZE,
-        decoder_start_token_id=START,
-        **{**tokens, **SETTINGS[model_type], **settings},
-    )
+    tokens = {
+        "vocab_size": VOCAB_SIZE,
+        "decoder_start_token_id": START,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "bos_token_id": 0,
+    }
+    config = kind(**{**tokens, **SETTINGS[model_type], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         of_kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind]

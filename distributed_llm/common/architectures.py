@@ -237,7 +237,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     if reason is not None:
         raise unsupported(config, reason)
     model_type = str(config.get("model_type"))
-    if model_type in VERIFIED:
+    if model_type in VERIFIED or is_encoder_decoder(config):
         return
     if not has_type(model_type):
         raise unknown_type(model_type)
@@ -321,6 +321,13 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield "its attention picks some of the positions of a long text"
 
 
+def _widths(config: Mapping[str, Any]) -> Iterator[object]:
+    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
+    for part in ("encoder", "decoder"):
+        if isinstance(own := config.get(part), Mapping):
+            yield own.get("hidden_size")
+
+
 def _flag(config: Mapping[str, Any], name: str) -> bool:
     """Return a flag that config.json need not have.
 
@@ -349,13 +356,6 @@ def _sees_both_ways(config: Mapping[str, Any]) -> bool:
             "'vision' or 'all'. Copy that of the original model."
         )
     return told is True or told == "all"
-
-
-def _widths(config: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
-    for part in ("encoder", "decoder"):
-        if isinstance(own := config.get(part), Mapping):
-            yield own.get("hidden_size")
 
 
 def _has_window_in_mask(config: Mapping[str, Any]) -> bool:

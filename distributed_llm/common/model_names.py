@@ -1,4 +1,8 @@
-"""Finds the model that a name means: in the package, a folder or file, of ollama, or on the hub."""
+"""Finds the model that a name means: in the package, a folder or file, of ollama, or on the hub.
+
+What asks the hub is imported only for models on the hub: its library takes as long to import as
+half of a coordinator.
+"""
 
 import logging
 import os
@@ -6,9 +10,7 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 
-from huggingface_hub import errors
-
-from distributed_llm.common import hub, hub_gguf, ollama_models
+from distributed_llm.common import hub_gguf, ollama_models
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.common.gguf_files import (
@@ -66,6 +68,19 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
         checkpoint = open_checkpoint(folder)
         check_texts(folder)
         return ModelSource(kind="folder", name=str(folder)), checkpoint
+    return _resolve_on_hub(model, in_repository)
+
+
+def _resolve_on_hub(
+    model: str, in_repository: tuple[str, str] | None
+) -> tuple[ModelSource, Checkpoint]:
+    """Return the source and the checkpoint of a model on the hub.
+
+    Args:
+        in_repository: the repository, and which GGUF file of it; None: the name has no such part.
+    """
+    from distributed_llm.common import hub
+
     name, revision = _parse_hub_id(in_repository[0] if in_repository else model)
     folder = _texts_of_hub(model, name, revision)
     if in_repository:
@@ -87,6 +102,10 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
 
 def _texts_of_hub(model: str, name: str, revision: str | None) -> Path:
     """Return the folder of a snapshot, with the small files that tell what is in it."""
+    from huggingface_hub import errors
+
+    from distributed_llm.common import hub
+
     try:
         return hub.download_texts(name, revision)
     except CheckpointError as exc:
@@ -159,6 +178,8 @@ def checkpoint_here(
             return open_gguf(file)
         folder = Path(source.name)
         return open_checkpoint(folder) if _is_folder(folder) else None
+    from distributed_llm.common import hub
+
     held = hub.held_file(source, CONFIG_NAME)
     return hub.snapshot_here(held.parent, layers) if held else None
 
@@ -219,6 +240,8 @@ def _is_file(path: Path) -> bool:
 def _existing_folder(model: str) -> Path | None:
     """Return the folder that `model` names, or None if it can only be a hub id."""
     if len(model) > _MAX_NAME_CHARS:
+        from distributed_llm.common import hub
+
         raise hub.no_such_id(model)
     path = _path(model)
     if _is_folder(path):
@@ -271,6 +294,8 @@ def _no_folder(model: str) -> str:
 
 
 def _parse_hub_id(model: str) -> tuple[str, str | None]:
+    from distributed_llm.common import hub
+
     name, at, revision = model.partition("@")
     hub.check_id(name)
     if at and not _REVISION.fullmatch(revision):

@@ -15,7 +15,6 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.file_limit import raise_file_limit
-from distributed_llm.common.hub import download_file
 from distributed_llm.common.keyring import here, state_folder
 from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.messages import ModelSource
@@ -150,6 +149,8 @@ def _library(model: ServedModel, checkpoint: Checkpoint) -> Library:
 
     def fetch_file(name: str, on_bytes: Callable[[int], None]) -> Path:
         if source.kind == "hub":
+            from distributed_llm.common.hub import download_file
+
             return download_file(source, name, on_bytes)
         return checkpoint.path_of(name)
 

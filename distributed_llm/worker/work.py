@@ -1,6 +1,5 @@
 """Runs a worker as its settings say: measures the machine, then serves."""
 
-import asyncio
 import gc
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -9,19 +8,15 @@ import msgspec
 
 from distributed_llm.common.addresses import (
     addresses_for_others,
-    addresses_of,
     listens,
     machine_name,
 )
-from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.cache_folder import cache_folder, offload_folder
-from distributed_llm.common.errors import ConfigError, CoordinatorUnreachable
-from distributed_llm.common.keyring import enrolled_name, find_login
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.keyring import enrolled_name
 from distributed_llm.common.messages import Capabilities
-from distributed_llm.common.model_names import own_checkpoint
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
-from distributed_llm.common.transport import Login
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
@@ -31,30 +26,26 @@ from distributed_llm.worker.cores import own_cores
 from distributed_llm.worker.links import bind_for
 from distributed_llm.worker.model.kernels.kept_choices import settle
 from distributed_llm.worker.service import Worker
+from distributed_llm.worker.way_in import WayIn
 
 logger = logging.getLogger(__name__)
 
-_RESOLVE_EVERY_S = 2.0
-"""Time between two looks for a coordinator whose name is not known yet."""
 
-
-async def work(settings: WorkerSettings) -> int:
+async def work(settings: WorkerSettings, way_in: WayIn) -> int:
     """Run a worker until SIGINT, SIGTERM or until it is drained; return the exit code.
+
+    Args:
+        way_in: to the coordinator that `settings` name.
 
     Raises:
         ConfigError: this machine lacks the device or the memory that `settings` name.
-        NotAllowed: this machine has no key for the coordinator, or one that it does not know.
-        CoordinatorUnreachable: the coordinator's name is not known, or none answered at the start.
-        CheckpointError: `model` is no folder with a model that can be served, or this machine
-            cannot load the coordinator's.
+        NotAllowed: the coordinator does not know this machine's key.
+        CoordinatorUnreachable: none answered at the start.
+        CheckpointError: this machine cannot load the model.
         ProtocolMismatch: the coordinator speaks another version.
         AddressInUse: `peer_bind` cannot be listened on.
     """
     gc.freeze()  # collecting garbage among imported modules stops every thread for 0.4 s
-    if settings.model:
-        check_architecture(own_checkpoint(settings.model).config)
-    addresses = await _addresses(settings)
-    login = await _login(settings)
     cores = own_cores()
     threads = settings.threads or cores.threads
     logger.info("measuring the memory and the speed of this machine")
@@ -78,12 +69,12 @@ async def work(settings: WorkerSettings) -> int:
         name_of(settings),
         capabilities,
         address=settings.coordinator,
-        addresses=addresses,
-        login=login,
+        addresses=way_in.addresses,
+        login=way_in.login,
         peer_bind=bind_for(
             settings.peer_bind,
             settings.coordinator,
-            addresses,
+            way_in.addresses,
             alone=not await others_reach(settings.coordinator),
         ),
         slowdown=settings.slowdown,
@@ -126,29 +117,6 @@ def _with_disk(capabilities: Capabilities, offload_bytes: int) -> Capabilities:
     return msgspec.structs.replace(capabilities, offload_bytes=offload_bytes, disk_bytes_per_s=rate)
 
 
-async def _addresses(settings: WorkerSettings) -> tuple[str, ...]:
-    """Return the "HOST:PORT"s to dial the coordinator at, once its name is known.
-
-    Raises:
-        CoordinatorUnreachable: it is not known, and this worker is not to wait.
-    """
-    told = False
-    while True:
-        try:
-            addresses = await addresses_of(settings.coordinator)
-        except CoordinatorUnreachable as exc:
-            if settings.connect_timeout_s:
-                raise
-            if not told:
-                logger.warning("%s Waiting until it is.", exc)
-                told = True
-            await asyncio.sleep(_RESOLVE_EVERY_S)
-        else:
-            if not settings.connect_timeout_s:
-                logger.info("waiting for the coordinator at %s", settings.coordinator)
-            return addresses
-
-
 async def others_reach(coordinator: str) -> bool:
     """Return whether a coordinator on this machine listens for other machines as well, now.
 
@@ -158,20 +126,6 @@ async def others_reach(coordinator: str) -> bool:
     _, port = split_address(coordinator)
     outside = addresses_for_others(f"0.0.0.0:{port}")
     return bool(outside) and await listens(outside[0])
-
-
-async def _login(settings: WorkerSettings) -> Login | None:
-    """Return the keys for the coordinator, None without keys; wait for a coordinator here.
-
-    Raises:
-        NotAllowed: this machine has no key for it.
-        CoordinatorUnreachable: it has none, and no coordinator started in time.
-    """
-    if settings.insecure:
-        return None
-    wait_s = settings.connect_timeout_s
-    give_up_at = asyncio.get_running_loop().time() + wait_s if wait_s else None
-    return await find_login(settings.coordinator, give_up_at)
 
 
 def _measure(settings: WorkerSettings, threads: int, shares: str) -> Capabilities:

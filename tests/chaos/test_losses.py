@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -168,32 +166,6 @@ def test_a_frozen_coordinator_is_noticed(checkpoint: Path) -> None:
         with pytest.raises(CoordinatorLost, match="silent"):
             list(stream)
         os.kill(cluster.coordinator.pid, signal.SIGCONT)
-
-
-_PARENT = """
-import sys
-from distributed_llm import LocalCluster
-cluster = LocalCluster(sys.argv[1], workers=2)
-cluster.start()
-print(cluster.coordinator.pid, *[w.pid for w in cluster.workers], flush=True)
-sys.stdin.read()
-"""
-
-
-def test_no_child_outlives_a_parent_that_is_killed(checkpoint: Path) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, str(checkpoint)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    with parent:
-        assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 3
-        assert all(psutil.pid_exists(pid) for pid in pids)
-        parent.kill()
-    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), limit_s=10)
 
 
 def test_closing_a_cluster_leaves_nothing_behind(checkpoint: Path) -> None:

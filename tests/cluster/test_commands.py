@@ -30,6 +30,7 @@ from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.trust.store import Trust
 from tests.reference import reference_text
 from tests.waiting import eventually
+from tests.warm import failed_worker
 
 COMMAND = [sys.executable, "-m", "distributed_llm"]
 LATER_VERSION = PROTOCOL_VERSION + 1
@@ -118,10 +119,10 @@ def test_status_shows_every_worker(cluster: LocalCluster) -> None:
 
 
 def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
-    done = dllm("plan", str(checkpoint), "--worker", "pc=13MiB", "--worker", "12MiB", "--json")
-    assert done.returncode == 0, done.stderr
+    done = plan(str(checkpoint), "--worker", "pc=13MiB", "--worker", "12MiB", "--json")
+    assert done.exit_code == 0, done.stderr
     stages = json.loads(done.stdout)["stages"]
-    assert [stage["worker"] for stage in stages] == ["pc", "worker-2"]
+    assert [stage["worker"] for stage in stages] == ["worker-2", "pc"]
     assert stages[0]["layers"]["start"] == 0
     assert stages[-1]["layers"]["stop"] == 6
 
@@ -405,36 +406,32 @@ def test_a_worker_with_other_weights_is_told_and_the_others_serve(
     weights = load_file(other / "model.safetensors")
     save_file({name: w + 0.01 for name, w in weights.items()}, other / "model.safetensors")
     with LocalCluster(checkpoint, workers=1) as small:
-        with start(
-            "worker", "--coordinator", small.address, "--name", "wrong", "--model", str(other)
-        ) as worker:
-            _, said = worker.communicate(timeout=LIMIT_S)
-            assert worker.returncode == 2
-            assert "not those of the coordinator" in said
+        asked = ("--coordinator", small.address, "--name", "wrong", "--model", str(other))
+        code, said = failed_worker(tmp_path / "log", *asked)
+        assert code == 2
+        assert "not those of the coordinator" in said
         small.wait_until_serving(num_workers=1)
         with DistributedClient(small.address) as client:
             assert client.generate("Hi", max_new_tokens=3, details=True).token_ids
 
 
-def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None:
+def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version(tmp_path: Path) -> None:
     """The coordinator of a later release is played by this process."""
 
-    async def serve_later_version() -> tuple[int | None, str]:
+    async def serve_later_version() -> tuple[int, str]:
         def answer(peer: PeerId, key: PublicKey, frames: object) -> None:
             router.send(peer, [b"DLLM" + bytes([LATER_VERSION]), b"\x80"])
 
         trust = Trust(state_folder(), 0, now=0.0)
         router = Router("127.0.0.1:0", answer, lambda: None, door=trust.door)
         trust.listening(split_address(router.address)[1])
-        worker = await asyncio.create_subprocess_exec(
-            *COMMAND, "worker", "--coordinator", router.address, stderr=subprocess.PIPE
-        )
         try:
-            _, said = await worker.communicate()
+            return await asyncio.to_thread(
+                failed_worker, tmp_path / "log", "--coordinator", router.address
+            )
         finally:
             router.close()
             trust.close()
-        return worker.returncode, said.decode()
 
     code, said = asyncio.run(asyncio.wait_for(serve_later_version(), LIMIT_S))
     assert code == 3

@@ -84,34 +84,39 @@ FORKING = """
 import os, sys
 from distributed_llm import LocalCluster
 from distributed_llm.local_process import fork_server
-with LocalCluster(sys.argv[1], workers=1, progress=None) as cluster, fork_server() as server:
+with LocalCluster(sys.argv[1], workers=2, progress=None) as cluster, fork_server() as server:
+    processes = [cluster.coordinator, *cluster.workers]
+    print(*(process.pid for process in processes), *([server.pid] if server else []), flush=True)
     copy = os.fork()
     if not copy:
         if sys.argv[2] == "leaves":
             sys.exit()  # runs the cluster's __exit__
         sys.stdin.read()
         os._exit(0)
-    processes = [cluster.coordinator.pid, *(worker.pid for worker in cluster.workers)]
     if sys.argv[2] == "leaves":
         os.waitpid(copy, 0)
-        print(*(process.exit_code for process in (cluster.coordinator, *cluster.workers)))
-    else:
-        print(*processes, *([server.pid] if server else []), flush=True)
-        sys.stdin.read()
+        print(*(process.exit_code for process in processes), flush=True)
+    sys.stdin.read()
 """
 
 
 def test_children_end_with_a_killed_program_though_a_fork_of_it_lives(checkpoint: Path) -> None:
     with program(FORKING, str(checkpoint), "stays") as running:
         pids = [int(pid) for pid in line(running).split()]
-        assert len(pids) >= 2
+        assert len(pids) >= 3
+        assert all(map(psutil.pid_exists, pids))
         running.kill()
         running.wait(LIMIT_S)
-        eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), limit_s=20)
+        eventually(lambda: not any(map(psutil.pid_exists, pids)), limit_s=20)
 
 
-def test_a_fork_that_ends_leaves_the_cluster_alone(checkpoint: Path) -> None:
+def test_a_fork_that_ends_leaves_the_cluster_alone_and_its_program_leaves_nothing(
+    checkpoint: Path,
+) -> None:
+    """No `if __name__ == "__main__"` is needed: nobody imports the program again."""
     with program(FORKING, str(checkpoint), "leaves") as running:
-        assert line(running) == "None None"
+        pids = [int(pid) for pid in line(running).split()]
+        assert line(running) == "None None None"
         _, errors = running.communicate(timeout=LIMIT_S)
         assert (running.returncode, errors) == (0, "")
+        eventually(lambda: not any(map(psutil.pid_exists, pids)), limit_s=20)

@@ -1,5 +1,6 @@
 """How workers find their coordinator: before it runs, by IPv6, by names; and how they leave it."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from distributed_llm import CoordinatorUnreachable, DistributedClient, LocalCluster
 from tests.reference import reference_text
 from tests.waiting import eventually
+from tests.warm import warm_worker
 
 COMMAND = [sys.executable, "-m", "distributed_llm"]
 LIMIT_S = 60
@@ -41,32 +43,23 @@ def test_a_cluster_over_ipv6(checkpoint: Path) -> None:
             assert [worker.link for worker in client.status().workers].count("direct") >= 1
 
 
-def test_a_worker_waits_for_its_coordinator(checkpoint: Path, unused_port: int) -> None:
+def test_a_worker_waits_for_its_coordinator(
+    checkpoint: Path, tmp_path: Path, unused_port: int
+) -> None:
     address = f"127.0.0.1:{unused_port}"
+    log = tmp_path / "log"
+    serve = [*COMMAND, "coordinator", str(checkpoint), "--bind", address]
     with ExitStack() as stack:
-
-        def start(*arguments: str) -> "subprocess.Popen[str]":
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [*COMMAND, *arguments],
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            stack.callback(process.kill)
-            return process
-
-        worker = start("worker", "--wait", "--coordinator", address)
-        assert worker.stderr is not None
-        for line in worker.stderr:
-            if f"waiting for the coordinator at {address}" in line:
-                break
-        coordinator = start("coordinator", str(checkpoint), "--bind", address)
+        worker = stack.enter_context(warm_worker(log, "--wait", "--coordinator", address))
+        eventually(lambda: f"waiting for the coordinator at {address}" in log.read_text())
+        coordinator = stack.enter_context(
+            subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        stack.callback(coordinator.kill)
         client = stack.enter_context(DistributedClient(address, connect_timeout_s=LIMIT_S))
         eventually(lambda: client.status().state == "serving")
         if sys.platform != "win32":
-            worker.send_signal(signal.SIGHUP)  # as when its terminal is closed
+            os.kill(worker.pid, signal.SIGHUP)  # as when its terminal is closed
             assert worker.wait(LIMIT_S) == 0
             coordinator.send_signal(signal.SIGHUP)
             assert coordinator.wait(LIMIT_S) == 0

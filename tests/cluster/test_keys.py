@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distributed_llm.common.keyring import STATE_VARIABLE
+from tests.warm import failed_worker
 
 COMMAND = [sys.executable, "-m", "distributed_llm"]
 LIMIT_S = 60
@@ -81,12 +82,13 @@ def test_this_machine_is_let_in_and_another_is_not_until_it_joins(
         assert joined.returncode == 0, joined.stderr
         assert f"is enrolled at {address} as client." in joined.stderr
         assert dllm(there, "status", "--coordinator", address).returncode == 0
-        worker = dllm(there, "worker", "--coordinator", address)
-        assert worker.returncode == 3
-        assert "is enrolled as client, and this takes worker." in worker.stderr
+        settings = {STATE_VARIABLE: str(there)}
+        code, said = failed_worker(tmp_path / "log", "--coordinator", address, settings=settings)
+        assert code == 3
+        assert "is enrolled as client, and this takes worker." in said
         secret = command[2].rpartition(".")[2]
-        for said in (joined, worker, created):
-            assert secret not in said.stderr
+        for one in (joined.stderr, said, created.stderr):
+            assert secret not in one
     assert not [path for path in here.rglob("*") if path.is_file()]  # it kept nothing of port 0
 
 
@@ -99,11 +101,14 @@ def test_without_keys_both_sides_have_to_say_so(here: Path, tmp_path: Path) -> N
             assert refused.returncode == 3
             assert "no key for the coordinator" in refused.stderr
     with coordinator(here) as address:
-        for command in ("status", "worker"):
-            refused = dllm(there, command, "--insecure", "--coordinator", address)
-            assert refused.returncode == 3, refused.stderr
-            assert f"The coordinator at {address} uses keys" in refused.stderr
-            assert "Leave --insecure out." in refused.stderr
+        asked = ("--insecure", "--coordinator", address)
+        refused = dllm(there, "status", *asked)
+        settings = {STATE_VARIABLE: str(there)}
+        worker = failed_worker(tmp_path / "log", *asked, settings=settings)
+        for code, said in ((refused.returncode, refused.stderr), worker):
+            assert code == 3, said
+            assert f"The coordinator at {address} uses keys" in said
+            assert "Leave --insecure out." in said
 
 
 def test_the_flag_alone_opens_no_port_to_others(here: Path) -> None:

@@ -218,33 +218,3 @@ def test_the_server_ends_with_its_last_user(monkeypatch: pytest.MonkeyPatch) -> 
             assert inner is outer
         assert outer._process.poll() is None
     assert outer._process.poll() is not None
-
-
-PROGRAM = """
-import sys
-from distributed_llm import LocalCluster
-from distributed_llm.local_process import fork_server
-with LocalCluster(sys.argv[1], workers=1) as cluster, fork_server() as server:
-    print(server.pid, cluster.workers[0].pid, flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_the_server_is_gone_with_the_program(checkpoint: Path, killed: bool) -> None:
-    """No `if __name__ == "__main__"` is needed: nobody imports the program again."""
-    program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(checkpoint)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert program.stdout is not None
-    assert program.stdin is not None
-    pids = [int(pid) for pid in program.stdout.readline().split()]
-    assert len(pids) == 2
-    if killed:
-        program.kill()
-    program.stdin.close()
-    program.wait(30)
-    program.stdout.close()
-    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), limit_s=10)

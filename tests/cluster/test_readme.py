@@ -35,6 +35,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
 from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.worker.way_in import WayIn
 from tests.fake_coordinator import FakeCoordinator, finished, piece
 from tests.wire.strategies import example
 
@@ -287,6 +288,9 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         begun.append("serve")
         return 0
 
+    async def finds_way_in(*_: Any) -> WayIn:
+        return WayIn((), None)
+
     async def enrols(*_: Any) -> Enrolled:
         return Enrolled(name="pc", role=Role.WORKER)
 
@@ -299,6 +303,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("distributed_llm.client.new_key.create_key", makes_key)
     monkeypatch.setattr("distributed_llm.api.serve.serve", serves)
     monkeypatch.setattr("distributed_llm.coordinator.serve.serve", serves)
+    monkeypatch.setattr("distributed_llm.worker.way_in.find_way_in", finds_way_in)
     monkeypatch.setattr("distributed_llm.worker.work.work", serves)
     monkeypatch.setattr("distributed_llm.up.run.run", serves)
     monkeypatch.setattr("distributed_llm.services.perform.install", begins("install"))

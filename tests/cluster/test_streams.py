@@ -201,7 +201,7 @@ BEGINNINGS = [
     ("import", "distributed_llm.local_process", "demo"),
     ("import", "distributed_llm.coordinator.serve", "coordinator"),
     ("open", "config.json", "coordinator", "--bind", "127.0.0.1:0"),
-    ("import", "torch", "worker"),
+    ("import", "torch", "worker", "--insecure"),  # with keys, it looks for some before
 ]
 
 

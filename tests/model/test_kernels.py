@@ -1,7 +1,8 @@
 """Packed linear layers compute what torch's own do, in no more memory."""
 
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from distributed_llm.worker.model.kernels import (
     PackedLinear,
     chosen,
     kernels_for,
+    native,
     orders,
     pack_linear_layers,
     packed_nbytes,
 )
 from distributed_llm.worker.model.kernels.choice import ROWS
-from distributed_llm.worker.model.kernels.packed import RowLinear
+from distributed_llm.worker.model.kernels.packed import CopiedLinear, FloatLinear, RowLinear
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model
@@ -60,7 +62,9 @@ def load(folder: Path, start: int, stop: int, dtype: torch.dtype) -> StageModel:
 
 
 def names_of_packed(model: nn.Module) -> set[str]:
-    return {name for name, m in model.named_modules() if isinstance(m, PackedLinear)}
+    """Return the layers whose weights have memory of their own, in whichever order."""
+    own = PackedLinear | CopiedLinear
+    return {name for name, m in model.named_modules() if isinstance(m, own)}
 
 
 # ------------------------------------------------------------------ one layer
@@ -78,8 +82,11 @@ def test_a_packed_layer_computes_its_product(
     expected = states.double() @ linear.weight.double().T
     if linear.bias is not None:
         expected = expected + linear.bias.double()
-    layer = PackedLinear(linear)
-    for num_tokens in (1, 2):  # the switch for one token is nothing to it
+    layers: list[FloatLinear] = [PackedLinear(linear), CopiedLinear(linear)]
+    if dtype == torch.bfloat16 and native.instructions() != "none":
+        layers[1].use(["native"] * len(ROWS))
+    for layer, num_tokens in itertools.product(layers, (1, 2)):
+        # the switch for one token is nothing to it
         with torch.inference_mode(), kernels_for(num_tokens):
             output = layer(states)
         assert output.dtype == dtype
@@ -136,12 +143,15 @@ def test_a_weight_is_let_go_before_the_next_is_packed(
     weights = [weakref.ref(layer.weight) for layer in model]
     alive = []
 
-    class Counting(PackedLinear):
-        def __init__(self, linear: nn.Linear) -> None:
+    def counted(make: Callable[[nn.Linear], FloatLinear]) -> Callable[[nn.Linear], FloatLinear]:
+        def made(linear: nn.Linear) -> FloatLinear:
             alive.append(sum(weight() is not None for weight in weights))
-            super().__init__(linear)
+            return make(linear)
 
-    monkeypatch.setitem(orders.FLOAT, "packed", Counting)
+        return made
+
+    for order, make in list(orders.FLOAT.items()):
+        monkeypatch.setitem(orders.FLOAT, order, counted(make))
     pack_linear_layers(model)
     assert alive == [5, 4, 3, 2, 1]
     assert not any(weight() for weight in weights)

@@ -1,7 +1,7 @@
 """The C library multiplies the states that it rounds, with every set of instructions."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from distributed_llm.worker.model.kernels import native, orders
 from distributed_llm.worker.model.kernels.choice import Kind
+from distributed_llm.worker.model.kernels.layout import Kernel
 from distributed_llm.worker.model.kernels.native import (
     Int4Blocks,
     Int8Blocks,
     JointProduct,
     library,
 )
+from distributed_llm.worker.model.kernels.native.experts import NativeWeight, experts_of
+from distributed_llm.worker.model.kernels.native.rows import native_rows, row_product
 
 HERE = library.supported()[1:]
 
@@ -101,6 +104,70 @@ def test_int4(
     for rows in (1, 2, 3, 7, 40):
         states = states_of(rows, inputs, dtype)
         assert_product(product(states), states, group, weight.flatten(1))
+
+
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize(("channels", "inputs"), [(300, 192), (64, 100), (7, 30), (1, 1100)])
+def test_rows_of_bfloat16(channels: int, inputs: int, instructions: str, threads: int) -> None:
+    """With a bias and without; a row comes out the same whatever stands beside it."""
+    weight, bias = torch.randn(channels, inputs).bfloat16(), torch.randn(channels).bfloat16()
+    states = torch.randn(101, inputs).bfloat16()
+    size = states.double().abs() @ weight.double().abs().T + 1
+    for given in (None, bias):
+        expected = states.double() @ weight.double().T + (0 if given is None else given.double())
+        alone = [row_product(row[None], weight, given, instructions) for row in states[:12]]
+        for rows in (1, 2, 3, 4, 7, 101):
+            output = row_product(states[:rows], weight, given, instructions)
+            assert output.dtype == torch.bfloat16
+            assert float(((output.double() - expected[:rows]).abs() / size[:rows]).max()) < 5e-3
+            assert torch.equal(output[:12], torch.cat(alone[:rows]))
+
+
+def test_numbers_of_another_dtype_are_not_multiplied_row_by_row() -> None:
+    with pytest.raises(library.Missing):
+        row_product(torch.ones(1, 8), torch.ones(4, 8), None)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("form", ["int8", "int4", "rows"])
+def test_rows_that_choose_their_weights(form: str, tokens: int, threads: int) -> None:
+    """Each choice is the product with that weight alone, to the last bit."""
+    makers: dict[str, Callable[[Tensor], tuple[NativeWeight | None, Kernel]]] = {
+        "int8": lambda codes: native_and_kernel(Int8Blocks(codes, torch.rand(40))),
+        "int4": lambda codes: native_and_kernel(
+            Int4Blocks((codes & 15).view(torch.uint8), torch.rand(40, 3), -torch.rand(40, 3))
+        ),
+        "rows": lambda codes: rows_and_kernel(codes.bfloat16(), torch.randn(40).bfloat16()),
+    }
+    codes = [torch.randint(-127, 128, (40, 192), dtype=torch.int8) for _ in range(6)]
+    natives, kernels = zip(*map(makers[form], codes), strict=True)
+    experts = experts_of(natives)
+    assert experts is not None
+    states = torch.randn(tokens, 192).bfloat16()
+    chosen = torch.rand(tokens, 6).argsort(-1)[:, :3]
+    together = experts.products(states, chosen.flatten()).view(tokens, 3, 40)
+    for token, row in enumerate(chosen.tolist()):
+        for place, weight in enumerate(row):
+            assert torch.equal(
+                together[token, place], kernels[weight](states[token : token + 1])[0]
+            )
+    assert experts.products(states, torch.full((tokens,), 6)).isnan().all()  # there are but 6
+
+
+def native_and_kernel(blocks: Int8Blocks | Int4Blocks) -> tuple[NativeWeight | None, Kernel]:
+    return blocks.native_weight, blocks.kernels()["native"]
+
+
+def rows_and_kernel(weight: Tensor, bias: Tensor) -> tuple[NativeWeight | None, Kernel]:
+    return native_rows(weight, bias), lambda states: row_product(states, weight, bias)
+
+
+def test_weights_of_two_sizes_are_not_chosen_among() -> None:
+    first = Int8Blocks(torch.ones(16, 64).char(), torch.ones(16)).native_weight
+    other = Int8Blocks(torch.ones(32, 64).char(), torch.ones(32)).native_weight
+    assert experts_of([first, other]) is None
+    assert experts_of([first, None]) is None
+    assert Int8Blocks(torch.ones(16, 30).char(), torch.ones(16)).native_weight is None
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])

@@ -15,7 +15,8 @@ from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model import recorded_layers
 from distributed_llm.worker.model.element_operations import elements_of, new_operation
-from distributed_llm.worker.model.kernels import native
+from distributed_llm.worker.model.experts import PackedExperts
+from distributed_llm.worker.model.kernels import chosen, native
 from distributed_llm.worker.model.kernels.native.attention import places_of
 from distributed_llm.worker.model.kernels.native.replay import Operations
 from distributed_llm.worker.model.recording import Recording, TorchCall
@@ -106,6 +107,27 @@ def test_integers_are_computed_in_one_call(options: dict[str, Any], tmp_path: Pa
     assert len(layer.forward._programs[1]._program._calls) == 1
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm4_moe"])
+def test_layers_with_experts_compute_what_these_do_one_by_one(
+    family: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit; integers with a bias are the one thing that the library does not take."""
+    monkeypatch.setattr(chosen, "SMALLEST", 1)
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 64}
+    if family == "glm4_moe":  # of which the first layer has no experts
+        sizes |= {"moe_intermediate_size": 64, "first_k_dense_replace": 0}
+    folder = make_checkpoint(tmp_path, family, num_layers=1, **sizes)
+    stage = stage_of(folder, quantize=quantize)
+    monkeypatch.setattr(PackedExperts, "_of_library", lambda _: None)
+    expected = list(states_of(unrecorded(stage_of(folder, quantize=quantize))))
+    monkeypatch.undo()
+    for own, recorded in zip(expected, states_of(stage), strict=True):
+        assert all(map(torch.equal, own, recorded))
+    taken = quantize == "none" or family != "gpt_oss"
+    assert programs_of(stage) == [{1, 2, 3} if taken else set()]
+
+
 def test_a_step_with_other_arguments_is_the_models_own(tmp_path: Path) -> None:
     stage = stage_of(make_checkpoint(tmp_path, num_layers=1))
     (layer,) = layers_of(stage)
@@ -134,7 +156,7 @@ class Changed(nn.Module):
     "change",
     [
         lambda states: states * float(states.max()),
-        lambda states: states.clone().add_(1),
+        lambda states: states.add_(1),
         lambda states: states + OTHERS,
         lambda states: states + states.new_zeros(1),
         lambda states: states[states != 0].view(states.shape),
@@ -217,6 +239,21 @@ def test_stages_that_share_a_layer_record_it_by_themselves(tmp_path: Path) -> No
         gc.enable()
     for before, after in zip(expected, states_of(stage), strict=True):
         assert all(map(torch.equal, before, after))
+
+
+def test_what_was_made_may_be_changed_and_two_tensors_be_made() -> None:
+    states = torch.randn(2, 8).bfloat16()
+    with torch.inference_mode(), Recording() as recording:
+        values, places = states.topk(3)
+        values /= values.sum(dim=-1, keepdim=True)
+    assert recording.failure is None
+    first = recording.calls[0]
+    assert isinstance(first, TorchCall)
+    assert first.output is values
+    assert first.others[0] is places
+    with torch.inference_mode(), recording:
+        states /= 2
+    assert recording.failure == "it calls aten.div_.Tensor"
 
 
 OPERATIONS: dict[str, Callable[[Tensor], object]] = {

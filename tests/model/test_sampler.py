@@ -28,8 +28,10 @@ from transformers.generation.logits_process import TopHLogitsWarper
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model import candidates as candidates_module
 from distributed_llm.worker.model import sampler
-from distributed_llm.worker.model.candidates import Candidates, candidates, scaled_rows
+from distributed_llm.worker.model.candidates import Candidates, CutRow, candidates, scaled_rows
+from distributed_llm.worker.model.kernels import native
 from distributed_llm.worker.model.logits import FloatRow, process
 from distributed_llm.worker.model.sampler import (
     RowsFailed,
@@ -149,13 +151,23 @@ def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def left(scores: FloatRow, sampling: Sampling) -> Candidates:
     """Return the candidates in processed logits [vocab_size]."""
     (row,) = scaled_rows(torch.from_numpy(scores)[None], [sampling])
-    return candidates(row)
+    return candidates(row).left()
+
+
+@pytest.fixture(params=[True, False], ids=["C", "numpy"])
+def by_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have top-p and min-p cut by the C library, and without."""
+    if not request.param:
+        monkeypatch.setattr(candidates_module, "can_cut", lambda: False)
+    elif native.instructions() == "none":
+        pytest.skip("the C library was not built here")
 
 
 def random_logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * scale
 
 
+@pytest.mark.usefixtures("by_library")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -178,9 +190,36 @@ def test_tokens_as_likely_as_the_last_of_the_top_k_stay() -> None:
     assert kept.token_ids.tolist() == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("by_library")
 def test_no_more_tokens_than_reach_top_p_stay_though_they_are_as_likely() -> None:
     kept = left(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
-    assert len(kept.token_ids) == 300
+    assert kept.token_ids.tolist() == list(range(300))
+
+
+@pytest.mark.skipif(native.instructions() == "none", reason="the C library was not built here")
+@pytest.mark.parametrize("width", [5, 300, 20011])
+@pytest.mark.parametrize("top_p", [1e-9, 0.4, 0.95, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("steps", [2.0, 1e4])
+def test_the_library_leaves_the_same_tokens_and_draws_the_same(
+    width: int, top_p: float, steps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few different logits most tokens are as likely as many others; some are forbidden."""
+    generator = torch.Generator().manual_seed(width)
+    logits = (torch.randn(4, width, generator=generator) * steps).round() / steps
+    logits[:2] *= 5
+    logits[1::2, 1::3] = float("-inf")
+    samplings = [Sampling(temperature=t, top_p=top_p, min_p=t / 100) for t in (0.7, 1, 0.5, 2)]
+    ours = [candidates(row) for row in scaled_rows(logits, samplings)]
+    monkeypatch.setattr(candidates_module, "can_cut", lambda: False)
+    theirs = [candidates(row) for row in scaled_rows(logits, samplings)]
+    for own, expected in zip(ours, theirs, strict=True):
+        assert isinstance(own, CutRow)
+        assert isinstance(expected, Candidates)
+        positive = expected.probabilities > 0
+        np.testing.assert_array_equal(own.left().token_ids, expected.token_ids[positive])
+        np.testing.assert_array_equal(own.left().probabilities, expected.probabilities[positive])
+        for position in range(10):
+            assert draw(own, 3, position) == draw(expected, 3, position)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from distributed_llm import worker_command
 from distributed_llm.child_events import Ended, Fail, Finish, Signalled, TellToEnd
-from distributed_llm.common.errors import ConfigError, DistributedLLMError
+from distributed_llm.common.errors import ConfigError, DistributedLLMError, NotEnrolled
 from distributed_llm.common.settings import Settings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.gpus import run
@@ -290,12 +291,17 @@ def test_the_command_starts_a_worker_for_each_gpu(
         asked.append((workers, words))
         return 7
 
-    async def work(settings: Any) -> int:
+    async def find_way_in(settings: Any) -> str:
+        return f"to {settings.coordinator}"
+
+    async def work(settings: Any, way_in: str) -> int:
+        assert way_in == "to pc:5555"
         asked.append(settings.device)
         return 7
 
     monkeypatch.setattr(devices, "present", lambda: ["cuda:0", "cuda:1", "cpu"])
     monkeypatch.setattr(run, "run_workers", run_workers)
+    monkeypatch.setattr("distributed_llm.worker.way_in.find_way_in", find_way_in)
     monkeypatch.setattr("distributed_llm.worker.work.work", work)
     monkeypatch.setattr(worker_command, "start_process", lambda *_: None)
     monkeypatch.setattr(worker_command, "limit_active_waiting", lambda _: None)
@@ -306,3 +312,16 @@ def test_the_command_starts_a_worker_for_each_gpu(
     assert ended.value.exit_code == 7
     words = ["worker", "--coordinator", "pc:5555", "--max-memory", "1GiB", "--wait"]
     assert asked == ([(TWO, words)] if device is None else [device])
+
+
+def test_who_cannot_join_is_told_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def find_way_in(settings: Any) -> None:
+        raise NotEnrolled("no key")
+
+    monkeypatch.setattr("distributed_llm.worker.way_in.find_way_in", find_way_in)
+    for slow in ("distributed_llm.worker.devices", "distributed_llm.worker.work"):
+        monkeypatch.setitem(sys.modules, slow, None)  # importing it fails
+    monkeypatch.setattr(worker_command, "start_process", lambda *_: None)
+    monkeypatch.setattr(worker_command, "limit_active_waiting", lambda _: None)
+    with pytest.raises(NotEnrolled):
+        worker_command.worker(coordinator="pc:5555")

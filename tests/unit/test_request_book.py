@@ -310,13 +310,11 @@ def test_encoder_decoders_have_no_embeddings() -> None:
     book = RequestBook(defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
     spec, frame = frame_of_token_ids(PROMPT)
     message = Embed(request_id="r", prompt="token_ids", tensors=(spec,))
-    (tokenize,) = book.submit(CLIENT, message, (frame,), now=0.0)
-    assert isinstance(tokenize, Tokenize)
-    refused, _ = book.tokenized(Tokenized(tokenize.key, list(PROMPT)))
+    (refused,) = book.submit(CLIENT, message, (frame,), now=0.0)
     assert isinstance(refused, Send)
     assert isinstance(refused.message, RequestFailed)
     assert refused.message.code == InvalidRequest.code
-    assert "is an encoder-decoder, of which no embeddings are made" in refused.message.message
+    assert "encoder-decoders have no embeddings here" in refused.message.message
     assert book.num_waiting == 0
 
 

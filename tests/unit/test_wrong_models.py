@@ -24,7 +24,7 @@ from distributed_llm.common.model_names import (
 from distributed_llm.common.settings import CoordinatorSettings, WorkerSettings
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import serve
-from distributed_llm.worker import work
+from distributed_llm.worker import way_in
 
 CONFIG = {
     "model_type": "llama",
@@ -480,9 +480,7 @@ def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words:
 
 
 def test_a_type_that_workers_may_try(tmp_path: Path) -> None:
-    serve.open_model(
-        str(write(tmp_path, {"model_type": "roc_bert", "is_decoder": True})), CoordinatorSettings()
-    )
+    serve.open_model(str(write(tmp_path, {"model_type": "prophetnet"})), CoordinatorSettings())
 
 
 # ------------------------------------------------------------------ files that are something else
@@ -729,14 +727,14 @@ def test_a_worker_says_what_is_wrong_with_its_copy_before_it_joins(
     async def join(settings: WorkerSettings) -> tuple[str, ...]:
         raise AssertionError("it looks for its coordinator")
 
-    monkeypatch.setattr(work, "_addresses", join)
+    monkeypatch.setattr(way_in, "_addresses", join)
     folder = write(tmp_path / "model", config)
     if config is None:
         (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=words):
-        asyncio.run(work.work(WorkerSettings(model=str(folder))))
+        asyncio.run(way_in.find_way_in(WorkerSettings(model=str(folder))))
     with pytest.raises(CheckpointError, match=f"There is no folder '{tmp_path / 'nowhere'}'"):
-        asyncio.run(work.work(WorkerSettings(model=str(tmp_path / "nowhere"))))
+        asyncio.run(way_in.find_way_in(WorkerSettings(model=str(tmp_path / "nowhere"))))
 
 
 def test_a_folder_with_models_in_two_formats(

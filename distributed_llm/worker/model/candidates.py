@@ -3,7 +3,8 @@
 In the order of transformers' warpers: temperature, top-h, top-k, top-p, min-p, typical-p, epsilon
 and eta cutoff. Large vocabularies make this the dearest part of sampling, so passes over all tokens
 are few: what is needed of all rows is computed for them together, and thresholds that surely let
-enough tokens pass come before anything is sorted.
+enough tokens pass come before anything is sorted. Where the C library was built, it cuts at top-p
+and min-p without sorting, and makes zeros of what is cut off instead of a list of what stays.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,11 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.worker.model.kernels.native.nuclei import Cut, can_cut, cut_probabilities
 from distributed_llm.worker.model.logits import FloatRow, Indices
+
+DRAWN_TOGETHER = 256
+"""Consecutive token ids that are one group of a draw."""
 
 _TOP_H_TOKENS = 100
 """Likeliest tokens that top-h considers, as in transformers."""
@@ -30,6 +35,9 @@ _DROPPED_BITS = 19
 """Bits of a float32 without which 16 steps remain between a number and its double."""
 
 
+Floats = npt.NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Tokens that may be sampled.
@@ -39,8 +47,60 @@ class Candidates:
         probabilities: [n] float64, not normalised.
     """
 
-    token_ids: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float64]
+    token_ids: Indices
+    probabilities: Floats
+
+    def group_sums(self) -> Floats:
+        """Return the sum of each group of `DRAWN_TOGETHER` token ids, [groups]."""
+        borders = self._borders()
+        sums: Floats = np.add.reduceat(self.probabilities, borders[:-1])
+        sums[borders[1:] == borders[:-1]] = 0.0  # no candidates; reduceat gives a neighbour there
+        return sums
+
+    def of_group(self, group: int) -> "Candidates":
+        """Return the candidates of one of these groups."""
+        start, stop = self._borders()[group : group + 2]
+        return Candidates(self.token_ids[start:stop], self.probabilities[start:stop])
+
+    def left(self) -> "Candidates":
+        """Return these."""
+        return self
+
+    def _borders(self) -> Indices:
+        token_ids = self.token_ids
+        borders = np.arange(int(token_ids[-1]) // DRAWN_TOGETHER + 2) * DRAWN_TOGETHER
+        if token_ids[-1] >= len(token_ids):  # some are missing
+            return np.searchsorted(token_ids, borders).astype(np.int64)
+        borders[-1] = len(token_ids)
+        return borders
+
+
+@dataclass(frozen=True)
+class CutRow:
+    """The probabilities of all tokens, zeros for those that may not be sampled.
+
+    Attributes:
+        probabilities: float32 [vocab_size]
+        sums: of each group of `DRAWN_TOGETHER`, [groups].
+    """
+
+    probabilities: FloatRow
+    sums: Floats
+
+    def group_sums(self) -> Floats:
+        """Return `sums`."""
+        return self.sums
+
+    def of_group(self, group: int) -> Candidates:
+        """Return the candidates of one of these groups."""
+        start = group * DRAWN_TOGETHER
+        probabilities = self.probabilities[start : start + DRAWN_TOGETHER].astype(np.float64)
+        return Candidates(start + np.arange(len(probabilities)), probabilities)
+
+    def left(self) -> Candidates:
+        """Return the candidates of all groups."""
+        token_ids = np.flatnonzero(self.probabilities)
+        return Candidates(token_ids, self.probabilities[token_ids].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -51,11 +111,13 @@ class ScaledRow:
         scores: [vocab_size]
         probabilities: of all tokens, [vocab_size]; None where some are dropped before these count.
         sampling: the parameters of the row.
+        cut: the probabilities after top-p and min-p, where the C library has cut them.
     """
 
     scores: FloatRow
     probabilities: FloatRow | None
     sampling: Sampling
+    cut: CutRow | None
 
 
 def scaled_rows(scores: Tensor, samplings: Sequence[Sampling]) -> list[ScaledRow]:
@@ -74,15 +136,35 @@ def scaled_rows(scores: Tensor, samplings: Sequence[Sampling]) -> list[ScaledRow
         scaled[row] = (scores[row] - highest[row]) / temperatures[row]
     whole = [row for row, s in enumerate(samplings) if _counts_all(s, scores.shape[-1])]
     together = scaled if len(whole) == len(scaled) else scaled[whole]
-    probabilities = dict(zip(whole, torch.softmax(together, dim=-1).numpy(), strict=True))
+    probabilities = torch.softmax(together, dim=-1)
+    cut: dict[int, CutRow] = {}
+    if whole and can_cut():
+        cuts = [Cut(samplings[row].top_p, samplings[row].min_p) for row in whole]
+        sums = cut_probabilities(probabilities, cuts, DRAWN_TOGETHER)
+        cut = dict(zip(whole, map(CutRow, probabilities.numpy(), sums.numpy()), strict=True))
+    given = dict(zip(whole, probabilities.numpy(), strict=True))
     return [
-        ScaledRow(row, probabilities.get(number), sampling)
+        ScaledRow(row, given.get(number), sampling, cut.get(number))
         for number, (row, sampling) in enumerate(zip(scaled.numpy(), samplings, strict=True))
     ]
 
 
-def candidates(row: ScaledRow) -> Candidates:
+def candidates(row: ScaledRow) -> Candidates | CutRow:
     """Return the tokens that the cutoffs leave."""
+    left = row.cut or _left_of(row)
+    warpers = _entropy_warpers(row.sampling)
+    if not warpers:
+        return left
+    token_ids = left.left().token_ids
+    scores = row.scores[token_ids]
+    for warper in warpers:
+        chosen = warper(scores)
+        token_ids, scores = token_ids[chosen], scores[chosen]
+    return Candidates(token_ids, _softmax(scores).astype(np.float64))
+
+
+def _left_of(row: ScaledRow) -> Candidates:
+    """Return the tokens that top-h and top-k, then top-p and min-p leave."""
     sampling, probabilities = row.sampling, row.probabilities
     token_ids: Indices | None = None  # all
     if probabilities is None:
@@ -93,12 +175,6 @@ def candidates(row: ScaledRow) -> Candidates:
         probabilities = probabilities[chosen]
     if token_ids is None:
         token_ids = np.arange(len(row.scores))
-    if warpers := _entropy_warpers(sampling):
-        scores = row.scores[token_ids]
-        for warper in warpers:
-            chosen = warper(scores)
-            token_ids, scores = token_ids[chosen], scores[chosen]
-        probabilities = _softmax(scores)
     return Candidates(token_ids, probabilities.astype(np.float64))
 
 

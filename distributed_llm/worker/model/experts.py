@@ -18,6 +18,13 @@ from torch import Tensor, nn
 
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.kernels import fastest_linear
+from distributed_llm.worker.model.kernels.native.experts import (
+    MOST_ROWS,
+    ExpertWeights,
+    NativeWeight,
+    experts_of,
+)
+from distributed_llm.worker.model.kernels.packed import CopiedLinear
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear
 
@@ -81,6 +88,8 @@ class PackedExperts(nn.Module):
         # Called by themselves, without hooks: that and the lookup take as long as small products.
         self._up = [layer.forward for layer in up]
         self._down = [layer.forward for layer in down]
+        self._library: tuple[ExpertWeights, ExpertWeights] | None = None
+        self._asked_library = False
         self._fewest_rows = max(getattr(layer, "fewest_rows", 1) for layer in (up[0], down[0]))
 
     @classmethod
@@ -122,6 +131,12 @@ class PackedExperts(nn.Module):
             top_k_weights: [tokens, k].
         """
         tokens, k = top_k_index.shape
+        if tokens <= MOST_ROWS and hidden_states.dtype == torch.bfloat16:
+            library = self._of_library()
+            if library is not None:
+                outputs = self._by_library(*library, hidden_states, top_k_index)
+                outputs = outputs.view(tokens, k, -1)
+                return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
         groups = self.groups(top_k_index.reshape(-1).tolist())
         device = hidden_states.device
         rows, places = (sent(torch.tensor(each), device) for each in (groups.rows, groups.places))
@@ -138,11 +153,44 @@ class PackedExperts(nn.Module):
 
     def computed(self, groups: "RowGroups", states: Tensor) -> Tensor:
         """Return what experts make of the rows of `groups`, [rows, hidden_size]."""
+        states = self._activated(_products(self._up, groups, states))
+        return self._normed(_products(self._down, groups, states))
+
+    def _of_library(self) -> "tuple[ExpertWeights, ExpertWeights] | None":
+        """Return the weights, if the C library multiplies by those that rows choose.
+
+        It is asked when the experts compute for the first time: before, weights may be moved.
+        """
+        if not self._asked_library:
+            self._asked_library = True
+            up, down = (
+                experts_of([_native_weight(layer) for layer in layers])
+                for layers in (self.up, self.down)
+            )
+            self._library = None if up is None or down is None else (up, down)
+        return self._library
+
+    def _by_library(
+        self, up: ExpertWeights, down: ExpertWeights, states: Tensor, index: Tensor
+    ) -> Tensor:
+        """Return what the experts [tokens, k] of `index` make of states, [tokens * k, hidden_size].
+
+        To the last bit what their layers make one by one; nothing depends on what was chosen but
+        the numbers, so a step may be recorded.
+        """
+        chosen = index.reshape(-1)
+        states = self._activated(up.products(states, chosen))
+        return self._normed(down.products(states, chosen))
+
+    def _activated(self, states: Tensor) -> Tensor:
         gating = self.gating
-        states = _products(self._up, groups, states)
-        states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
-        states = _products(self._down, groups, states)
-        return gating.post_expert_norm(states) if gating.has_post_expert_norm else states
+        made: Tensor = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
+        return made
+
+    def _normed(self, states: Tensor) -> Tensor:
+        gating = self.gating
+        made: Tensor = gating.post_expert_norm(states) if gating.has_post_expert_norm else states
+        return made
 
 
 @dataclass(frozen=True)
@@ -184,6 +232,10 @@ def grouped_rows(chosen: Sequence[int], fewest: int) -> RowGroups:
         groups.rows.extend(own + again)
         groups.sizes.append(len(own) + len(again))
     return groups
+
+
+def _native_weight(layer: nn.Module) -> NativeWeight | None:
+    return layer.native_weight if isinstance(layer, QuantLinear | CopiedLinear) else None
 
 
 def _products(layers: Sequence[_Product], groups: RowGroups, states: Tensor) -> Tensor:

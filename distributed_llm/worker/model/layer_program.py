@@ -6,6 +6,7 @@ as follow one another in one call; all others by torch, as they were recorded.
 """
 
 import ctypes
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,22 @@ from distributed_llm.worker.model.element_operations import elements_of, new_ope
 from distributed_llm.worker.model.kernels import OpaqueWeights
 from distributed_llm.worker.model.kernels.native.calls import (
     AttentionCall,
+    ExpertsCall,
     NativeCall,
     NormCall,
     Places,
     ProductsCall,
 )
 from distributed_llm.worker.model.kernels.native.replay import Kind, Operation, Operations
-from distributed_llm.worker.model.recording import Recording, TorchCall, tensors_in
+from distributed_llm.worker.model.recording import Recording, TorchCall, made_by, tensors_in
 
 _ALIGNMENT = 64
+
+_PRODUCTS = {
+    "int8_products": Kind.INT8_PRODUCTS,
+    "int4_products": Kind.INT4_PRODUCTS,
+    "row_products": Kind.ROW_PRODUCTS,
+}
 
 
 class Unrecordable(Exception):
@@ -63,15 +71,18 @@ class _Region:
 
 @dataclass(frozen=True, slots=True)
 class _TorchStep:
-    """An operation that torch carries out; its result is copied to where the others expect it."""
+    """An operation that torch carries out; what it makes is copied to where others expect it."""
 
     function: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
-    output: Tensor
+    outputs: Sequence[Tensor]
 
     def run(self, inputs: int, places: Places) -> None:
-        self.output.copy_(self.function(*self.args, **self.kwargs))
+        made = tensors_in(self.function(*self.args, **self.kwargs))
+        for output, own in zip(self.outputs, made, strict=True):
+            if output is not own:  # it was changed where it lies
+                output.copy_(own)
 
 
 class LayerProgram:
@@ -154,7 +165,7 @@ class LayerProgram:
         """
         self.run(inputs, self._places)
         for call in self._recorded.calls:
-            if not _same(call.output, self._moved(call.output)):
+            if not all(_same(made, self._moved(made)) for made in made_by(call)):
                 raise Unrecordable(f"{call} gives something else")
         del self._recorded, self._regions
 
@@ -163,8 +174,8 @@ class LayerProgram:
     def _lay_out(self, inputs: Sequence[Tensor], workspace: Workspace, rows: int) -> None:
         """Give a place to all that is given to the layer, and to all that it makes."""
         spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in inputs]
-        for call in self._recorded.calls:
-            storage = call.output.untyped_storage()
+        for made in itertools.chain.from_iterable(map(made_by, self._recorded.calls)):
+            storage = made.untyped_storage()
             spans.append((storage.data_ptr(), storage.nbytes()))
         offsets, size = [], 0
         for _, nbytes in spans:
@@ -221,6 +232,8 @@ class LayerProgram:
                 return [operation]
             case ProductsCall():
                 return [self._products(call)]
+            case ExpertsCall():
+                return [self._experts(call)]
             case AttentionCall():
                 return [self._attention(call)]
         found = elements_of(call)
@@ -256,10 +269,20 @@ class LayerProgram:
     def _products(self, call: ProductsCall) -> Operation:
         if call.states.dtype != torch.bfloat16:
             raise Unrecordable("its products are of another dtype")
-        kind = Kind.INT8_PRODUCTS if call.function == "int8_products" else Kind.INT4_PRODUCTS
+        kind = _PRODUCTS[call.function]
         sizes = call.count, *call.states.shape, call.instructions, *call.group
         operation = self._operation(kind, call.output, call.states, None, sizes)
         operation.second = call.weights.buffer_info()[0]
+        self._held.append(call.weights)
+        return operation
+
+    def _experts(self, call: ExpertsCall) -> Operation:
+        choices, (rows, inputs) = len(call.chosen), call.states.shape
+        sizes = choices, choices // rows, inputs, call.group, call.instructions
+        operation = self._operation(Kind.EXPERT_PRODUCTS, call.output, call.states, None, sizes)
+        operation.second = call.weights.buffer_info()[0]
+        operation.places[0] = self._address(call.chosen)
+        operation.number, operation.other = call.count, call.form
         self._held.append(call.weights)
         return operation
 
@@ -284,7 +307,7 @@ class LayerProgram:
     def _by_torch(self, call: TorchCall) -> _TorchStep:
         kwargs = {name: self._replaced(value) for name, value in call.kwargs.items()}
         args = [self._replaced(value) for value in call.args]
-        return _TorchStep(call.function, args, kwargs, self._moved(call.output))
+        return _TorchStep(call.function, args, kwargs, list(map(self._moved, made_by(call))))
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):

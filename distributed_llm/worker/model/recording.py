@@ -38,18 +38,29 @@ _PURE = frozenset(
         *(_ATEN.repeat_interleave.self_int, _ATEN.type_as.default),
         *(_ATEN.reshape.default, _ATEN.contiguous.default, _ATEN.to.dtype),
         *(_ATEN.linear.default, _ATEN.mm.default, _ATEN.addmm.default, _ATEN.matmul.default),
+        *(_ATEN.softmax.int, _ATEN.topk.default, _ATEN.sum.dim_IntList, _ATEN.gather.default),
+        *(_ATEN.zeros_like.default, _ATEN.masked_fill.Scalar, _ATEN.bitwise_not.default),
+        *(_ATEN.clamp.default, _ATEN.exp.default),
     }
 )
+
+_CHANGES = frozenset(
+    {
+        *(_ATEN.div_.Tensor, _ATEN.mul_.Tensor, _ATEN.add_.Tensor, _ATEN.scatter_.value),
+    }
+)
+"""Change their first argument, and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchCall:
-    """A call of one of torch's operations, which made a tensor."""
+    """A call of one of torch's operations, which made a tensor, or several."""
 
     function: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     output: Tensor
+    others: Sequence[Tensor] = ()
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -83,11 +94,26 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if not self.paused and func not in _MAKE_ROOM and not _is_view(func, args, output):
-            if isinstance(output, Tensor) and _is_pure(func):
-                self.calls.append(TorchCall(func, args, kwargs, output))
+            made = list(tensors_in(output))
+            if made and (_is_pure(func) or (func in _CHANGES and self._made(args[0]))):
+                self.calls.append(TorchCall(func, args, kwargs, made[0], made[1:]))
             else:
                 self.failure = f"it calls {func}"
         return output
+
+    def _made(self, tensor: Tensor) -> bool:
+        """Return whether a tensor lies in memory that a recorded call has made."""
+        place = tensor.untyped_storage().data_ptr()
+        return any(
+            made.untyped_storage().data_ptr() == place
+            for call in self.calls
+            for made in made_by(call)
+        )
+
+
+def made_by(call: TorchCall | NativeCall) -> Sequence[Tensor]:
+    """Return the tensors that a call has made."""
+    return (call.output, *call.others) if isinstance(call, TorchCall) else (call.output,)
 
 
 def _is_pure(func: Any) -> bool:

@@ -34,13 +34,16 @@ from distributed_llm.common.errors import DistributedLLMError, InvalidRequest, S
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import TokenIds
-from distributed_llm.worker.model.candidates import Candidates, candidates, scaled_rows
+from distributed_llm.worker.model.candidates import (
+    DRAWN_TOGETHER,
+    Candidates,
+    CutRow,
+    candidates,
+    scaled_rows,
+)
 from distributed_llm.worker.model.logits import FloatRow, Mask, changes, process
 
 logger = logging.getLogger(__name__)
-
-_GROUP = 256
-"""Consecutive token ids in one group of the draw."""
 
 _SECOND_HEAT = 2**32
 """Position of the second heat's numbers in the generator's sequence, in blocks of four numbers."""
@@ -143,7 +146,7 @@ def race(probabilities: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64
     return int(np.argmin(arrivals))
 
 
-def draw(choice: Candidates, seed: int, position: int) -> int:
+def draw(choice: Candidates | CutRow, seed: int, position: int) -> int:
     """Draw a token id from the candidates; the same one for the same seed and position.
 
     Args:
@@ -152,20 +155,12 @@ def draw(choice: Candidates, seed: int, position: int) -> int:
         position: of the token in its sequence.
     """
     key = np.array([seed, position], dtype=np.uint64)
-    token_ids, probabilities = choice.token_ids, choice.probabilities
-    groups = int(token_ids[-1]) // _GROUP + 1
-    borders = np.arange(groups + 1) * _GROUP
-    if token_ids[-1] >= len(token_ids):  # some are missing
-        borders = np.searchsorted(token_ids, borders)
-    else:
-        borders[-1] = len(token_ids)
-    sums = np.add.reduceat(probabilities, borders[:-1])
-    sums[borders[1:] == borders[:-1]] = 0.0  # no candidates; reduceat gives a neighbour there
-    winner = race(sums, _uniform(key, 0, groups))
-    group = slice(borders[winner], borders[winner + 1])
-    numbers = _uniform(key, _SECOND_HEAT + winner * (_GROUP // 4), _GROUP)
-    numbers = numbers[token_ids[group] - winner * _GROUP]
-    return int(token_ids[group][race(probabilities[group], numbers)])
+    sums = choice.group_sums()
+    winner = race(sums, _uniform(key, 0, len(sums)))
+    numbers = _uniform(key, _SECOND_HEAT + winner * (DRAWN_TOGETHER // 4), DRAWN_TOGETHER)
+    group = choice.of_group(winner)
+    numbers = numbers[group.token_ids - winner * DRAWN_TOGETHER]
+    return int(group.token_ids[race(group.probabilities, numbers)])
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -11,7 +11,12 @@ from distributed_llm.worker.model.kernels.int4 import Int4Pack, Int4Rows, channe
 from distributed_llm.worker.model.kernels.int8 import Int8Fbgemm, Int8OneDnn, Int8Rows
 from distributed_llm.worker.model.kernels.layout import Layout
 from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, instructions
-from distributed_llm.worker.model.kernels.packed import FloatLinear, PackedLinear, RowLinear
+from distributed_llm.worker.model.kernels.packed import (
+    CopiedLinear,
+    FloatLinear,
+    PackedLinear,
+    RowLinear,
+)
 
 INT8: dict[str, Callable[[Tensor, Tensor], Layout]] = {
     "rows": Int8Rows,
@@ -32,7 +37,11 @@ INT4: dict[str, Callable[[Tensor, Tensor, Tensor, torch.dtype], Layout]] = {
 }
 """Makes a layout of codes uint8 [out_features, in_features], scales and offsets [.., groups]."""
 
-FLOAT: dict[str, Callable[[nn.Linear], FloatLinear]] = {"rows": RowLinear, "packed": PackedLinear}
+FLOAT: dict[str, Callable[[nn.Linear], FloatLinear]] = {
+    "rows": RowLinear,
+    "copied": CopiedLinear,
+    "packed": PackedLinear,
+}
 """Makes a layer of another one, whose weight it takes."""
 
 
@@ -48,13 +57,17 @@ def usual(kind: Kind) -> Choice:
         if _is_x86() and channels_of_block() is not None:
             return Choice("pack", ("native", "native", "native", "unpacked bfloat16"))
         return Choice("rows", ("upcast",) * 4)
+    if kind.dtype == "bfloat16" and instructions() != "none":
+        if torch.cpu._is_avx512_bf16_supported():
+            return Choice("copied", ("native", "native", "native", "linear"))
+        return Choice("copied", ("linear", "native", "native", "upcast"))
     if _packing_helps(kind.dtype):
         return Choice("packed", ("padded", "padded", "onednn", "onednn"))
     return Choice("rows", ("linear",) * 4)
 
 
 def _packing_helps(dtype: str) -> bool:
-    """Return whether weights in oneDNN's order are likely to be faster.
+    """Return whether weights in oneDNN's order are likely to be faster than those of `nn.Linear`.
 
     They were measured to be, for any number of rows, in float32 with AVX2 or AVX-512, and in
     bfloat16 with AVX512-BF16. A processor that emulates bfloat16 loses with one row what it gains

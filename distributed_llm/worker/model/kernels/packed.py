@@ -2,9 +2,10 @@
 
 `nn.Linear` keeps weights row by row. oneDNN reorders them for every product, or torch calls another
 library: with few input rows, as in decoding, reordering takes as long as the product or longer. So
-a weight may be reordered once, when the model is loaded. Where oneDNN has no fast kernel for the
-weight's dtype, it stays as it is, and is converted to float32 block by block. Either way it is held
-once, so it takes no more memory.
+a weight may be reordered once, when the model is loaded. In bfloat16 it stays row by row: the C
+library reads it so as fast as memory gives it, and with many input rows reordering hardly counts.
+Without the library, and where oneDNN has no fast kernel for the weight's dtype, it is converted to
+float32 block by block. Either way it is held once, so it takes no more memory.
 """
 
 import functools
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from distributed_llm.worker.model.kernels.choice import ROWS, class_of
 from distributed_llm.worker.model.kernels.layout import Kernel, product_in_blocks
+from distributed_llm.worker.model.kernels.memory import new_memory
+from distributed_llm.worker.model.kernels.native.experts import MOST_ROWS, NativeWeight
+from distributed_llm.worker.model.kernels.native.rows import native_rows, row_product
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
 
 _TYPICAL_ROWS = 16
@@ -163,6 +167,35 @@ class RowLinear(FloatLinear):
             lambda start, stop: self.weight[start:stop],
         )
         return (output if self.bias is None else output + self.bias).to(states.dtype)
+
+
+class CopiedLinear(RowLinear):
+    """A linear layer with a weight row by row in memory of its own, not in that of a file.
+
+    Memory in large pages is read faster, and who changes a file does not change the weight.
+
+    Args:
+        linear: the layer to replace; it keeps its own weight.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+    """
+
+    _METHODS = MappingProxyType({"linear": "_linear", "upcast": "_upcast", "native": "_native"})
+
+    def _ordered(self, weight: Tensor) -> Tensor:
+        memory = new_memory(weight.nbytes)
+        return memory.view(weight.dtype).view(weight.shape).copy_(weight)
+
+    def _native(self, states: Tensor) -> Tensor:
+        return row_product(states, self.weight, self.bias)
+
+    @property
+    def native_weight(self) -> NativeWeight | None:
+        """The weight, if the C library multiplies a step's few rows of states by it."""
+        few = self._chosen[: class_of(MOST_ROWS) + 1]
+        return native_rows(self.weight, self.bias) if set(few) == {"_native"} else None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from distributed_llm.worker.model.kernels.chosen import choice_for, is_worth_it
 from distributed_llm.worker.model.kernels.layout import Kernel, Layout
 from distributed_llm.worker.model.kernels.memory import new_bytes
 from distributed_llm.worker.model.kernels.native import Blocks
+from distributed_llm.worker.model.kernels.native.experts import NativeWeight
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.shared_states import SharedStates
@@ -91,6 +92,12 @@ class QuantLinear(OpaqueWeights):
         """The weight, if its products may be computed with those of others."""
         layout = self._layout
         return layout if isinstance(layout, Blocks) and self._input_order is None else None
+
+    @property
+    def native_weight(self) -> NativeWeight | None:
+        """The weight, if the C library multiplies by it and nothing else is computed."""
+        blocks = self.blocks
+        return None if blocks is None or self.bias is not None else blocks.native_weight
 
     def share(self, shared: SharedStates, number: int) -> None:
         """Have products computed with those of others.

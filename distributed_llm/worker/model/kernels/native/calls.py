@@ -42,11 +42,11 @@ class ProductsCall:
     """A call that multiplies states [rows, inputs] with some weights.
 
     Attributes:
-        function: "int8_products" or "int4_products".
+        function: "int8_products", "int4_products" or "row_products".
         instructions: number of the processor's instructions.
         states: in rows.
         output: memory for the products, one after another.
-        weights: addresses and sizes, as products.c reads them.
+        weights: addresses and sizes, as C reads them.
         count: of the weights.
         group: what the function is told beside the shape.
     """
@@ -58,6 +58,31 @@ class ProductsCall:
     weights: "array[int]"
     count: int
     group: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsCall:
+    """A call of `expert_products`; see `experts.ExpertWeights`.
+
+    Attributes:
+        instructions: number of the processor's instructions.
+        states: [choices / sharing, inputs].
+        output: [choices, channels].
+        weights: addresses and sizes, as C reads them.
+        count: of the weights.
+        chosen: [choices] int64.
+        form: a number of products.h.
+        group: inputs of the weights that have a scale in common.
+    """
+
+    instructions: int
+    states: Tensor
+    output: Tensor
+    weights: "array[int]"
+    count: int
+    chosen: Tensor
+    form: int
+    group: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +107,7 @@ class AttentionCall:
     places: Places
 
 
-NativeCall = NormCall | ProductsCall | AttentionCall
+NativeCall = NormCall | ProductsCall | ExpertsCall | AttentionCall
 
 
 class Listener(Protocol):

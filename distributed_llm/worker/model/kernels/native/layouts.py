@@ -13,6 +13,7 @@ from distributed_llm.worker.model.kernels.layout import Kernel
 from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.kernels.native import library
 from distributed_llm.worker.model.kernels.native.calls import ProductsCall, tell
+from distributed_llm.worker.model.kernels.native.experts import NativeWeight
 
 _LANES = 16
 """Output channels of a block."""
@@ -49,6 +50,16 @@ class Blocks:
     def described(self) -> tuple[int, int, int]:
         """The weight, as the library reads it; where it lies now, for tensors may be moved."""
         return self._codes.data_ptr(), self._scales.data_ptr(), self.channels
+
+    @property
+    def native_weight(self) -> NativeWeight | None:
+        """The weight where it lies now; None if states have to be longer than its inputs."""
+        function, inputs, group = self.alike
+        if inputs % 4:
+            return None
+        return NativeWeight(
+            function, (self.channels, inputs), max(group, default=0), self.described
+        )
 
     def kernels(self) -> Mapping[str, Kernel]:
         """Return the kernel that reads this order."""

@@ -27,12 +27,15 @@ _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int,
 _ARGUMENTS = {
     "attend_tokens": (*[_ADDRESS] * 9, *[_REAL] * 2, *[_SMALL] * 2),
     "replay": (_ADDRESS, _COUNT, *[_ADDRESS] * 3, _SMALL),
+    "cut_probabilities": (*[_ADDRESS] * 3, *[_COUNT] * 3, _SMALL),
     "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
     "pack_int8": (*[_ADDRESS] * 2, *[_COUNT] * 2, _SMALL),
     "pack_int4": (*[_ADDRESS] * 4, *[_COUNT] * 3, _REAL, _SMALL),
     "largest_magnitude": (_ADDRESS, _COUNT),
     "quantize_int8": (_ADDRESS, _SMALL, *[_COUNT] * 2, *[_ADDRESS] * 3, _SMALL),
     "quantize_int4": (_ADDRESS, _SMALL, *[_COUNT] * 2, *[_ADDRESS] * 3, _SMALL),
+    "row_products": (*[_ADDRESS] * 3, _SMALL, *[_COUNT] * 2, *[_SMALL] * 2),
+    "expert_products": (*[_ADDRESS] * 4, *[_COUNT] * 5, *[_SMALL] * 3),
     "int8_products": (*[_ADDRESS] * 3, _SMALL, *[_COUNT] * 2, *[_SMALL] * 3),
     "int4_products": (*[_ADDRESS] * 3, _SMALL, *[_COUNT] * 3, *[_SMALL] * 3),
 }
@@ -74,10 +77,10 @@ def loaded() -> ctypes.CDLL:
 
 
 class Product:
-    """A function that multiplies by integers; its arguments are those of products.c but the last.
+    """A function that multiplies by weights; its arguments are those in C but the last.
 
     Args:
-        name: "int8_products" or "int4_products".
+        name: "int8_products", "int4_products", "row_products" or "expert_products".
         instructions: number in `NAMES`.
 
     Raises:
@@ -86,7 +89,7 @@ class Product:
 
     def __init__(self, name: str, instructions: int) -> None:
         if not instructions:
-            raise Missing("this processor has no instructions for fast products of integers")
+            raise Missing("this processor has no instructions for fast products")
         self.name = name
         self.instructions = instructions
         self._function = getattr(loaded(), name)
@@ -95,10 +98,10 @@ class Product:
         """Multiply.
 
         Raises:
-            MemoryError: there is none for the rounded states.
+            MemoryError: there is none for the states in another dtype.
         """
         if self._function(*arguments, self.instructions):
-            raise MemoryError(f"no memory to round states in for {self.name}")
+            raise MemoryError(f"no memory to convert states in for {self.name}")
 
 
 @functools.cache

@@ -24,10 +24,13 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
+/* What weights are: of integers as above, or bfloat16 row by row. In the order of experts.py. */
+enum { INT8_FORM, INT4_FORM, ROWS_FORM };
+
 /* A weight; layouts.py makes tables of them. */
 typedef struct {
     const void *codes;
-    const float *scales; /* int8: [channels]; int4: one factor for all */
+    const float *scales; /* int8: [channels]; int4: one factor for all; rows: a bias */
     int64_t channels;
 } Weight;
 

@@ -17,7 +17,19 @@ INSTRUCTIONS("avx2,fma,f16c")
 
 #define DIMENSIONS 4
 
-enum { INPUT, COPY, ADD, MULTIPLY, LOOK_UP, NORM, INT8_PRODUCTS, INT4_PRODUCTS, ATTENTION };
+enum {
+    INPUT,
+    COPY,
+    ADD,
+    MULTIPLY,
+    LOOK_UP,
+    NORM,
+    INT8_PRODUCTS,
+    INT4_PRODUCTS,
+    ROW_PRODUCTS,
+    ATTENTION,
+    EXPERT_PRODUCTS
+};
 
 /* One operation; replay.py makes them. What `sizes` and `places` hold depends on the kind. */
 typedef struct {
@@ -158,10 +170,17 @@ static int carry_out(const Operation *o, const Run *run)
     case INT4_PRODUCTS: /* weights, rows, inputs, instructions, group */
         return int4_products(o->first, o->output, o->second, (int)sizes[0], sizes[1], sizes[2],
                              sizes[4], BFLOAT16, run->threads, (int)sizes[3]);
+    case ROW_PRODUCTS: /* weights, rows, inputs, instructions */
+        return row_products(o->first, o->output, o->second, (int)sizes[0], sizes[1], sizes[2],
+                            run->threads, (int)sizes[3]);
     case ATTENTION: /* how keys and values are kept */
         return attend_tokens(o->first, o->second, o->places[0], o->output, o->places[1],
                              o->places[2], run->parts, run->starts, o->places[3],
                              (float)o->number, (float)o->other, (int)sizes[0], run->threads);
+    case EXPERT_PRODUCTS: /* choices, sharing, inputs, group, instructions; weights, form */
+        return expert_products(o->first, o->output, o->second, o->places[0], (int64_t)o->number,
+                               sizes[0], sizes[1], sizes[2], sizes[3], (int)o->other, run->threads,
+                               (int)sizes[4]);
     default:
         compute_elements(o, run->threads);
         return 0;

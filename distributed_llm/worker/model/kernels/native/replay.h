@@ -13,6 +13,13 @@ int int4_products(const void *states, void *output, const Weight *weights, int n
                   int64_t rows, int64_t inputs, int64_t group, int dtype, int threads,
                   int instructions);
 
+int row_products(const uint16_t *states, uint16_t *output, const Weight *weights, int num_weights,
+                 int64_t rows, int64_t inputs, int threads, int instructions);
+
+int expert_products(const uint16_t *states, uint16_t *output, const Weight *weights,
+                    const int64_t *chosen, int64_t num_weights, int64_t choices, int64_t sharing,
+                    int64_t inputs, int64_t group, int form, int threads, int instructions);
+
 void rms_norm(const uint16_t *states, uint16_t *output, const uint16_t *weight, int64_t rows,
               int64_t columns, float epsilon, int kind, int threads);
 

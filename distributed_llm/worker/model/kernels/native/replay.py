@@ -24,7 +24,9 @@ class Kind(IntEnum):
     NORM = 5
     INT8_PRODUCTS = 6
     INT4_PRODUCTS = 7
-    ATTENTION = 8
+    ROW_PRODUCTS = 8
+    ATTENTION = 9
+    EXPERT_PRODUCTS = 10
 
 
 _Strides = ctypes.c_int64 * DIMENSIONS
