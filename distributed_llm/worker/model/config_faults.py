@@ -106,6 +106,11 @@ def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
     known = {name: name for name in (*defaults.values, *config)}
     for alias, own in defaults.aliases.items():
         known |= {alias: own} if own in config else {own: alias} if alias in config else {}
+    if "rope_scaling" in config:  # what transformers makes of it has another name
+        known["rope_parameters"] = "rope_scaling"
+    for outer, value in config.items():
+        if isinstance(value, Mapping):
+            known = {str(inner): f"{outer}.{inner}" for inner in value} | known
     return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
 
 
@@ -135,7 +140,8 @@ def _shown(names: list[str], config: Mapping[str, Any]) -> str:
 
 
 def _value_text(name: str, config: Mapping[str, Any]) -> str:
-    if name not in config:
+    outer, _, inner = name.partition(".")
+    if outer not in config:
         return f"{name}, which it lacks"
-    shown = repr(config[name])
+    shown = repr(config[outer][inner] if inner else config[outer])
     return f"{name} = {shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + '...'}"
