@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from tests.mixtures import (
+    DENSE_FIRST,
     EXPERTS,
     LATENT,
     MIXED,
@@ -42,14 +43,18 @@ _COMMON: Mapping[str, Any] = {
 }
 _NO_GQA = {"num_key_value_heads": 4}
 _DECODER = {**_NO_GQA, "is_decoder": True}
+_COUNTED = {"longcat_flash": 2}
+"""As how many hidden layers transformers counts a layer of these families."""
 _PER_LAYER = (
     "layer_types",
+    "layers_block_type",
     "no_rope_layers",
     "mlp_layer_types",
     "layer_rope_theta",
     "num_attention_heads_per_layer",
     "attention_types",
     "activation_sparsity_pattern",
+    "indexer_types",
 )
 _SHARED_EXPERT = {
     "num_experts": 4,
@@ -202,6 +207,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 1),
     },
     "gpt-sw3": _NO_GQA,
+    "gpt_neox_japanese": {**_NO_GQA, "intermediate_multiple_size": 2},
+    "xglm": {**_NO_GQA, "ffn_dim": 48},
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "megatron-bert": _DECODER,
+    "rembert": {**_DECODER, "input_embedding_size": 24, "output_embedding_size": 40},
     "bert": _DECODER,
     "bert-generation": _DECODER,
     "electra": _DECODER,
@@ -233,6 +243,19 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 24,
         **EXPERTS,
+    },
+    "bailing_hybrid": {
+        **LATENT,
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+        "layer_group_size": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": DENSE_FIRST,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_token": 3,
+        "num_expert_group": 4,
+        "topk_group": 2,
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {
@@ -274,6 +297,31 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "expert_layer_period": 2,
         "expert_layer_offset": 0,
         "mamba_d_state": 8,
+    },
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"],
+        "attention_window_size": 5,
+        "lru_width": 48,
+        "logits_soft_cap": 10.0,
+    },
+    "zamba": {
+        **_NO_GQA,
+        "layers_block_type": ["hybrid", "hybrid", "linear_attention"],
+        "n_mamba_heads": 2,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        **_NO_GQA,
+        "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
+        "num_mem_blocks": 1,
+        "n_mamba_heads": 4,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 2,
+        "chunk_size": 4,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 4,
+        "use_mem_rope": True,
     },
     "mamba": {"state_size": 8},
     "falcon_mamba": {"state_size": 8},
@@ -323,7 +371,8 @@ def build_model(
 
 def config_of(family: str, *, num_layers: int = 4, **settings: Any) -> Any:
     """Return the configuration of a small model, of the class that transformers has for it."""
-    values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
+    counted = num_layers * _COUNTED.get(family, 1)
+    values = {**_COMMON, "num_hidden_layers": counted, **FAMILIES.get(family, {}), **settings}
     for name in _PER_LAYER:
         if name in values:
             repeated = values[name] * num_layers

@@ -22,6 +22,8 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 12,
 }
+INDEXER = {**LATENT, "index_n_heads": 16, "index_head_dim": 8, "index_topk": 6}
+"""Of so many heads that no two positions are likely to have the same score, which is often 0."""
 DENSE_FIRST = ["dense", "sparse", "sparse", "sparse"]
 ROPE_BY_KIND = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -137,6 +139,31 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
         "shared_expert_intermediate_size": 24,
     },
     "axk1": {**ROUTED, **LATENT, "mlp_layer_types": DENSE_FIRST},
+    "deepseek_v32": {**ROUTED, **INDEXER, "mlp_layer_types": DENSE_FIRST},
+    "glm_moe_dsa": {
+        **ROUTED,
+        **INDEXER,
+        "mlp_layer_types": DENSE_FIRST,
+        "indexer_types": ["full", "full", "shared", "shared"],
+    },
+    "hy_v4": {
+        **ROUTED,
+        **INDEXER,
+        "mlp_layer_types": DENSE_FIRST,
+        "indexer_types": ["full", "full", "shared", "shared"],
+        "learnable_sink_init": 1.0,
+        "hc_mult": 3,
+    },
+    "axk2": {**ROUTED, **INDEXER, "mlp_layer_types": DENSE_FIRST, "gated_norm_rank": 4},
+    "longcat_flash": {
+        **LATENT,
+        "head_dim": 4,
+        "ffn_hidden_size": 40,
+        "expert_ffn_hidden_size": 24,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 3,
+    },
     "dots1": {**ROUTED, **WINDOWS, "first_k_dense_replace": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
     "aria_text": {"head_dim": 16, "moe_num_experts": 4},

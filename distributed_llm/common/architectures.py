@@ -10,6 +10,7 @@ from typing import Any
 from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.text_config import PART_OF
@@ -21,6 +22,8 @@ VERIFIED: frozenset[str] = frozenset(
         "arcee",
         "aria_text",
         "axk1",
+        "axk2",
+        "bailing_hybrid",
         "bamba",
         "beam",
         "bert",
@@ -38,6 +41,8 @@ VERIFIED: frozenset[str] = frozenset(
         "dbrx",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
+        "diffllama",
         "dots1",
         "electra",
         "ernie",
@@ -63,10 +68,12 @@ VERIFIED: frozenset[str] = frozenset(
         "glm4v_moe_text",
         "glm4v_text",
         "glm_ocr_text",
+        "glm_moe_dsa",
         "gpt2",
         "gpt_bigcode",
         "gpt_neo",
         "gpt_neox",
+        "gpt_neox_japanese",
         "gpt_oss",
         "gptj",
         "granite",
@@ -79,6 +86,7 @@ VERIFIED: frozenset[str] = frozenset(
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",
         "hy_v3",
+        "hy_v4",
         "hyperclovax",
         "internlm3",
         "iquestcoder",
@@ -92,10 +100,12 @@ VERIFIED: frozenset[str] = frozenset(
         "lfm2_moe",
         "lfm3",
         "llama",
+        "megatron-bert",
         "mellum",
         "mimo_v2_flash",
         "minicpm3",
         "llama4_text",
+        "longcat_flash",
         "mamba",
         "mamba2",
         "minimax",
@@ -132,13 +142,18 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "recurrent_gemma",
+        "rembert",
         "seed_oss",
         "smollm3",
         "solar_open",
         "stablelm",
         "starcoder2",
         "vaultgemma",
+        "xglm",
         "youtu",
+        "zamba",
+        "zamba2",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -155,11 +170,10 @@ _OWN_ATTENTION = (
 _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
-_EMBEDDING_AGAIN = "some of its layers read the embedding of the tokens, which later stages lack"
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
-_TWICE = "its layers attend more than once, and a KV cache has one place for each layer"
+_PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
 _LOOPS = "its layers run several times for each token"
 _BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
 _POSITIONS = (
@@ -176,29 +190,21 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_ATTENTION: (
         "xlnet",
         "big_bird",
-        "gpt_neox_japanese",
-        "megatron-bert",
         "reformer",
-        "rembert",
         "roformer",
-        "xglm",
         "xlm",
     ),
     _OWN_STATE: (
-        "bailing_hybrid",
         "qwen4_exp_text",
-        "recurrent_gemma",
         "rwkv",
         "xlstm",
         "zaya",
     ),
-    _EMBEDDING_AGAIN: ("zamba", "zamba2"),
     _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
     _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
-    _TWICE: ("diffllama", "longcat_flash"),
     _LOOPS: ("hrm_text",),
     _BYTES: ("blt",),
     _POSITIONS: (
@@ -215,7 +221,9 @@ _REASON_OF: Mapping[str, str] = {
     model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
 }
 
-_MADE_TO_ENCODE = frozenset({"bert", "bert-generation", "electra", "ernie", "roc_bert"})
+_MADE_TO_ENCODE = frozenset(
+    {"bert", "bert-generation", "electra", "ernie", "megatron-bert", "rembert", "roc_bert"}
+)
 """Model types that are decoders only if their config.json says so."""
 
 _SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
@@ -317,8 +325,9 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         positive(config, "attention_chunk_size")
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
-    if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
-        yield "its attention picks some of the positions of a long text"
+    # Short texts, as in a check, would not show it.
+    if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
+        yield _PICKS
 
 
 def _widths(config: Mapping[str, Any]) -> Iterator[object]:

@@ -19,11 +19,13 @@ from typing import Any
 from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.encoder_decoders import StackNames, is_encoder_decoder, of_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.fingerprints import fingerprints_of
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
+from distributed_llm.common.idle_experts import is_of_idle_expert
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
-from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
+from distributed_llm.common.model_files import TensorInfo, read_header
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
@@ -31,13 +33,10 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     quantized,
 )
-from distributed_llm.common.per_layer_inputs import (
-    is_of_every_stage,
-    lies_along,
-    per_layer_width,
-)
+from distributed_llm.common.per_layer_inputs import lies_along, per_layer_width
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
+from distributed_llm.common.shared_blocks import block_sources, every_stage_has, layer_of_block
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
@@ -48,7 +47,6 @@ from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 4096
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
     r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
@@ -244,6 +242,10 @@ class Checkpoint:
         layer = int(match["layer"])
         if layer >= self.num_layers:
             return True
+        if self.block_of(name) not in (None, self.block_sources[layer]):
+            return True  # the same as the weights of its source
+        if is_of_idle_expert(self.config, name):
+            return True
         return self._lenders[layer] is not None and bool(_KV_NAME.search(match["rest"]))
 
     @cached_property
@@ -256,8 +258,23 @@ class Checkpoint:
         Args:
             name: in the files, or in the text model.
         """
+        if self.block_of(name) is not None:
+            return None
+        return self.layer_in(name)
+
+    def layer_in(self, name: str) -> int | None:
+        """Return the layer that the name of a tensor tells, though others may share it."""
         match = LAYER_NAME.match(self._text.of(name))
         return int(match["layer"]) if match and match["prefix"] == self.layer_prefix else None
+
+    @cached_property
+    def block_sources(self) -> tuple[int | None, ...]:
+        """Of each layer the one that names its shared block; see `common.shared_blocks`."""
+        return block_sources(self.config, self.num_layers)
+
+    def block_of(self, name: str) -> int | None:
+        """Return the layer that names the shared block of tensor `name`; None: it is of none."""
+        return layer_of_block(self.config, name)
 
     @cached_property
     def ties_embeddings(self) -> bool:
@@ -303,7 +320,7 @@ class Checkpoint:
         """Return whether every stage has parameter `name`, or the part of it for its layers."""
         if self.stacks is not None:
             return self.stacks.is_of_every_stage(name)
-        return self.per_layer_width > 0 and is_of_every_stage(name)
+        return every_stage_has(self.config, name)
 
     def is_cut(self, name: str) -> bool:
         """Return whether parameter `name`, outside the layers, has a part for each of them."""
@@ -336,6 +353,8 @@ class Checkpoint:
 
     def embeds(self, layers: LayerRange) -> bool:
         """Return whether a stage looks token ids up in the matrix that a tied head shares."""
+        if self.stacks is None and self.is_of_every_stage("embed_tokens.weight"):
+            return True
         starts = (0,) if self.stacks is None else self.stacks.embedding_users
         return any(layers.start <= start < layers.stop for start in starts)
 
@@ -360,7 +379,7 @@ class Checkpoint:
 
     def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
         """Return the form that `weight` has in memory; None: floating-point numbers."""
-        in_layers = self.layer_of(weight.name) is not None
+        in_layers = self.layer_in(weight.name) is not None
         lies_along = in_layers and self.model_type not in _TRANSPOSED_MATRICES
         return form_in_memory(weight, in_layers=lies_along, quantize=quantize)
 
@@ -371,22 +390,14 @@ class Checkpoint:
     def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:
         """Return, by name, a fingerprint of each tensor that a stage with `layers` needs.
 
-        It covers dtype, shape and, if `sampled`, the first 4 KiB. It detects a wrong checkpoint,
-        not a forged one.
+        Args:
+            layers: of the stage.
+            sampled: whether the files are read; see `fingerprints_of`.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
-        by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in self.tensors_of(layers):
-            by_file.setdefault(tensor.file, []).append(tensor)
-        prints: dict[str, str] = {}
-        for name, tensors in by_file.items():
-            samples = self._samples(name, tensors) if sampled else [b""] * len(tensors)
-            for tensor, sample in zip(tensors, samples, strict=True):
-                named = f"{tensor.name} {tensor.dtype} {tensor.shape} ".encode()
-                prints[tensor.name] = hashlib.sha256(named + sample).hexdigest()
-        return prints
+        return fingerprints_of(self.tensors_of(layers), self.path_of, sampled=sampled)
 
     def digest(self, layers: LayerRange, fingerprints: Mapping[str, str]) -> str:
         """Return a digest of config.json and the weights of `layers`. Reads no files.
@@ -398,19 +409,6 @@ class Checkpoint:
         for name in sorted(tensor.name for tensor in self.tensors_of(layers)):
             digest.update(fingerprints[name].encode())
         return digest.hexdigest()
-
-    def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples, path = [], self.path_of(name)
-        try:
-            with open(path, "rb") as file:
-                for tensor in tensors:
-                    file.seek(tensor.offset)
-                    samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
-                    if len(samples[-1]) < min(_SAMPLE_BYTES, tensor.nbytes):
-                        raise ends_early(path, tensor.name)
-        except OSError as exc:
-            raise unreadable(path, exc) from exc
-        return samples
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 KEEPS_LATENTS: frozenset[str] = frozenset(
     {
         "axk1",
+        "axk2",
+        "bailing_hybrid",
         "deepseek_v2",
         "deepseek_v3",
+        "deepseek_v32",
         "glm4_moe_lite",
+        "glm_moe_dsa",
+        "hy_v4",
         "kimi_linear",
+        "longcat_flash",
         "minicpm3",
         "mistral4",
         "youtu",

@@ -1,13 +1,15 @@
 """Layers that share what others have, as config.json tells, and cuts between layers that cannot be.
 
 In some models the last layers read the keys and values of earlier ones (Gemma 3n and 4). They keep
-none themselves, and have to be where those are.
+none themselves, and have to be where those are. So have layers that attend to what an earlier one
+has chosen (`indexers`).
 """
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from distributed_llm.common.indexers import choosers
 from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text
@@ -46,18 +48,32 @@ def lenders_within(
     Raises:
         ValueError: some of them are not in the stage.
     """
-    of_stage = kv_lenders(config, num_layers)[layers.start : layers.stop]
-    if any(lender is not None and lender < layers.start for lender in of_stage):
+    own = slice(layers.start, layers.stop)
+    of_stage = kv_lenders(config, num_layers)[own]
+    if any(one is not None and one < layers.start for one in of_stage):
         raise ValueError(f"{layers_text(layers)} read keys and values of layers before them")
+    if any(one is not None and one < layers.start for one in choosers(config, num_layers)[own]):
+        raise ValueError(f"{layers_text(layers)} attend to what layers before them have chosen")
     return tuple(None if one is None else one - layers.start for one in of_stage)
 
 
-def uncut(lenders: Iterable[int | None]) -> tuple[int, ...]:
-    """Return the layers before which no stage may begin, for they are with the one before."""
+def uncut(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Return the layers before which no stage may begin, for they are with the one before.
+
+    Args:
+        config: the content of config.json.
+        num_layers: of the model.
+    """
+    of_kv, of_choice = kv_lenders(config, num_layers), choosers(config, num_layers)
+    return tuple(sorted({*_with_their_lenders(of_kv), *_with_their_lenders(of_choice)}))
+
+
+def _with_their_lenders(lenders: Iterable[int | None]) -> set[int]:
+    """Return the layers that are together with the one before them."""
     together = [
         range(lender + 1, layer + 1) for layer, lender in enumerate(lenders) if lender is not None
     ]
-    return tuple(sorted(set().union(*together)))
+    return set().union(*together)
 
 
 def pieces(num_layers: int, uncut_before: Iterable[int]) -> list[LayerRange]:

@@ -121,6 +121,12 @@ def _kimi_delta(config: Config) -> MixerSizes:
     return MixerSizes(3 * heads * dim * width, heads, dim, dim)
 
 
+def _bailing_delta(config: Config) -> MixerSizes:
+    heads, dim = _size(config, "num_attention_heads"), _told(config, "head_dim") or 128
+    width = _told(config, "short_conv_kernel_size") or 4
+    return MixerSizes(3 * heads * dim * width, heads, dim, dim)
+
+
 def _linear_attention(config: Config) -> Mapping[str, Any]:
     told = config.get("linear_attn_config")
     return told if isinstance(told, Mapping) else {}
@@ -131,9 +137,9 @@ def _short_convolution(config: Config) -> MixerSizes:
 
 
 def _mamba2(config: Config) -> MixerSizes:
-    heads = _size(config, "mamba_n_heads", "mamba_num_heads", "num_heads")
+    heads = _size(config, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
     state = _size(config, "mamba_d_state", "ssm_state_size", "state_size")
-    groups = _size(config, "mamba_n_groups", "n_groups")
+    groups = _size(config, "mamba_n_groups", "mamba_ngroups", "n_groups")
     width = _size(config, "mamba_d_conv", "conv_kernel")
     dim = _told(config, "mamba_head_dim") if "mamba_num_heads" in config else None
     channels = heads * dim if dim else _told(config, "mamba_d_ssm") or _expanded(config)
@@ -159,6 +165,11 @@ def _lightning(config: Config) -> MixerSizes:
     return MixerSizes(0, heads, dim, dim)
 
 
+def _griffin(config: Config) -> MixerSizes:
+    width = _told(config, "lru_width") or hidden_size(config)
+    return MixerSizes(width * ((_told(config, "conv1d_width") or 4) - 1), width, 1, 1)
+
+
 def _told(config: Config, name: str) -> int | None:
     """Return a size that config.json need not have, None if it has not."""
     return None if config.get(name) is None else positive(config, name)
@@ -171,19 +182,21 @@ def _size(config: Config, *names: str) -> int:
 DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
 """Model types whose state fades by a number per head."""
 
-MAMBA = frozenset({"jamba", "mamba", "falcon_mamba"})
+MAMBA = frozenset({"jamba", "mamba", "falcon_mamba", "zamba"})
 """Model types whose state fades by a number per channel and place."""
 
-MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2"})
+MAMBA2 = frozenset({"bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "mamba2", "zamba2"})
 """Model types whose state fades by a number per head, with a window of all channels."""
 
 _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     **dict.fromkeys(DELTA_NETS, _delta_net),
     "kimi_linear": _kimi_delta,
+    "bailing_hybrid": _bailing_delta,
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _short_convolution),
     **dict.fromkeys(MAMBA2, _mamba2),
     **dict.fromkeys(MAMBA, _mamba),
     "minimax": _lightning,
+    "recurrent_gemma": _griffin,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.indexers import INDEXED
 
 Config = Mapping[str, Any]
 
@@ -16,6 +17,7 @@ CHUNKED = "chunked_attention"
 LINEAR = "linear_attention"
 CONV = "conv"
 HYBRID = "hybrid"
+_INDEXED = "indexed_attention"
 
 _LISTS = ("layer_types", "layers_block_type")
 """Names under which config.json lists the types; the first is that of today."""
@@ -66,12 +68,14 @@ _ALL_BUT_EVERY: Mapping[str, _Every] = {
         _Every(4, "full_attention_interval", LINEAR),
     ),
     "kimi_linear": _Every(4, others=LINEAR, first=4),
+    "bailing_hybrid": _Every(6, "layer_group_size", LINEAR),
     "minimax": _Every(2, others=LINEAR, first=0),
 }
 
 _ALL_LAYERS: Mapping[str, str] = {
     **dict.fromkeys(("ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"), SLIDING),
     "falcon_h1": HYBRID,
+    **dict.fromkeys(INDEXED, _INDEXED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "granitemoehybrid", "nemotron_h"), LINEAR),
 }
 """Model types whose layers are all of one type."""
@@ -145,6 +149,14 @@ def _by_default(config: Config, layer: int, num_layers: int) -> str:
             return FULL if layer % period == offset else LINEAR
         case "bamba":
             return FULL if layer in (_numbers(config, "attn_layer_indices") or ()) else LINEAR
+        case "zamba":
+            period = max(1, _whole(config, "attn_layer_period", 6))
+            after = layer - 3
+            periodic = after >= 0 and after % period == _whole(config, "attn_layer_offset", 4)
+            return HYBRID if layer == 2 or periodic else LINEAR
+        case "recurrent_gemma":
+            blocks = _numbers(config, "block_types") or ["recurrent", "recurrent", "attention"]
+            return LINEAR if blocks[layer % len(blocks)] == "recurrent" else SLIDING
         case "lfm2":
             attending = _numbers(config, "full_attn_idxs")
             return FULL if attending is None or layer in attending else CONV

@@ -9,6 +9,15 @@ from typing import Any
 
 from distributed_llm.common.layer_types import CHUNKED, SLIDING, layer_types
 
+_WINDOW_NAMES: Mapping[str, str] = {
+    "gpt_neo": "window_size",
+    "recurrent_gemma": "attention_window_size",
+}
+"""Under which name model types tell their window, if it is not the usual one."""
+
+_BEFORE = "sliding_window_size"
+"""Under which MiMo tells its window, without the token itself."""
+
 
 def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Return how many positions a token sees at most in each layer, itself included; 0: all.
@@ -24,13 +33,16 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
     if any(sections):
         return sections
     name = window_setting(config)
-    window = 0 if name is None else _positive(config, name)
+    window = 0 if name is None else _positive(config, name) + (name == _BEFORE)
     return tuple(window * (kind == SLIDING) for kind in layer_types(config, num_layers))
 
 
 def window_setting(config: Mapping[str, Any]) -> str | None:
     """Return the name under which config.json tells of a window; None: it tells of none."""
-    name = "window_size" if config.get("model_type") == "gpt_neo" else "sliding_window"
+    model_type = config.get("model_type")
+    name = _WINDOW_NAMES.get(str(model_type), "sliding_window")
+    if model_type == "mimo_v2_flash" and config.get(_BEFORE) is not None:
+        name = _BEFORE
     unused = config.get("use_sliding_window") is False or config.get(name) is None
     return None if unused else name
 

@@ -27,10 +27,13 @@ _PIECE = 64
 _PIECE_OF_MAMBA2 = 256
 """The same of Mamba 2 if config.json does not tell."""
 
-_STEP_COPIES = 6
-"""Copies of the states of a batch of single tokens: taken, fading, added to, and read."""
+_RECURRENT_COPIES = 10
+"""RecurrentGemma: numbers of the width of a recurrence for every token."""
 
-_STEP_COPIES_OF_DELTA = 4
+_STEP_COPIES = 7
+"""Copies of the states of a batch of single tokens: joined, taken, fading, added to, and read."""
+
+_STEP_COPIES_OF_DELTA = 5
 """The same where states are changed in place."""
 
 
@@ -64,12 +67,16 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             return tokens * (_SCANNED * mixer.recurrent * _FLOAT + columns)
         case kind if kind in MAMBA2:
             names = [n for n in ("chunk_size", "mamba_chunk_size") if config.get(n) is not None]
-            piece = positive(config, *names) if names else _PIECE_OF_MAMBA2
+            piece = min(tokens, positive(config, *names) if names else _PIECE_OF_MAMBA2)
             numbers = 3 * heads * piece + 5 * keys + 10 * values
         case kind if kind in DELTA_NETS:
             piece, numbers = _PIECE, 2 * heads * _PIECE + 7 * keys + 8 * values
-        case "kimi_linear":  # fades by a number per key, so products of keys cannot be shared
+        case (
+            "kimi_linear" | "bailing_hybrid"
+        ):  # fades by a number per key, so products of keys cannot be shared
             piece, numbers = _PIECE, (3 * _PIECE + 12) * keys
+        case "recurrent_gemma":
+            return tokens * values * _RECURRENT_COPIES * item_bytes
         case _:
             return 0
     padded = -(-tokens // piece) * piece

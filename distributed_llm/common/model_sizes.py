@@ -12,6 +12,7 @@ from distributed_llm.common.encoder_decoders import (
     of_decoder,
 )
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.latents import LatentSizes, keeps_latents
 from distributed_llm.common.layer_sharing import borrowers, kv_lenders
@@ -22,7 +23,10 @@ from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
-_CONTEXTS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+_CONTEXTS = (
+    *("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
+    "model_max_length",
+)
 """Names of the context."""
 
 _ALIBI_CONTEXT = 2048
@@ -75,6 +79,15 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
+
+_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+"""Model types with several hidden states between layers, and how config.json calls their number."""
+
+_TWICE = frozenset({"longcat_flash"})
+"""Model types whose layers attend twice."""
+
+_READS_BOTH = frozenset({"zamba", "zamba2"})
+"""Model types whose attention reads hidden states and embedding side by side."""
 
 
 def check_sizes(config: Config) -> None:
@@ -148,11 +161,18 @@ def num_layers(config: Config) -> int:
     """Return the number of transformer layers; of an encoder-decoder, of both stacks."""
     if is_encoder_decoder(config):
         return encoder_layers(config) + decoder_layers(config)
+    if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
+        return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
         if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
             return len(listed)
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
+
+
+def attentions_per_layer(config: Config) -> int:
+    """Return how many times a layer attends, each time to keys and values of their own."""
+    return 2 if config.get("model_type") in _TWICE else 1
 
 
 def hidden_size(config: Config) -> int:
@@ -161,10 +181,9 @@ def hidden_size(config: Config) -> int:
 
 
 def streams(config: Config) -> int:
-    """Return how many hidden states of a token there are between layers; but in Gemma 3n, one."""
-    if config.get("model_type") != "gemma3n_text":
-        return 1
-    return positive({"altup_num_inputs": 4, **config}, "altup_num_inputs")
+    """Return how many hidden states of a token there are between layers; in most models, one."""
+    name = _STREAMS.get(str(config.get("model_type")))
+    return 1 if name is None else positive({name: 4, **config}, name)
 
 
 def context_length(config: Config, *, attends: bool = True) -> int:
@@ -190,8 +209,9 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
-    share; of model types whose attention keeps its latents for itself, keys and values for every
-    head of the queries. Layers that read the keys and values of others keep none.
+    share, with an indexer's key behind it; of model types whose attention keeps its latents for
+    itself, keys and values for every head of the queries. Layers that read the keys and values of
+    others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     if is_encoder_decoder(config):
@@ -202,12 +222,12 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
         latent = latent_sizes(config)
         usual = HeadSizes(usual.heads, 1, latent.shared_dim, latent.rank)
     count = num_layers(config)
-    kinds, sizes = layer_types(config, count), []
+    kinds, index_dims, sizes = layer_types(config, count), index_key_dims(config, count), []
     for layer, lender in enumerate(kv_lenders(config, count)):
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
-        dims = (heads.key_dim, heads.value_dim)
+        dims = (heads.key_dim + index_dims[layer], heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
-        sizes.append(one if lender is None else 0)
+        sizes.append(one * attentions_per_layer(config) if lender is None else 0)
     return tuple(sizes)
 
 
@@ -235,9 +255,10 @@ class HeadSizes(NamedTuple):
 
 def head_sizes(config: Config) -> HeadSizes:
     """Return the heads of attention; of latent attention, as they are when it is expanded."""
-    if config.get("model_type") == "jetmoe":  # repeats keys and values for every expert of a token
-        heads = positive(config, "num_key_value_heads") * positive(config, "num_experts_per_tok")
-        return HeadSizes(heads, heads, *[positive(config, "kv_channels")] * 2)
+    if config.get("model_type") == "jetmoe":  # each expert of a token has queries for all keys
+        kv_heads = positive(config, "num_key_value_heads")
+        heads = kv_heads * positive(config, "num_experts_per_tok")
+        return HeadSizes(heads, kv_heads, *[positive(config, "kv_channels")] * 2)
     config = of_decoder(config)
     heads = positive(config, *_HEADS)
     if config.get("kv_lora_rank") is not None:
@@ -247,6 +268,10 @@ def head_sizes(config: Config) -> HeadSizes:
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         kv_heads = 1  # GPT BigCode, and the first Falcons
     dim = int(config.get("head_dim") or hidden_size(config) // heads)
+    if config.get("model_type") in _READS_BOTH:
+        dim = int(config.get("attention_head_dim") or 2 * hidden_size(config) // heads)
+    if config.get("model_type") == "diffllama":  # two heads of keys and values are kept as one
+        return HeadSizes(heads, kv_heads // 2, 2 * dim, 2 * dim)
     return HeadSizes(heads, kv_heads, dim, int(config.get("v_head_dim") or dim))
 
 

@@ -7,6 +7,7 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
+from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.latents import keeps_latents, most_absorbed
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.mixer_workspace import mixer_bytes
@@ -16,6 +17,8 @@ from distributed_llm.common.model_sizes import (
     head_sizes,
     hidden_size,
     latent_sizes,
+    num_layers,
+    positive,
 )
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
@@ -36,6 +39,9 @@ _COPIES_OF_SCORES = 4
 
 _COPIES_OF_LATENT_SCORES = 2
 """Two terms, or their sum and the weights, in float32 at most; beside what they were before."""
+
+_COPIES_OF_INDEX_SCORES = 3
+"""The scores of all positions, the pieces that they are put together from, and what is hidden."""
 
 _COPIES_OF_LOGITS = 4
 """Likewise of the logits that are sampled at once: scaled, processed, sorted, log-probabilities."""
@@ -122,7 +128,25 @@ def _latents_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     absorbed += scores * (item_bytes + _COPIES_OF_LATENT_SCORES * 4)
     one = heads * (2 * sizes.expanded_dim + sizes.key_dim + sizes.value_dim)
     expanded = tokens * heads * sizes.expanded_dim * (item_bytes + _SUMS * 4)
-    return max(absorbed, expanded + min(EXPANDED_AT_ONCE, positions * one) * item_bytes)
+    expanded += min(EXPANDED_AT_ONCE, positions * one) * item_bytes
+    return max(absorbed, expanded, _chosen_bytes(config, tokens, item_bytes))
+
+
+def _chosen_bytes(config: Config, tokens: int, item_bytes: int) -> int:
+    """Return what attention over chosen latents takes at once, beside queries and the like."""
+    index_dim = max(index_key_dims(config, num_layers(config)))
+    if not index_dim:
+        return 0
+    sizes, heads, positions = latent_sizes(config), head_sizes(config).heads, context_length(config)
+    most = min(positive({"index_topk": 2048, **config}, "index_topk"), positions)
+    width = sizes.shared_dim + index_dim + sizes.rank
+    chosen = tokens * most * 8
+    choosing = min(tokens, QUERIES_AT_ONCE) * positions * _COPIES_OF_INDEX_SCORES * 4
+    choosing += SCORES_AT_ONCE * 4 + positions * index_dim * item_bytes
+    at_once = min(tokens * most, max(most, EXPANDED_AT_ONCE // width, SCORES_AT_ONCE // heads))
+    attending = at_once * (width * item_bytes + heads * 4 * _COPIES_OF_SCORES)
+    attending += tokens * heads * (2 * width + sizes.rank) * item_bytes
+    return chosen + max(choosing, attending)
 
 
 def _mlp_width(config: Config, hidden: int) -> int:
@@ -135,12 +159,15 @@ def _mlp_width(config: Config, hidden: int) -> int:
     activation = config.get("hidden_act", config.get("activation_function"))
     in_steps = activation in _IN_STEPS or config.get("swiglu_limit") is not None
     held = _MLP_IN_STEPS if in_steps else _MLP
-    chosen = _size(config, "num_experts_per_tok")
+    chosen = _size(config, "num_experts_per_tok") or _size(config, "num_experts_per_token")
+    chosen = chosen or _size(config, "moe_topk")
     if not chosen:
         return held * dense
-    expert = _size(config, "moe_intermediate_size") or dense
+    expert = _size(config, "moe_intermediate_size") or _size(config, "expert_ffn_hidden_size")
+    expert = expert or dense
     shared = _size(config, "shared_expert_intermediate_size")
-    shared = shared or _size(config, "n_shared_experts") * expert
+    shared_experts = _size(config, "n_shared_experts") or _size(config, "num_shared_experts")
+    shared = shared or shared_experts * expert
     return max(held * dense, chosen * (held * expert + 4 * hidden) + held * shared)
 
 

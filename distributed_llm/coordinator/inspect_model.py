@@ -8,7 +8,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
-from distributed_llm.common.layer_sharing import kv_lenders, uncut
+from distributed_llm.common.layer_sharing import uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
@@ -115,7 +115,7 @@ def model_cost(
         shared_bytes=beside["shared"],
         each_bytes=beside["each"],
         table_bytes=table_bytes,
-        uncut=uncut(kv_lenders(checkpoint.config, num_layers)),
+        uncut=uncut(checkpoint.config, num_layers),
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, num_layers),

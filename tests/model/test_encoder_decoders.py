@@ -15,8 +15,10 @@ from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.types import LayerRange, PeerId, SequenceId, WorkerId
+from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.failures import SequencesFailed
 from distributed_llm.worker.model.sampler import sample
@@ -158,3 +160,71 @@ def test_steps_that_are_of_no_kind_are_refused(
     ids = torch.ones(sum(part.num_tokens for part in parts), dtype=torch.int32)
     with pytest.raises(error):
         stage.run(parts, ids, None)
+
+
+Plan = dict[str, tuple[int, int]]
+BEFORE: Plan = {"a": (0, 2), "b": (2, 4), "c": (4, 5)}
+AFTER: dict[str, Plan] = {
+    "a worker leaves": {"a": (0, 3), "b": (3, 5)},
+    "a stage of both becomes one of the encoder": {"b": (0, 1), "a": (1, 4), "c": (4, 5)},
+    "all at once on a new worker": {"d": (0, 5)},
+}
+
+
+def _stages(plan: Plan) -> list[PipelineStage]:
+    return [
+        PipelineStage(PeerId(name.encode()), WorkerId(name), LayerRange(*layers))
+        for name, layers in plan.items()
+    ]
+
+
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+def test_layers_move_while_answers_are_written(tmp_path: Path, model_type: str, name: str) -> None:
+    """What decoder layers keep of sources and answers travels; nothing is computed again."""
+    checkpoint = open_checkpoint(make(tmp_path, model_type))
+    expected = Expected(build(model_type))
+    pipeline = StackPipeline(checkpoint, (2, 4))
+    old = dict(zip(BEFORE, pipeline.stages, strict=True))
+    new = {
+        worker: Stage.load(
+            checkpoint,
+            LayerRange(*layers),
+            device=CPU,
+            dtype=torch.float32,
+            donor=old.get(worker),
+        )
+        for worker, layers in AFTER[name].items()
+    }
+    pipeline.read(SOURCES, (START,))
+    _write(pipeline, expected, 2)
+    arriving: dict[str, list[Any]] = {worker: [] for worker in new}
+    moves = transfers_between(_stages(BEFORE), _stages(AFTER[name]), ENCODER_LAYERS)
+    pairs = []
+    for one in moves:
+        into = new[one.receiver.worker].import_kv(one.layers, 1 << 24)
+        arriving[one.receiver.worker].append(into)
+        pairs.append((old[one.sender.worker], old[one.sender.worker].export_kv(one.layers), into))
+    for rest in (None, ()):
+        for _, out, into in pairs:
+            while (pieces := out.next_chunk(1000, 100, rest)) is not None:
+                for piece in pieces:
+                    into.add(piece)
+        if rest is None:
+            _write(pipeline, expected, 1)
+    for source, _, into in pairs:
+        into.update(source.kv_manifest())
+    for worker, stage in new.items():
+        stage.assemble_kv(old.get(worker), arriving[worker])
+    pipeline.stages = list(new.values())
+    _write(pipeline, expected, 2)
+
+
+def _write(pipeline: StackPipeline, expected: Expected, count: int) -> None:
+    """Compute the next tokens of all answers, which have to be those of transformers."""
+    for _ in range(count):
+        length = len(pipeline.answers[0])
+        parts = [(i, length - 1, length) for i in range(len(SOURCES))]
+        assert pipeline.step(parts, HOT) == [expected.sampled(i, length) for i in range(3)]
+        for answer, known in zip(pipeline.answers, expected.answers, strict=True):
+            answer.append(known[length - 1])

@@ -68,7 +68,7 @@ def decoded(pipeline: Pipeline, count: int, numbers: Sequence[int]) -> list[list
 def test_the_cuts_here_are_those_that_are_allowed(checkpoint: Checkpoint) -> None:
     lenders = kv_lenders(checkpoint.config, NUM_LAYERS)
     assert lenders == (None, None, None, 1, 2, 1)
-    assert uncut(lenders) == (2, 3, 4, 5)
+    assert uncut(checkpoint.config, NUM_LAYERS) == (2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("split", CUTS, ids=str)

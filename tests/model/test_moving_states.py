@@ -7,6 +7,7 @@ import pytest
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import SequenceId
+from distributed_llm.worker.kv.manifest import KVTransferError
 from tests.checkpoints import make_checkpoint
 from tests.model.test_moving_stages import PENALTY, PLANS, PROMPTS, Move, MovingPipeline
 from tests.reference import check_varied, reference_ids
@@ -95,6 +96,22 @@ def test_tokens_are_as_if_nothing_had_moved(folder: Path, name: str) -> None:
     move = pipeline.begin_to_move(PLANS[name])
     go_on(pipeline, move)
     set_back = {SequenceId(1)}
+    move.pump(3000, rest=set_back)
+    pipeline.end_to_move(move, set_back)
+    finish(folder, pipeline)
+
+
+@pytest.mark.parametrize("folder", ["falcon_h1"], indirect=True)
+def test_what_is_not_complete_is_not_assembled(folder: Path) -> None:
+    """Keys and values are here, and states are not: nothing was changed, and the rest may come."""
+    pipeline = begin(folder)
+    move = pipeline.begin_to_move(PLANS["all borders move"])
+    go_on(pipeline, move)
+    set_back = {SequenceId(1)}
+    move.pump(3000)
+    with pytest.raises(KVTransferError, match="lack state"):
+        move.assemble_kv("b", set_back)
+    assert move.new["b"].kv_bytes == 0
     move.pump(3000, rest=set_back)
     pipeline.end_to_move(move, set_back)
     finish(folder, pipeline)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distributed_llm.common import codec
+from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import KVPieces, SequenceSlice, StatePart
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId
 from distributed_llm.worker.kv.held_transfer import HeldImporter
@@ -293,3 +294,26 @@ def test_numbers_become_those_of_the_worker_they_come_to(kept: torch.dtype) -> N
                 msgspec.structs.replace(message, states=message.states[:2]), frames, {}, {6: layout}
             )
         )
+
+
+def test_damaged_messages_are_refused_or_kept_within_bounds(source: StateStore) -> None:
+    """Every byte of the header; nothing but an error that is said comes of it."""
+    out = StateExporter(source, ALL, ALL)
+    pieces = out.next_chunk(100, 5, []) or []
+    sent = map(bytes, codec.encode(*encode_pieces(Epoch(2), ALL, 1, pieces)))
+    version, header, *packed = sent
+    refused = 0
+    for at in range(len(header)):
+        for value in (0, 1, 0x7F, 0xFF):
+            into = importer(room=ImportRoom(1000))
+            damaged = header[:at] + bytes([value]) + header[at + 1 :]
+            try:
+                message, frames = codec.to_next_worker.decode([version, damaged, *packed])
+                if isinstance(message, KVPieces):
+                    of_states = into.states.layouts
+                    for piece in decode_pieces(message, frames, {}, of_states):
+                        into.add(piece)
+            except (RemoteProtocolError, KVTransferError):
+                refused += 1
+            assert into.nbytes <= 1000
+    assert refused > len(header)

@@ -37,8 +37,8 @@ def test_borrowers_of_gemma_4_read_the_last_of_their_kind() -> None:
     lenders = kv_lenders(GEMMA_4_E2B, 35)
     assert lenders[:15] == (None,) * 15
     assert lenders[15:20] == (13, 13, 13, 13, 14)
-    assert uncut(lenders) == tuple(range(14, 35))
-    assert pieces(35, uncut(lenders))[-2:] == [LayerRange(12, 13), LayerRange(13, 35)]
+    assert uncut(GEMMA_4_E2B, 35) == tuple(range(14, 35))
+    assert pieces(35, uncut(GEMMA_4_E2B, 35))[-2:] == [LayerRange(12, 13), LayerRange(13, 35)]
 
 
 def test_kv_cache_of_gemma_4_is_that_of_the_lenders() -> None:

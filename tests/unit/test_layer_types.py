@@ -10,7 +10,7 @@ from distributed_llm.common.layer_types import FULL, SLIDING, layer_types
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.model_sizes import layer_kv_bytes
 
-ALWAYS_LISTED = {"gpt_neo", "nemotron_h"}
+ALWAYS_LISTED = {"gpt_neo", "nemotron_h", "zamba2"}
 """Types of which no file leaves out the list, under a name of their own or today's."""
 WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5}
 TOLD: dict[str, tuple[str, dict[str, Any]]] = {
@@ -85,6 +85,13 @@ def test_sizes_are_of_layers_whatever_the_length_of_the_list() -> None:
     assert layer_kv_bytes({**MIMO, "layer_types": kinds}, "bfloat16") == (160, 80, 160)
     assert layer_kv_bytes({**MIMO, "layer_types": kinds[:2]}, "bfloat16") == (80, 160, 160)
     assert layer_kv_bytes(MIMO, "bfloat16") == (80, 160, 160)
+
+
+def test_windows_of_mimo_are_those_of_transformers() -> None:
+    told = {"sliding_window": 128, "sliding_window_size": 128}
+    made: Any = CONFIG_MAPPING["mimo_v2_flash"](num_hidden_layers=3, **told)
+    assert layer_windows({**MIMO, **told}, 3) == (0, made.sliding_window, made.sliding_window)
+    assert layer_windows({**MIMO, "sliding_window": 128}, 3) == (0, 128, 128)
 
 
 def test_every_layer_of_qwen3_moe_has_the_window() -> None:

@@ -61,6 +61,13 @@ class RowCoding:
             return states
         return torch.matmul(states.float(), turn).to(states.dtype)
 
+    def turned_back(self, states: Tensor) -> Tensor:
+        """Return what was turned by `rotated`."""
+        turn = self.rotation(states.shape[-1], states.device)
+        if turn is None:
+            return states
+        return torch.matmul(states.float(), turn.T).to(states.dtype)
+
     def rotation(self, dim: int, device: torch.device) -> Tensor | None:
         """Return the matrix, float32 [dim, dim], by which queries and keys are turned, if any."""
         return _rotation(dim, device) if self.kv_dtype == "int8" else None

@@ -24,10 +24,12 @@ class HeldSequences:
     Args:
         cache: of all layers; it also counts positions where no layer keeps any.
         state_bytes: by layer, what the state of one sequence takes; 0: it keeps none.
+        attentions: how many places a layer has in the cache, one for each time it attends.
     """
 
-    def __init__(self, cache: KVCache, state_bytes: Sequence[int]) -> None:
+    def __init__(self, cache: KVCache, state_bytes: Sequence[int], attentions: int = 1) -> None:
         self._cache = cache
+        self._attentions = attentions
         self._states = StateStore()
         self.state_bytes = sum(state_bytes)
 
@@ -129,7 +131,7 @@ class HeldSequences:
         Raises:
             ValueError: the stage does not have these layers.
         """
-        positions = KVExporter(self._cache, held, layers)
+        positions = KVExporter(self._cache, self._places(held), self._places(layers))
         return HeldExporter(positions, StateExporter(self._states, held, layers))
 
     def importer(self, held: LayerRange, layers: LayerRange, max_bytes: int) -> HeldImporter:
@@ -145,14 +147,14 @@ class HeldSequences:
         """
         if layers.start < held.start or layers.stop > held.stop:
             raise ValueError(f"a stage of {layers_text(held)} has no {layers_text(layers)}")
-        room, first = ImportRoom(max_bytes), held.start
-        numbers = range(layers.start, layers.stop)
-        kept = [n for n in numbers if self._cache.knows(n - first)]
+        room, places, first = ImportRoom(max_bytes), self._places(layers), self._places(held).start
+        kept = [n for n in range(places.start, places.stop) if self._cache.knows(n - first)]
         layouts = {n: self._cache.layout(n - first) for n in kept}
         windowed = [n for n in kept if self._cache.windows[n - first]]
-        states = {n: layout for n in numbers if (layout := self._states.layouts[n - first])}
+        numbers = range(layers.start, layers.stop)
+        states = {n: layout for n in numbers if (layout := self._states.layouts[n - held.start])}
         return HeldImporter(
-            KVImporter(layers, layouts, room, windowed), StateImporter(states, room)
+            KVImporter(places, layouts, room, windowed), StateImporter(states, room)
         )
 
     def assemble(
@@ -172,8 +174,8 @@ class HeldSequences:
             KVTransferError: something has not arrived, or a layer has no source.
             ValueError: something is held.
         """
-        mine = (own[0]._cache, own[1]) if own else None
-        assemble(self._cache, layers, mine, [each.positions for each in imports])
+        mine = (own[0]._cache, self._places(own[1])) if own else None
+        assemble(self._cache, self._places(layers), mine, [each.positions for each in imports])
         lengths = {each: self._cache.length(each) for each in self._cache.sequence_ids}
         states = (own[0]._states, own[1]) if own else None
         try:
@@ -181,6 +183,10 @@ class HeldSequences:
         except KVTransferError:
             self._cache.free(self._cache.sequence_ids)
             raise
+
+    def _places(self, layers: LayerRange) -> LayerRange:
+        """Return where the cache has these layers."""
+        return LayerRange(layers.start * self._attentions, layers.stop * self._attentions)
 
     def free(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Drop all that is held of these sequences; ignore unknown ones."""

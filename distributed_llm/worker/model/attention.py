@@ -15,10 +15,12 @@ from transformers import AttentionInterface
 
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
+from distributed_llm.worker.model.indexers import Choice
 from distributed_llm.worker.model.latent_attention import attend_latents
 from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
 from distributed_llm.worker.model.sections import attend_sections
+from distributed_llm.worker.model.sparse_attention import attend_chosen
 from distributed_llm.worker.model.token_attention import attend_tokens
 
 ATTENTION_NAME = "distributed_llm"
@@ -36,6 +38,7 @@ def packed_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    indices: Choice | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of each packed sequence over its cached positions and its new tokens.
@@ -47,12 +50,14 @@ def packed_attention(
             (`latents`), the part of all heads' keys, [1, 1, tokens, shared_dim].
         value: [1, kv_heads, tokens, value_dim]; appended to the cache. Of latent attention, the
             latents, [1, 1, tokens, rank].
-        attention_mask: has to be None.
+        attention_mask: has to be None, unless there are indices, which include it.
         scaling: factor of the scores; default 1 / sqrt(head_dim).
         sliding_window: number of positions that a token attends to, itself included; default all.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: [heads], logits of attention sinks, which take part in softmax without a value.
         slopes: [heads], as in `Scoring`.
+        indices: by what the tokens choose the positions that they attend to, or have chosen them in
+            an earlier layer; None: they attend to all.
         kwargs: for other attention implementations; ignored, except for `position_bias`.
 
     Returns:
@@ -61,7 +66,8 @@ def packed_attention(
     Raises:
         NotImplementedError: the model has a mask or a position bias of its own.
     """
-    if attention_mask is not None or kwargs.get("position_bias") is not None:
+    masked = attention_mask is not None and indices is None
+    if masked or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} brings its own mask or position bias")
     step = running_step()
     layer = int(module.layer_idx) - step.first_layer  # type: ignore[arg-type]
@@ -75,6 +81,10 @@ def packed_attention(
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])
+        if indices is not None:
+            chooses = getattr(module, "indexer", None) is not None
+            told = (indices, chooses)
+            return attend_chosen(step, layer, *own, scoring, expansion, *told)[None], None
         return attend_latents(step, layer, *own, scoring, expansion)[None], None
     if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None

@@ -30,7 +30,7 @@ def causal_conv1d_update(
     conv_state.copy_(columns[..., -conv_state.shape[-1] :])
     tokens = hidden_states.shape[-1]
     needed = columns[..., -(tokens + weight.shape[-1] - 1) :]
-    return _convolved(needed, weight, bias, activation)
+    return convolved(needed, weight, bias, activation)
 
 
 def causal_conv1d_fn(
@@ -41,10 +41,10 @@ def causal_conv1d_fn(
     **kwargs: object,
 ) -> Tensor:
     """Return the convolution of columns [sequences, channels, tokens] that nothing precedes."""
-    return _convolved(pad(hidden_states, (weight.shape[-1] - 1, 0)), weight, bias, activation)
+    return convolved(pad(hidden_states, (weight.shape[-1] - 1, 0)), weight, bias, activation)
 
 
-def _convolved(
+def convolved(
     columns: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """Return a column for each but the first width - 1; sums are made in float32."""

@@ -24,6 +24,7 @@ from distributed_llm.common.text_config import PART_OF
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.config_faults import refused
 from distributed_llm.worker.model.fixed_rope import fix_rope
+from distributed_llm.worker.model.idle_experts import leave_out_idle_experts
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
 from distributed_llm.worker.model.stacks.attention import STACK_ATTENTION
@@ -90,6 +91,7 @@ def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> 
     else:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(of_config, None) or class_with_head(of_config)
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
+    leave_out_idle_experts(model)
     return model
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
+from distributed_llm.common.indexers import INDEXED
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
@@ -25,6 +26,7 @@ class Forward:
         device: to compute on.
         dtype: to compute in.
         keeps_kv: whether each of the layers appends keys and values in every step.
+        attentions: how many times it does so.
         keeps_state: whether each of them makes a new state of its own.
 
     Attributes:
@@ -39,14 +41,17 @@ class Forward:
         dtype: torch.dtype,
         *,
         keeps_kv: Sequence[bool],
+        attentions: int,
         keeps_state: Sequence[bool],
     ) -> None:
         self._model = stage_model.model
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
-        self._streams = getattr(stage_model.model.config, "altup_num_inputs", 1)
-        self._appending = [int(keeps) for keeps in keeps_kv]
+        config = stage_model.model.config
+        self._streams = getattr(config, "altup_num_inputs", getattr(config, "hc_mult", 1))
+        self._streams_first = hasattr(config, "altup_num_inputs")
+        self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
         self._hooks = LayerHooks(
@@ -59,7 +64,7 @@ class Forward:
         record_layers(
             stage_model.layers,
             [
-                kv and not state and self._calls_attention_plainly()
+                kv and not state and attentions == 1 and self._calls_attention_plainly()
                 for kv, state in zip(keeps_kv, keeps_state, strict=True)
             ],
             *(device, dtype),
@@ -68,11 +73,11 @@ class Forward:
     def _calls_attention_plainly(self) -> bool:
         """Return whether a layer's attention depends on what it is given and its own cache alone.
 
-        Not if it is in code of its own, or gives keys and values to other layers.
+        Not if it is in code of its own, gives keys and values to other layers, or chooses some.
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION
+        return not shares and config.model_type not in OWN_ATTENTION | INDEXED
 
     @property
     def progress(self) -> Callable[[], None] | None:
@@ -111,8 +116,8 @@ class Forward:
                 model's last hidden states, to be taken from `sums`.
 
         Raises:
-            StageError: a layer did not call its attention exactly once, or did not make exactly one
-                new state if it keeps any.
+            StageError: a layer did not call each attention exactly once, or did not make exactly
+                one new state if it keeps any.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {
@@ -122,7 +127,7 @@ class Forward:
         }
         if hidden_states is not None:
             incoming = sent(hidden_states, self._device).to(self._dtype)
-            self._hooks.incoming = _in_streams(incoming, self._streams)
+            self._hooks.incoming = self._in_streams(incoming)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -138,7 +143,24 @@ class Forward:
         self._check_every_layer_ran(step)
         if output is None:
             return None
-        return output[0] if rows else _side_by_side(output)
+        return output[0] if rows else self._side_by_side(output)
+
+    def _in_streams(self, states: Tensor) -> Tensor:
+        """Return hidden states as layers take them.
+
+        [1, tokens, hidden_size]; of several, [streams, 1, ...] or [1, tokens, streams, ...].
+        """
+        if self._streams == 1:
+            return states[None]
+        streams = states.view(len(states), self._streams, -1)
+        return streams.transpose(0, 1)[:, None] if self._streams_first else streams[None]
+
+    def _side_by_side(self, states: Tensor) -> Tensor:
+        """Return what layers gave as [tokens, all hidden states of each]."""
+        if states.dim() == 3:
+            return states[0]
+        streams = states[:, 0].transpose(0, 1) if self._streams_first else states[0]
+        return streams.flatten(1)
 
     def _check_every_layer_ran(self, step: PackedStep) -> None:
         if step.appended != self._appending:
@@ -150,17 +172,3 @@ class Forward:
             raise StageError(
                 f"the layers made {step.updated} new states of their own; {self._updating} is right"
             )
-
-
-def _in_streams(states: Tensor, streams: int) -> Tensor:
-    """Return hidden states as layers take them: [1, tokens, hidden_size], or [streams, 1, ...]."""
-    if streams == 1:
-        return states[None]
-    return states.view(len(states), streams, -1).transpose(0, 1)[:, None]
-
-
-def _side_by_side(states: Tensor) -> Tensor:
-    """Return what layers gave as [tokens, all hidden states of each]."""
-    if states.dim() == 3:
-        return states[0]
-    return states[:, 0].transpose(0, 1).flatten(1)

@@ -61,7 +61,7 @@ def attend_latents(
         rows = slice(part.row, part.row + part.num_tokens)
         own = (shared[:, rows], latents[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
-        attended[rows] = _attend_chunk(step, query[:, rows], held, scoring, expansion)
+        attended[rows] = attend_chunk_of_latents(step, query[:, rows], held, scoring, expansion)
     if step.single:
         chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         single = (query[:, chosen], shared[:, chosen], latents[:, chosen])
@@ -84,7 +84,7 @@ def _attend_tokens(
         return expansion.values_of(attend_tokens(step, layer, absorbed, shared, latents, scoring))
 
 
-def _attend_chunk(
+def attend_chunk_of_latents(
     step: PackedStep,
     queries: Tensor,
     held: Sequence[KVBuffers],

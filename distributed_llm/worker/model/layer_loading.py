@@ -29,6 +29,7 @@ from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Floats, Rows, WeightReader
+from distributed_llm.worker.model.indexers import keep_weights_plain, use_packed_indexers
 from distributed_llm.worker.model.integer_targets import (
     Group,
     MixedOrders,
@@ -45,6 +46,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import from_rows
+from distributed_llm.worker.model.recurrent_blocks import replace_recurrent_blocks
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 from distributed_llm.worker.model.text_classes import conversions_of
 
@@ -110,6 +112,7 @@ class ModelLoader:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
         keep_plain(layer)
+        keep_weights_plain(layer)
         for module in self._shell.modules():
             if isinstance(module, PreTrainedModel):
                 cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
@@ -118,10 +121,12 @@ class ModelLoader:
             self._load_into_shell(entries, number, when_read)
             if self._keeps_latents:
                 keep_latents(layer)
+                use_packed_indexers(layer)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
             share_states(self._shell)
+            replace_recurrent_blocks(layer, number)
             wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())

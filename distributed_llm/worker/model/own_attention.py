@@ -7,11 +7,12 @@ the position of the key (ALiBi).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,6 +49,11 @@ def _attend(
 def _attn_scaled(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: object) -> Any:
     """Compute what GPT-J and CodeGen do, which divide the scores by `scale_attn`."""
     return _attend(module, query, key, value, scaling=1 / float(module.scale_attn))
+
+
+def _attn_japanese(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: object) -> Any:
+    """Compute what GPT-NeoX Japanese does, which divides the scores by `norm_factor`."""
+    return _attend(module, query, key, value, scaling=1 / float(module.norm_factor))
 
 
 def _attn_gpt_neo(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: object) -> Any:
@@ -129,6 +135,94 @@ def _forward_mpt(
     return module.out_proj(attended.flatten(2)), weights
 
 
+def _forward_xglm(module: Any, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+    """Compute XGLM's attention over the text alone."""
+    layers = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = _in_heads(hidden_states, layers, module.head_dim)
+    attended, weights = packed_attention(module, query, key, value, None, scaling=module.scaling)
+    return module.out_proj(attended.flatten(2)), weights
+
+
+def _forward_like_bert(
+    module: Any, hidden_states: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Compute attention of decoders that are made as BERT was first."""
+    layers = (module.query, module.key, module.value)
+    query, key, value = _in_heads(hidden_states, layers, module.attention_head_size)
+    attended, weights = packed_attention(module, query, key, value, None)
+    return attended.flatten(2), weights
+
+
+def _in_heads(
+    states: Tensor, layers: Iterable[Callable[[Tensor], Tensor]], dim: int
+) -> Iterator[Tensor]:
+    """Yield [1, heads, tokens, dim] for each of some linear layers."""
+    for layer in layers:
+        yield layer(states).view(1, states.shape[1], -1, dim).transpose(1, 2)
+
+
+def _forward_diffllama(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Compute DiffLlama's attention: the difference of what two heads see of the same values.
+
+    Heads of keys come in pairs, the first half with the second, and all of a pair's queries attend
+    to both values. So a pair is kept as one head, with keys and values side by side, and queries
+    have zeros where the other one's key is.
+    """
+    from transformers.models.diffllama import modeling_diffllama
+
+    rotated: Any = modeling_diffllama.apply_rotary_pos_emb
+    dim = module.head_dim
+    query, key, value = _in_heads(hidden_states, (module.q_proj, module.k_proj, module.v_proj), dim)
+    query, key = rotated(query, key, *position_embeddings)
+    tokens, pairs = query.shape[2], key.shape[1] // 2
+    first, second = query.chunk(2, dim=1)  # those of the first half of the keys, and of the second
+    both = torch.stack((F.pad(first, (0, dim)), F.pad(second, (dim, 0))), dim=1)
+    by_pair = both.view(1, 2, pairs, -1, tokens, 2 * dim).transpose(1, 2)
+    key, value = (torch.cat(states.chunk(2, dim=1), dim=-1) for states in (key, value))
+    attended, weights = packed_attention(
+        module, by_pair.flatten(1, 3), key, value, None, scaling=module.scaling
+    )
+    halves = attended.view(1, tokens, pairs, 2, -1, 2 * dim)
+    minuend, subtrahend = (halves[:, :, :, half].flatten(2, 3) for half in (0, 1))
+    one, other = (
+        torch.exp(torch.sum(left * right, dim=-1, dtype=torch.float32)).to(query.dtype)
+        for left, right in (
+            (module.lambda_q1, module.lambda_k1),
+            (module.lambda_q2, module.lambda_k2),
+        )
+    )
+    difference = minuend - (one - other + module.lambda_init) * subtrahend
+    normed = (1 - module.lambda_init) * module.groupnorm(difference)
+    return module.o_proj(normed.flatten(2)), weights
+
+
+def _forward_jetmoe(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: object,
+) -> tuple[Tensor, None, Tensor]:
+    """Compute JetMoe's attention: each expert of a token has a query for each head of keys."""
+    from transformers.models.jetmoe import modeling_jetmoe
+
+    rotated: Any = modeling_jetmoe.apply_rotary_pos_emb
+    queries, router_logits, topology = module.experts.map(hidden_states)  # [1, tokens, experts, ..]
+    key, value = (
+        states.view(1, states.shape[1], -1, module.head_dim).transpose(1, 2)
+        for states in module.kv_proj(hidden_states).chunk(2, dim=-1)
+    )
+    by_head = queries.unflatten(-1, (-1, module.head_dim)).permute(0, 3, 2, 1, 4)
+    query, key = rotated(by_head.flatten(1, 2), key, *position_embeddings)
+    attended, weights = packed_attention(module, query, key, value, None, scaling=module.scaling)
+    by_expert = attended.view(1, attended.shape[1], key.shape[1], module.top_k, -1).transpose(2, 3)
+    return module.experts.reduce(by_expert.flatten(3), topology), weights, router_logits
+
+
 @functools.cache
 def _slopes(heads: int, device: torch.device) -> Tensor:
     """Return how much the scores of each head grow from one position to the next, float32 [heads].
@@ -157,10 +251,21 @@ _METHODS: dict[str, tuple[str, _Method]] = {
     "FalconAttention": ("forward", _forward_falcon),
     "BloomAttention": ("forward", _forward_bloom),
     "MptAttention": ("forward", _forward_mpt),
+    "GPTNeoXJapaneseAttention": ("_attn", _attn_japanese),
+    "XGLMAttention": ("forward", _forward_xglm),
+    "MegatronBertSelfAttention": ("forward", _forward_like_bert),
+    "RemBertSelfAttention": ("forward", _forward_like_bert),
+    "DiffLlamaAttention": ("forward", _forward_diffllama),
+    "JetMoeAttention": ("forward", _forward_jetmoe),
 }
 """By the name of a class of attention modules: the method that is replaced, and by what."""
 
-OWN_ATTENTION = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "openai-gpt"})
+OWN_ATTENTION = frozenset(
+    {
+        *("bloom", "codegen", "diffllama", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj"),
+        *("jetmoe", "megatron-bert", "mpt", "openai-gpt", "rembert", "xglm"),
+    }
+)
 """Types of models with these classes."""
 
 _NEEDS_A_MASK = frozenset({"mpt"})

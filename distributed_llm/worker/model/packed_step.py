@@ -36,11 +36,11 @@ class PackedSlice:
 class StateGroup:
     """Slices for which a layer with a state of its own is called together.
 
-    They are of one token each, or it is one slice.
+    They are of one token each and go on from a state, or it is one slice.
 
     Attributes:
         parts: the slices.
-        begun: their states before the step; None: their sequences begin here.
+        begun: their states before the step; None: the sequence begins here.
         made: by layer of the stage, the tensors of the states after the step.
     """
 
@@ -59,7 +59,8 @@ class PackedStep:
 
     Attributes:
         cache: the KV cache of the stage.
-        first_layer: number of the stage's first layer in the whole model.
+        first_layer: number of the stage's first layer in the whole model, as its modules count:
+            layers that attend twice count as two.
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has called its attention.
         coarse: layers of which products would round the scores too much; kept from step to step.
@@ -82,8 +83,8 @@ class PackedStep:
     coarse: set[int] = field(default_factory=set)
     groups: tuple[StateGroup, ...] = ()
     updated: list[int] = field(default_factory=list)
-    sections: tuple[int, ...] = ()
-    lenders: tuple[int | None, ...] = ()
+    sections: Sequence[int] = ()
+    lenders: Sequence[int | None] = ()
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)
@@ -106,7 +107,8 @@ def grouped(
     """
     together: dict[object, list[tuple[PackedSlice, SequenceState | None]]] = {}
     for part, state in zip(slices, states, strict=True):
-        key = part.row if part.num_tokens > 1 else ("going on" if state else "beginning")
+        # What begins is computed in whole pieces of a text, which would take each its memory.
+        key = part.row if part.num_tokens > 1 or state is None else "going on"
         together.setdefault(key, []).append((part, state))
     groups = []
     for both in together.values():

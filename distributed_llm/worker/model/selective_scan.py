@@ -1,7 +1,8 @@
-"""The scan of Mamba's state space over a chunk that goes on from a state.
+"""The scans of Mamba and Mamba 2 over chunks, as mixers call them by transformers' names.
 
-Transformers' own function begins anew with every chunk. Mixers call it by the name of theirs; the
-state to go on from is told beside their call (`going_on_from`).
+Transformers' function for Mamba begins anew with every chunk; the state to go on from is told
+beside the mixers' call (`going_on_from`). That for Mamba 2 computes a text in pieces of one length,
+and fills up the last one.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-_begun: ContextVar[Tensor | None] = ContextVar("begun", default=None)
+_begun: ContextVar[Iterator[Tensor] | None] = ContextVar("begun", default=None)
 
 
 @contextmanager
 def going_on_from(state: Tensor | None) -> Iterator[None]:
-    """Have scans in this context go on from a state; None: their sequences begin."""
-    token = _begun.set(state)
+    """Have scans in this context go on from a state; None: their sequences begin.
+
+    Args:
+        state: [sequences, channels, size]; or [sequences, heads, channels, size], if a mixer scans
+            head by head.
+    """
+    by_head = None if state is None else iter(state.unbind(1) if state.dim() == 4 else (state,))
+    token = _begun.set(by_head)
     try:
         yield
     finally:
@@ -32,10 +39,20 @@ def scan_from_states(of_transformers: Callable[..., Any]) -> Callable[..., Any]:
     def scan(
         hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kwargs: Any
     ) -> Any:
-        state = _begun.get()
-        if state is None:
+        states = _begun.get()
+        if states is None:
             return of_transformers(hidden_states, dt, A, B, C, **kwargs)
-        return _scan(state, hidden_states, dt, A, B, C, **kwargs)
+        return _scan(next(states), hidden_states, dt, A, B, C, **kwargs)
+
+    return scan
+
+
+def scan_in_short_pieces(of_transformers: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what computes what Mamba 2's scan does, in pieces no longer than the text."""
+
+    def scan(hidden_states: Tensor, *args: Tensor, chunk_size: int, **kwargs: Any) -> Any:
+        size = min(chunk_size, hidden_states.shape[1])
+        return of_transformers(hidden_states, *args, chunk_size=size, **kwargs)
 
     return scan
 

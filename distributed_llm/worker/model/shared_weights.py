@@ -107,16 +107,18 @@ class SharedModules:
         return layer_copy
 
     def has(self, name: str) -> bool:
-        """Return whether the module that a tensor belongs to, outside the layers, is shared."""
-        if self._donor is None:
+        """Return whether the module that a tensor belongs to, outside the layers, is shared.
+
+        What belongs to no module but the model itself is not.
+        """
+        if self._donor is None or "." not in name:
             return False
         held = self._donor.numbers
         if self._cut.applies_to(name):
             return held == self._layers
         if name in self._tied | self._matrices and self._is_last(self._layers):
             embeds = self._checkpoint.embeds
-            alike = bool(self._cut.width) or embeds(held) == embeds(self._layers)
-            return self._is_last(held) and alike
+            return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -14,6 +14,7 @@ from distributed_llm.common.layer_sharing import lenders_within
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
+from distributed_llm.common.model_sizes import attentions_per_layer
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -73,11 +74,12 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
-        self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
+        self._attentions = attentions_per_layer(checkpoint.config)
+        self._cache = KVCache(len(layers) * self._attentions, kv_dtype=kv_dtype)
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
-        self._held_sequences = HeldSequences(self._cache, of_states)
+        self._held_sequences = HeldSequences(self._cache, of_states, self._attentions)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
@@ -93,6 +95,7 @@ class Stage:
                 device,
                 dtype,
                 keeps_kv=keeps_kv(checkpoint.config)[own],
+                attentions=self._attentions,
                 keeps_state=[nbytes > 0 for nbytes in of_states],
             )
         self._results = StepResults(
@@ -422,7 +425,7 @@ class Stage:
                 self.check_finite_weights()
             self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
-        self._cache.windows = [step.windows.get(layer, 0) for layer in range(len(self.layers))]
+        self._cache.windows = [step.windows.get(place, 0) for place in range(len(step.appended))]
         (group,) = step.groups
         measured = [sum(tensor.nbytes for tensor in made.values()) for made in group.made]
         self._held_sequences.learn(group.made)
@@ -476,12 +479,12 @@ class Stage:
         num_layers = len(self.layers)
         return PackedStep(
             self._cache,
-            self.layers.start,
+            self.layers.start * self._attentions,
             tuple(slices),
-            [0] * num_layers,
+            [0] * (num_layers * self._attentions),
             self._coarse_layers,
             grouped(slices, begun, num_layers),
             [0] * num_layers,
-            self._sections,
-            self._lenders,
+            [one for one in self._sections for _ in range(self._attentions)],
+            [one for one in self._lenders for _ in range(self._attentions)],
         )

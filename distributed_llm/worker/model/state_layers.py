@@ -22,7 +22,11 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
 from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
-from distributed_llm.worker.model.selective_scan import going_on_from, scan_from_states
+from distributed_llm.worker.model.selective_scan import (
+    going_on_from,
+    scan_from_states,
+    scan_in_short_pieces,
+)
 
 _UPDATES = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches that take new states."""
@@ -44,6 +48,9 @@ RECURRENCE = "recurrence"
 
 _SCAN = "mamba_selective_scan"
 """What some of those call that do not hand their state on."""
+
+_SCANS = {_SCAN: scan_from_states, "mamba2_chunk_scan": scan_in_short_pieces}
+"""Functions that mixers call, each with what makes ours of it."""
 
 _READ_DIRECTLY = ("dt_proj",)
 """Linear layers whose weights mixers multiply by themselves, so that they stay as they are."""
@@ -74,8 +81,8 @@ class StateLayer(nn.Module):
                 f"{type(mixer).__name__} begins anew with every chunk of a text, so that "
                 "models with it cannot be served. Use another one."
             )
-        scan = forward.__globals__.get(_SCAN)
-        ours = {_SCAN: scan_from_states(scan)} if scan else {}
+        found = forward.__globals__
+        ours = {name: made(found[name]) for name, made in _SCANS.items() if name in found}
         self._elsewhere = _with_globals(forward, ours)
         self._on_cpu = _with_globals(forward, {**ours, **_CONVOLUTIONS})
 

@@ -22,6 +22,7 @@ from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.model_sizes import attentions_per_layer
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
@@ -43,6 +44,11 @@ from distributed_llm.worker.model.offload import (
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
 from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.reading_ahead import ReadingAhead
+from distributed_llm.worker.model.shared_blocks import (
+    holders_of,
+    leave_out_blocks,
+    share_blocks,
+)
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.stacks.joined import drop_bias, link_stacks
 from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
@@ -125,18 +131,22 @@ def load_stage_model(
     model = copy.deepcopy(whole)
     decoder = cast(PreTrainedModel, model.base_model)
     path = _path_of_layers(model, checkpoint.num_layers)
-    tied = dict(model.all_tied_weights_keys)
+    tied = _tied_outside(model, path)
     names = WeightNames(checkpoint, whole, path)
     shared = SharedModules(checkpoint, layers, tied, donor, names.parameter)
+    holders = holders_of(checkpoint.block_sources, layers, shared.has_layer)
     numbers = _missing_layers(layers, shared)
     empty_layers = _take_layers(model, path, numbers)
+    leave_out_blocks(
+        dict(zip(numbers, empty_layers, strict=True)), checkpoint.block_sources, holders
+    )
     _drop_unneeded(model, checkpoint, layers, shared, device)
     if checkpoint.stacks is not None:
         of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
         drop_bias(model, unless_in=of_head)
     cut = LayerCut(checkpoint.per_layer_width, layers)
     cut.shrink_modules(model)
-    entries, matrices = _entries(checkpoint, layers, tied, shared, names)
+    entries, matrices = _entries(checkpoint, layers, tied, shared, names, holders)
     own = []
     with ReadingAhead(locate or checkpoint_place(checkpoint), on_read) as tensors:
         loader = ModelLoader(
@@ -158,13 +168,14 @@ def load_stage_model(
             if number in on_disk:
                 move_to_disk(own[-1], offload_folder())
         loader.load_outer(entries.get(None, []), matrices, cut)
-    _cut_config(model.config, checkpoint.num_layers, layers)
-    if not (checkpoint.embeds(layers) or cut.width):
+    _cut_config(checkpoint, model.config, layers)
+    if not checkpoint.embeds(layers):
         _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
     kept = cast(nn.ModuleList, model.get_submodule(path))
+    share_blocks(dict(enumerate(kept, layers.start)), checkpoint.block_sources, holders)
     if checkpoint.stacks is not None:
         link_stacks(
             model, max(0, min(encoder_layers(checkpoint.config), layers.stop) - layers.start)
@@ -194,12 +205,14 @@ def check_weights(checkpoint: Checkpoint) -> None:
     whole = copy.deepcopy(model)
     layers = LayerRange(0, checkpoint.num_layers)
     path = _path_of_layers(model, checkpoint.num_layers)
-    tied = dict(model.all_tied_weights_keys)
+    tied = _tied_outside(model, path)
     names = WeightNames(checkpoint, whole, path)
     shared = SharedModules(checkpoint, layers, tied, None, names.parameter)
+    holders = holders_of(checkpoint.block_sources, layers, shared.has_layer)
     empty_layers = _take_layers(model, path, range(checkpoint.num_layers))
+    leave_out_blocks(dict(enumerate(empty_layers)), checkpoint.block_sources, holders)
     _drop_unneeded(model, checkpoint, layers, shared, torch.device("meta"))
-    entries, _ = _entries(checkpoint, layers, tied, shared, names)
+    entries, _ = _entries(checkpoint, layers, tied, shared, names, holders)
     reader = WeightReader(TensorReader(checkpoint_place(checkpoint), lambda nbytes: None))
     loader = ModelLoader(
         *(model, path, checkpoint, reader.of_shapes(here=here), lambda weight: None),
@@ -215,6 +228,20 @@ def _parts(entries: Iterable[Entry]) -> list[TensorInfo]:
     """Return the tensors that weights are made of."""
     weights = (piece.weight for entry in entries for piece in entry.pieces)
     return [part for weight in weights for part in weight.parts.values()]
+
+
+def _tied_outside(model: PreTrainedModel, path: str) -> dict[str, str]:
+    """Return the names of tied parameters outside the layers, and have the model know no others.
+
+    What layers have in common is tied here otherwise (`shared_blocks`).
+    """
+    tied = {
+        name: original
+        for name, original in model.all_tied_weights_keys.items()
+        if not name.startswith(f"{path}.")
+    }
+    model.all_tied_weights_keys = tied
+    return dict(tied)
 
 
 def _take_layers(model: PreTrainedModel, path: str, numbers: Iterable[int]) -> list[nn.Module]:
@@ -261,12 +288,13 @@ def _path_of_layers(model: PreTrainedModel, num_layers: int) -> str:
     return str(min(paths, key=lambda path: path.count(".")))
 
 
-def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -> None:
+def _cut_config(checkpoint: Checkpoint, config: PretrainedConfig, layers: LayerRange) -> None:
     """Reduce the configuration to these layers; the model's forward takes their number from it."""
+    num_layers, attentions = checkpoint.num_layers, attentions_per_layer(checkpoint.config)
     for name, value in list(vars(config).items()):
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, value[layers.start : layers.stop])
-    config.num_hidden_layers = len(layers)
+    config.num_hidden_layers = len(layers) * attentions
 
 
 def _drop_unneeded(
@@ -329,7 +357,7 @@ class WeightNames:
 
     def name(self, name: str, target: Target | None) -> str:
         """Return the name of a weight for transformers' loader, with 0 for its layer's number."""
-        layer = self._checkpoint.layer_of(name)
+        layer = self._checkpoint.layer_in(name)
         if layer is None:
             return target.parameter if target else name
         path, known = (
@@ -348,16 +376,22 @@ def _entries(
     tied: Mapping[str, str],
     shared: SharedModules,
     names: WeightNames,
+    holders: Mapping[int, int],
 ) -> tuple[dict[int | None, list[Entry]], dict[str, Tensor]]:
     """Return what is to be read, by layer (None: outside the layers), and the donor's matrices.
 
     In the names, each layer's number is 0. A matrix that stands in the files only as the head's
-    gets the name of the embedding that the head is tied to.
+    gets the name of the embedding that the head is tied to. Shared blocks are read for the layers
+    that hold them.
     """
     pieces: dict[int | None, dict[str, dict[int, Piece]]] = {}
     matrices: dict[str, Tensor] = {}
     for weight in checkpoint.weights_of(layers):
         layer = checkpoint.layer_of(weight.name)
+        if (block := checkpoint.block_of(weight.name)) is not None:
+            if block not in holders:
+                continue
+            layer = holders[block]
         target = names.target(weight.name)
         name = names.name(weight.name, target)
         if weight.name == checkpoint.lone_head:

@@ -1,0 +1,174 @@
+"""Attention over latents of which each token has chosen some: what is chosen is gathered.
+
+As long as a text has no more positions than a token may choose, it is attention over all latents.
+The indexer's keys lie behind the part of the keys that all heads share, in one row of the KV cache.
+So queries end in zeros where rows are read as they lie.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
+from distributed_llm.worker.kv.segments import KVBuffers
+from distributed_llm.worker.model.chunk_attention import ChunkPart, parts_of
+from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.indexers import Choice
+from distributed_llm.worker.model.latent_attention import attend_chunk_of_latents, attend_latents
+from distributed_llm.worker.model.latents import LatentExpansion
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
+from distributed_llm.worker.model.partial_attention import row_scores
+
+
+def attend_chosen(
+    step: PackedStep,
+    layer: int,
+    query: Tensor,
+    shared: Tensor,
+    latents: Tensor,
+    scoring: Scoring,
+    expansion: LatentExpansion,
+    choice: Choice,
+    chooses: bool,
+) -> Tensor:
+    """Append what a step's tokens keep, and compute their attention over what they choose.
+
+    Args:
+        step: that runs.
+        layer: within the stage.
+        query: [heads, tokens, head_dim].
+        shared: the part of the keys that all heads share, [1, tokens, shared_dim].
+        latents: [1, tokens, rank].
+        scoring: how.
+        expansion: makes keys and values of latents.
+        choice: by what they choose, or what an earlier layer has chosen for this one.
+        chooses: whether this layer does.
+
+    Returns:
+        [tokens, heads, value_dim].
+    """
+    index_dim = 0
+    if chooses:
+        index_dim = choice.keys.shape[-1]
+        shared = torch.cat((shared, choice.keys), dim=-1)
+        query = F.pad(query, (0, index_dim))
+    if all(part.start + part.num_tokens <= choice.most for part in step.slices):
+        return attend_latents(step, layer, query, shared, latents, scoring, expansion)
+    attended = query.new_empty((query.shape[1], query.shape[0], expansion.value_dim))
+    for part in step.slices:
+        rows = slice(part.row, part.row + part.num_tokens)
+        own = (shared[:, rows], latents[:, rows])
+        held = step.cache.append(layer, part.sequence_id, part.start, *own)
+        if part.start + part.num_tokens <= choice.most:
+            inputs = (query[:, rows], held, scoring, expansion)
+            attended[rows] = attend_chunk_of_latents(step, *inputs)
+            continue
+        latent_rows = _LatentRows(step, held, shared, latents)
+        if chooses:
+            choice.choose(part, latent_rows.index_keys(index_dim))
+        attended[rows] = _attend_to(
+            choice.of(part), part, query[:, rows], latent_rows, scoring, expansion
+        )
+    return attended
+
+
+class _LatentRows:
+    """Latents of all positions of a sequence, and the keys that all heads share, in one layer.
+
+    Args:
+        step: that runs.
+        held: as the KV cache keeps them.
+        shared: keys of some positions, for their size and dtype.
+        latents: likewise.
+    """
+
+    def __init__(
+        self, step: PackedStep, held: Sequence[KVBuffers], shared: Tensor, latents: Tensor
+    ) -> None:
+        self._parts = parts_of(held)
+        self._sizes = shared.shape[-1], latents.shape[-1]
+        coding = step.cache.coding
+        self._coded = CodedRows(coding, *self._sizes, latents.dtype) if coding else None
+
+    @property
+    def width(self) -> int:
+        """Numbers of one position."""
+        return sum(self._sizes)
+
+    def index_keys(self, dim: int) -> list[Tensor]:
+        """Return the indexer's keys of all positions, [positions, dim] each."""
+        if self._coded is None:
+            return [part.keys[0, :, -dim:] for part in self._parts]
+        return [piece for part in self._parts for piece in self._decoded_keys(part, dim)]
+
+    def _decoded_keys(self, part: ChunkPart, dim: int) -> Iterator[Tensor]:
+        assert self._coded is not None
+        coding, dtype = self._coded.coding, self._coded.dtype
+        for first, stop in self._coded.pieces(part.keys, part.start, part.stop):
+            rows = part.cut(first, stop).keys[0]
+            yield coding.turned_back(coding.decoded(rows, self._sizes[0], dtype))[:, -dim:]
+
+    def rotated(self, queries: Tensor) -> Tensor:
+        """Return queries turned as the keys of `gathered` are."""
+        return self._coded.rotated(queries) if self._coded else queries
+
+    def gathered(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and latents, [tokens, positions, dim], of what tokens have chosen.
+
+        Args:
+            chosen: int64 [tokens, positions].
+        """
+        first = self._parts[0]
+        if len(self._parts) == 1:
+            keys, latents = first.keys[0][chosen], first.values[0][chosen]
+        else:
+            shape = chosen.shape
+            keys = first.keys.new_empty((*shape, first.keys.shape[-1]))
+            latents = first.values.new_empty((*shape, first.values.shape[-1]))
+            for part in self._parts:
+                inside = (chosen >= part.start) & (chosen < part.stop)
+                there = chosen[inside] - part.start
+                keys[inside], latents[inside] = part.keys[0][there], part.values[0][there]
+        return self._coded.decoded(keys, latents) if self._coded else (keys, latents)
+
+
+def _attend_to(
+    chosen: Tensor,
+    part: PackedSlice,
+    queries: Tensor,
+    rows: _LatentRows,
+    scoring: Scoring,
+    expansion: LatentExpansion,
+) -> Tensor:
+    """Compute attention of the last tokens of a sequence over what they have chosen.
+
+    Args:
+        chosen: positions, int64 [tokens, positions]; those after a token do not count.
+        part: of the sequence.
+        queries: [heads, tokens, head_dim].
+        rows: latents of all positions.
+        scoring: how.
+        expansion: makes keys and values of latents.
+
+    Returns:
+        [tokens, heads, value_dim].
+    """
+    heads, most = queries.shape[0], chosen.shape[1]
+    absorbed = rows.rotated(expansion.absorbed(queries) * scoring.scale).transpose(0, 1)
+    at_once = max(1, min(SCORES_AT_ONCE // (heads * most), EXPANDED_AT_ONCE // (most * rows.width)))
+    attended = []
+    for row in range(0, part.num_tokens, at_once):
+        some = chosen[row : row + at_once]
+        keys, latents = rows.gathered(some)
+        scores = row_scores(absorbed[row : row + at_once], keys, latents).float()
+        first = part.start + row
+        own = torch.arange(first, first + len(some), device=some.device)
+        scores.masked_fill_((some > own[:, None])[:, None], float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        if scoring.sinks is not None:
+            lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+            weights *= torch.sigmoid(lse - scoring.sinks.float()[:, None])
+        attended.append(torch.bmm(weights.to(latents.dtype), latents))
+    return expansion.values_of(attended[0] if len(attended) == 1 else torch.cat(attended))
