@@ -41,6 +41,7 @@ _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LISTS = ("layers_block_type", "hybrid_override_pattern")
 _HEADS = ("num_attention_heads", "n_head", "attention_heads", "num_heads", "n_heads")
 
 _SIZES = (
@@ -51,7 +52,8 @@ _SIZES = (
 """Names of sizes that not all models have; some have one for each layer."""
 
 _ANY_SIZE = re.compile(
-    r"(^|_)(size|dim|inner|state|conv|rank|heads|layers|experts|groups|kernel)(_|$)"
+    r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
+    r"|channels)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
@@ -164,8 +166,14 @@ def num_layers(config: Config) -> int:
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
-        listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
-        if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
+        name = next((one for one in _LISTS if config.get(one)), _LISTS[0])
+        listed = config.get(name)
+        if not isinstance(listed, list | str | None):
+            raise CheckpointError(
+                f"config.json has {name} = {listed!r:.60}; it must tell the type of each layer. "
+                "Copy that of the original model."
+            )
+        if listed and len(listed) <= _MAX_LAYERS:
             return len(listed)
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
 
