@@ -21,9 +21,10 @@ web: install
 	cd web && npm ci --no-audit --no-fund && npm test && npm run check-build
 	$(PYTHON) scripts/walk_page.py
 
-# 10,200 random schedules of a simulated cluster, other ones each time; takes about half an hour.
+# 10,200 random schedules of a simulated cluster, other ones each time, and one for every type of
+# model whose workers compute; takes about half an hour.
 chaos: install
-	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py \
+	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py tests/model/test_clusters.py \
 	  tests/model/test_damaged_configs.py --schedules 850 $(ARGS)
 
 lint: install

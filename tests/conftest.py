@@ -37,7 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--schedules",
         type=int,
-        help="random schedules of each kind in test_core_random, other ones each time",
+        help="random schedules of each kind in test_core_random, other ones each time; "
+        "test_clusters tries every type of model once",
     )
 
 

@@ -24,6 +24,9 @@ _WITHOUT_PREFIX = frozenset({"mt5", "t5", "umt5"})
 _IN_PARTS = frozenset({"t5gemma"})
 """Types whose config.json describes each stack by itself."""
 
+STACK_TYPE = "t5_gemma_module"
+"""The type of a stack that is described by itself."""
+
 _COMPUTED_POSITIONS = frozenset({"m2m_100", "marian", "pegasus"})
 """Types whose positions are sines and cosines, which some files have as if they were weights."""
 

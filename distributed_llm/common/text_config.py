@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distributed_llm.common.config_defaults import ConfigDefaults, config_defaults
+from distributed_llm.common.encoder_decoders import STACK_TYPE, is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 
@@ -48,6 +49,8 @@ def text_config(config: Config) -> dict[str, Any]:
         UnsupportedModel: of which type the text model is, neither config.json nor transformers say.
     """
     whole = str(config["model_type"])
+    if is_encoder_decoder(config):
+        return _of_both_stacks(config)
     for part in (_TEXT, *_OTHER_PARTS):
         if not isinstance(config.get(part), Mapping | None):
             raise CheckpointError(
@@ -76,6 +79,16 @@ def text_config(config: Config) -> dict[str, Any]:
     text |= {name: config[name] for name in _OF_WHOLE if config.get(name) is not None}
     tied = config.get(TIED, defaults.values.get(TIED))
     return text | {TIED: bool(tied if TIED in config else tied or told.get(TIED))}
+
+
+def _of_both_stacks(config: Config) -> dict[str, Any]:
+    """Return the configuration of an encoder-decoder, with what it leaves to defaults."""
+    parts = {
+        name: _completed(part, config_defaults(str(part.get("model_type", STACK_TYPE))))
+        for name in ("encoder", "decoder")
+        if isinstance(part := config.get(name), Mapping)
+    }
+    return _completed(config, config_defaults(str(config["model_type"]))) | parts
 
 
 def _text_type(told: Config | None, whole: ConfigDefaults) -> str:

@@ -7,6 +7,7 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
+from distributed_llm.common.encoder_decoders import of_decoder
 from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.latents import keeps_latents, most_absorbed
 from distributed_llm.common.layer_states import keeps_kv
@@ -84,6 +85,7 @@ def workspace_bytes(
         rows: of them that are sampled at most.
     """
     item_bytes = ITEM_BYTES[dtype]
+    config = of_decoder(config)
     hidden = hidden_size(config)
     scores = _scores(config, tokens) if _scores_by_hand(config) else 0
     attention_bytes = tokens * _attention_width(config) * item_bytes

@@ -30,6 +30,7 @@ from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import random_model
 from tests.model.driver import Pipeline, load_stages
 from tests.real_configs import REAL, shrunk
+from tests.real_encoder_decoders import REAL_STACKS
 from tests.reference import generated
 
 PROMPTS = [list(range(3, 22)), [7, 5]]
@@ -43,9 +44,9 @@ def write_config(folder: Path, config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [*REAL, *REAL_STACKS])
 def test_a_plan_is_as_large_as_the_checkpoint(name: str, tmp_path: Path) -> None:
-    real = REAL[name]
+    real = {**REAL, **REAL_STACKS}[name]
     config = read_config(write_config(tmp_path, real.config))
     cost = model_cost(Checkpoint(tmp_path, config, parameters_of(config)), "bfloat16")
     assert cost.num_layers == real.layers

@@ -251,6 +251,16 @@ def test_packed_weights_are_shared_too(
         assert stage.weight_bytes - stage.shared_weight_bytes <= buffers
 
 
+def test_a_bias_that_is_tied_too_is_not_taken_for_the_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last stage, which has the matrix packed."""
+    monkeypatch.setattr(chosen, "SMALLEST", 1)
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, "bert", num_layers=2))
+    stage = load(checkpoint, (0, 1), load(checkpoint, (1, 2)))
+    assert same(answer(stage), answer(load(checkpoint, (0, 1))))
+
+
 @pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_every_kind_answers_as_transformers_after_a_move(tmp_path: Path, family: str) -> None:
     """The stages of one split, and others made of them, run in turns."""

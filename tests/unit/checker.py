@@ -32,7 +32,6 @@ from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
-from tests.unit.fake_model import NUM_LAYERS
 
 _LEASES = 5
 """How long a step may be in flight, in leases: two may run out, and each may be renewed."""
@@ -178,7 +177,8 @@ class Checker:
                     ranges = sorted(self._ordered[epoch].values())
                     ends = [0, *(one.stop for one in ranges)]
                     assert [one.start for one in ranges] == ends[:-1], f"{ranges} in plan {epoch}"
-                    assert ends[-1] == NUM_LAYERS, f"{ranges} in plan {epoch}"
+                    last = self._core._cluster.model.cost.num_layers
+                    assert ends[-1] == last, f"{ranges} in plan {epoch}"
                 case _:
                     pass
 

@@ -173,7 +173,7 @@ class World:
         """How each stage but the last of each pipeline reaches the next one, by layers."""
         held = [w for w in self.core.status(now=self.now).workers if w.layers is not None]
         ranked = sorted(held, key=lambda w: w.layers or LayerRange(0, 1))
-        return [w.link for w in ranked if w.layers and w.layers.stop < MODEL.cost.num_layers]
+        return [w.link for w in ranked if w.layers and w.layers.stop < self.model.cost.num_layers]
 
     @property
     def state(self) -> str:
@@ -427,7 +427,7 @@ class World:
         own = {stage.peer for stage in pipeline.stages}
         idle = core._registry.idle
         workers = [w for w in core._registry.fit if w.peer in own or w in idle]
-        edges = [0, *cuts, MODEL.cost.num_layers]
+        edges = [0, *cuts, self.model.cost.num_layers]
         held = [LayerRange(*pair) for pair in pairwise(edges)]
         if len(workers) < len(held):
             return

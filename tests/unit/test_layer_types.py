@@ -88,8 +88,9 @@ def test_sizes_are_of_layers_whatever_the_length_of_the_list() -> None:
 
 
 def test_windows_of_mimo_are_those_of_transformers() -> None:
-    told = {"sliding_window": 128, "sliding_window_size": 128}
-    made: Any = CONFIG_MAPPING["mimo_v2_flash"](num_hidden_layers=3, **told)
+    told: dict[str, Any] = {"sliding_window": 128, "sliding_window_size": 128}
+    kind: Any = CONFIG_MAPPING["mimo_v2_flash"]
+    made = kind(num_hidden_layers=3, **told)
     assert layer_windows({**MIMO, **told}, 3) == (0, made.sliding_window, made.sliding_window)
     assert layer_windows({**MIMO, "sliding_window": 128}, 3) == (0, 128, 128)
 

@@ -16,7 +16,11 @@ from transformers import (
 from distributed_llm.common import model_sizes
 from distributed_llm.common.architectures import generates_nothing, unknown_type
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.encoder_decoders import ENCODER_DECODERS, is_encoder_decoder
+from distributed_llm.common.encoder_decoders import (
+    ENCODER_DECODERS,
+    StackNames,
+    is_encoder_decoder,
+)
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
@@ -106,10 +110,16 @@ def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     dtype = made.dtype if made.dtype in names else torch.float32
     model = _meta_model(made, dtype, config)
+    tied, state = set(model.all_tied_weights_keys), model.state_dict()
+    if is_encoder_decoder(config):
+        stacks = StackNames.of_files(config, state)
+        state = {name: tensor for name, tensor in state.items() if stacks.holds(name)}
+        if config.get("tie_word_embeddings") is False:  # T5's class ties them all the same
+            tied -= {name for name in tied if name.startswith("lm_head.")}
     return {
         name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in model.state_dict().items()
-        if tensor.dtype in names and name not in model.all_tied_weights_keys
+        for name, tensor in state.items()
+        if tensor.dtype in names and name not in tied
     }
 
 

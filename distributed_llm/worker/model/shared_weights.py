@@ -84,14 +84,14 @@ class SharedModules:
         self._layers = layers
         self._cut = LayerCut(checkpoint.per_layer_width, layers)
         self._donor = donor
-        self._tied: set[str] = set()
+        self._tied: tuple[str, ...] = ()
         self._matrices: set[str] = set()
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
             weights = (weight.name for weight in checkpoint.weights_of(last))
             held = map(name_of, filter(checkpoint.is_tied, weights))
             self._matrices = {tied.get(name, name) for name in held}
-            self._tied = {*tied.keys(), *tied.values()}
+            self._tied = (*tied.keys(), *tied.values())
 
     def has_layer(self, layer: int) -> bool:
         """Return whether a layer of the model is shared."""
@@ -116,7 +116,7 @@ class SharedModules:
         held = self._donor.numbers
         if self._cut.applies_to(name):
             return held == self._layers
-        if name in self._tied | self._matrices and self._is_last(self._layers):
+        if name in {*self._tied, *self._matrices} and self._is_last(self._layers):
             embeds = self._checkpoint.embeds
             return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
@@ -141,9 +141,11 @@ class SharedModules:
             return None
         for parameter in self._tied:
             try:
-                return self._donor.model.get_parameter(parameter)
+                tensor = self._donor.model.get_parameter(parameter)
             except AttributeError:  # the donor lacks it, or has it packed
                 continue
+            if tensor.dim() > 1:  # the bias of a head may be tied as well, to another bias
+                return tensor
         return None
 
     def _uses(self, layers: LayerRange, name: str) -> bool:

@@ -1,0 +1,226 @@
+"""Clusters answer what transformers answers, whatever happens to their answers meanwhile.
+
+For each kind of model, four answers run in one simulated cluster whose workers compute. Its room is
+too small for all of them, so some are preempted; their layers move to other workers with their KV
+cache and, where workers cannot reach each other, without it; and a worker is killed in a task.
+`make chaos` does that to every type of model, at other moments each time.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_llm.common.messages import DrainWorker, Finished, TaskFailed, WorkerDrained
+from distributed_llm.common.sampling_params import SamplingParams
+from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
+from tests.encoder_decoders import SETTINGS, build
+from tests.model.engine_worker import EngineWorker, EngineWorld
+from tests.model.test_families import NUM_LAYERS, VARIANTS
+from tests.wholes import WHOLES, build_whole
+
+PROMPT_TOKENS = 124
+"""Four fewer than two blocks of KV cache: answers soon need a third one."""
+LEAST_TOKEN = 4
+"""Others are special in some models: M2M100 does not count padding within a text."""
+NEW_TOKENS = 24
+SHARED = ((1, 0, 70), (3, 2, 100))
+"""Which prompt begins like which other one, for how many tokens."""
+BLOCKS, STATES = 6, 10
+"""What there is room for: one or two answers less than there are."""
+ALL_TOKENS = NEW_TOKENS * (len(SHARED) + 2)
+
+REPRESENTATIVES = {
+    "llama": "plain layers",
+    "gemma2": "windows in some layers",
+    "bloom": "ALiBi",
+    "deepseek_v3": "latents, and experts",
+    "gemma4-shared": "layers that read the keys and values of others",
+    "qwen3_next": "states in some layers, and experts",
+    "mamba2": "states alone",
+    "whole qwen2_5_vl": "the text part of a model for pictures",
+    "stacks umt5": "an encoder and a decoder",
+}
+"""One of each kind, for every run of the suite."""
+
+_EVERY: dict[str, tuple[str, dict[str, Any]]] = {
+    **VARIANTS,
+    "gemma3n-shared": ("gemma3n_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
+    "gemma4-shared": ("gemma4_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
+}
+EVERY = [
+    *_EVERY,
+    *(f"whole {name}" for name in WHOLES),
+    *(f"stacks {name}" for name in SETTINGS),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Try one model of each kind; with `--schedules` every type, at random moments."""
+    if "name" in metafunc.fixturenames:
+        many = metafunc.config.getoption("--schedules")
+        metafunc.parametrize("name", EVERY if many else REPRESENTATIVES)
+
+
+def make(name: str, folder: Path) -> Any:
+    """Write a checkpoint; return the model of transformers."""
+    if name.startswith("whole "):
+        model: Any = build_whole(name.removeprefix("whole "))
+        model.save_pretrained(folder)
+        return model
+    if name.startswith("stacks "):
+        model = build(name.removeprefix("stacks "))
+        model.save_pretrained(folder)
+        return model
+    family, settings = _EVERY[name]
+    values: dict[str, Any] = {"num_layers": NUM_LAYERS.get(family, 4), **settings}
+    make_checkpoint(folder, family, **values)
+    values.pop("max_shard_size", None)
+    return build_model(family, **values)
+
+
+class Scene:
+    """One cluster, its answers, and what happens to them in turn.
+
+    Args:
+        folder: of the checkpoint.
+        prompts: of the answers, in the order in which they come.
+        draw: draws the moments, and to whom something happens.
+    """
+
+    def __init__(self, folder: Path, prompts: list[list[int]], draw: random.Random) -> None:
+        self.draw = draw
+        self.world = EngineWorld(folder, seed=draw.randrange(2**16), blocks=BLOCKS, states=STATES)
+        if any(self.world.cost.layer_state_bytes):
+            self.world.blocks += 2  # or nobody begins like another one that still runs
+        for number in range(4):
+            self.world.worker(f"w{number}")
+        assert self.world.run(lambda: self.world.state == "serving", for_s=30.0)
+        self.client = self.world.client()
+        params = SamplingParams(
+            max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0.0, logprobs=0
+        )
+        for prompt in prompts:
+            self.client.submit(prompt, params)
+
+    def until(self, share: float) -> None:
+        """Let time pass until this share of all tokens has come, or a little more."""
+        tokens = round(ALL_TOKENS * (share + self.draw.uniform(0.0, 0.1)))
+        assert self.world.run(lambda: self.world.tokens() >= tokens, for_s=60.0)
+
+    def is_still(self) -> bool:
+        """Whether it serves, and no layers move."""
+        return self.world.state == "serving" and self.world.core._moves.move is None
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether some layers read what others answer."""
+        return self.world.cost.encoder_layers > 0
+
+    @property
+    def serving(self) -> list[EngineWorker]:
+        """The workers with layers."""
+        return [worker for worker in self.world.plan() if isinstance(worker, EngineWorker)]
+
+    def move(self) -> None:
+        """Have layers change hands."""
+        starts, before = [piece.start for piece in self.world.cost.pieces[1:]], self.world.epoch
+        cuts = self.draw.sample(starts, k=self.draw.randint(1, min(3, len(starts))))
+        self.world.move(sorted(cuts), shift=self.draw.randint(1, 3))
+        assert self.world.core._moves.move is not None
+        assert self.world.run(self.is_still, for_s=30.0)
+        assert self.world.epoch > before
+
+    def drain(self) -> None:
+        """Have one with layers leave; a copy of its KV cache fails first."""
+        what = self.draw.choice(["fail_exports", "fail_imports", "fail_assemblies"])
+        for worker in self.world.workers:
+            setattr(worker, what, 1)
+        leaving, told = self.draw.choice(self.serving), self.client.others
+        self.client.say(DrainWorker(worker=leaving.worker_id))
+        assert self.world.run(lambda: any(isinstance(m, WorkerDrained) for m in told), for_s=30.0)
+        leaving.leave()
+        assert self.world.run(self.is_still, for_s=30.0)
+
+    def kill(self) -> None:
+        """Kill one with layers in the middle of a task: the last, if others may have none.
+
+        Encoders have none while answers are written.
+        """
+        victim = self.draw.choice(self.serving[-1:] if self.has_encoder else self.serving)
+        victim.before_task = lambda task: victim.kill()
+        assert self.world.run(lambda: victim.state == "dead", for_s=30.0)
+
+    def end(self) -> None:
+        """Wait for the end of all answers, and check that all of this did happen to them."""
+        world = self.world
+        assert world.run(world.all_ended, for_s=120.0)
+        world.settle()
+        world.check_drained()
+        moves, totals = world.core._moves, world.core._book.totals
+        assert totals.preemptions > 0
+        assert totals.recovered > 0
+        assert moves.num_moves == 2
+        assert world.counts["up", TaskFailed] == 0
+        if not any(world.cost.layer_state_bytes):
+            assert moves.copied_bytes["faster"] > 0
+            assert moves.begun["leaving"] == 2, "no copy failed"
+
+
+def play(name: str, folder: Path, seed: int) -> None:
+    """Have all that happens to the answers of one model, and check them."""
+    model = make(name, folder)
+    size = (4, PROMPT_TOKENS)
+    prompts = torch.randint(LEAST_TOKEN, VOCAB_SIZE - 1, size, generator=torch.manual_seed(3))
+    for child, parent, length in SHARED:
+        prompts[child, :length] = prompts[parent, :length]
+    scene = Scene(folder, prompts.tolist(), random.Random(seed))
+    scene.until(0.1)
+    scene.move()
+    scene.until(0.3)
+    scene.drain()
+    scene.until(0.6)
+    scene.kill()
+    scene.end()
+    expected, likely = generated_with_logprobs(model, prompts)
+    answers = list(scene.client.answers.values())
+    assert [type(answer.end) for answer in answers] == [Finished] * len(prompts)
+    assert [answer.token_ids for answer in answers] == expected.tolist()
+    told = torch.tensor([[one.logprob for one in answer.logprobs] for answer in answers])
+    torch.testing.assert_close(told, likely, rtol=0.0, atol=1e-4)
+
+
+def generated_with_logprobs(model: Any, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return transformers' greedy answers to prompts of one length, and how likely each token is.
+
+    That tells answers apart that are the same dull token again and again.
+    """
+    made = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    answers = made.sequences[:, -NEW_TOKENS:]
+    scale = 1.0
+    if hasattr(model.config, "text_config"):  # which the class for the whole model leaves out
+        scale = getattr(model.config.text_config, "logit_scale", scale)
+    logprobs = (scale * torch.stack(made.logits, 1)).log_softmax(-1)
+    return answers, logprobs.gather(2, answers[:, :, None])[:, :, 0]
+
+
+def test_answers_are_those_of_transformers(
+    name: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    seed = random.randrange(2**48) if pytestconfig.getoption("--schedules") else 0
+    try:
+        play(name, tmp_path, seed)
+    except BaseException as exc:
+        exc.add_note(f"in the scene of {name} with seed {seed}")
+        raise
