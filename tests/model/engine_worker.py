@@ -179,8 +179,7 @@ class EngineWorld(World):
         room_bytes = self.blocks * KV_BLOCK * kv_bytes + self.states * state_bytes
         if self.cost.kv_bytes(layers):
             return -(-room_bytes // (KV_BLOCK * kv_bytes)) * KV_BLOCK
-        share = len(layers) if kv_bytes else len(whole) // 2
-        return room_bytes * share // len(whole)
+        return room_bytes * len(layers) // len(whole)
 
     def tokens(self) -> int:
         """Return how many tokens have come of all answers."""

@@ -28,8 +28,8 @@ LEAST_TOKEN = 4
 NEW_TOKENS = 24
 SHARED = ((1, 0, 70), (3, 2, 100))
 """Which prompt begins like which other one, for how many tokens."""
-BLOCKS, STATES = 6, 10
-"""What there is room for: one or two answers less than there are."""
+BLOCKS, STATES, STATES_ALONE = 6, 10, 6
+"""What there is room for: one or two answers less than there are; states where there is no more."""
 ALL_TOKENS = NEW_TOKENS * (len(SHARED) + 2)
 
 REPRESENTATIVES = {
@@ -93,7 +93,9 @@ class Scene:
     def __init__(self, folder: Path, prompts: list[list[int]], draw: random.Random) -> None:
         self.draw = draw
         self.world = EngineWorld(folder, seed=draw.randrange(2**16), blocks=BLOCKS, states=STATES)
-        if any(self.world.cost.layer_state_bytes):
+        if not any(self.world.cost.layer_kv_bytes):
+            self.world.states = STATES_ALONE
+        elif any(self.world.cost.layer_state_bytes):
             self.world.blocks += 2  # or nobody begins like another one that still runs
         for number in range(4):
             self.world.worker(f"w{number}")

@@ -45,7 +45,8 @@ def attend_latents(
         step: that runs.
         layer: within the stage.
         query: [heads, tokens, head_dim].
-        shared: the part of the keys that all heads share, [1, tokens, shared_dim].
+        shared: the part of the keys that all heads share, [1, tokens, shared_dim]; perhaps with
+            numbers behind it that are kept for others (`sparse_attention`).
         latents: [1, tokens, rank].
         scoring: how.
         expansion: makes keys and values of latents.
@@ -61,7 +62,8 @@ def attend_latents(
         rows = slice(part.row, part.row + part.num_tokens)
         own = (shared[:, rows], latents[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
-        attended[rows] = attend_chunk_of_latents(step, query[:, rows], held, scoring, expansion)
+        inputs = (query[:, rows], held, shared.shape[-1], scoring, expansion)
+        attended[rows] = attend_chunk_of_latents(step, *inputs)
     if step.single:
         chosen = sent(torch.tensor([part.row for part in step.single]), query.device)
         single = (query[:, chosen], shared[:, chosen], latents[:, chosen])
@@ -79,6 +81,7 @@ def _attend_tokens(
     expansion: LatentExpansion,
 ) -> Tensor:
     """Compute attention of the step's single tokens."""
+    query = widened(query, expansion, shared.shape[-1])
     with kernels_for_many_rows():
         absorbed = expansion.absorbed(query)
         return expansion.values_of(attend_tokens(step, layer, absorbed, shared, latents, scoring))
@@ -88,6 +91,7 @@ def attend_chunk_of_latents(
     step: PackedStep,
     queries: Tensor,
     held: Sequence[KVBuffers],
+    width: int,
     scoring: Scoring,
     expansion: LatentExpansion,
 ) -> Tensor:
@@ -97,17 +101,22 @@ def attend_chunk_of_latents(
         step: that runs.
         queries: [heads, tokens, head_dim].
         held: shared keys and latents of all positions, the chunk's own at the end, in order.
+        width: numbers that are kept of the keys, of which the first are the shared part.
         scoring: how.
         expansion: makes keys and values of latents.
 
     Returns:
         [tokens, heads, value_dim].
     """
-    heads, tokens, key_dim = queries.shape
     parts = parts_of(held)
-    shared_dim = key_dim - expansion.key_dim
     coded, coding = None, step.cache.coding
     if coding is not None:
+        queries = widened(queries, expansion, width)
+    heads, tokens, key_dim = queries.shape
+    shared_dim = key_dim - expansion.key_dim
+    if coding is None:
+        parts = [part._replace(keys=part.keys[..., :shared_dim]) for part in parts]
+    else:
         coded = CodedRows(coding, shared_dim, expansion.rank, queries.dtype)
         own, shared = queries.tensor_split((expansion.key_dim,), dim=-1)
         queries = torch.cat((own, coding.rotated(shared)), dim=-1)
@@ -125,6 +134,18 @@ def attend_chunk_of_latents(
     attend = attend_part if queries.device.type == "cpu" else attend_part_by_hand
     attended = in_pieces(step, queries, parts, scoring, expanded, attend, heads)
     return attended[..., : expansion.value_dim]
+
+
+def widened(queries: Tensor, expansion: LatentExpansion, width: int) -> Tensor:
+    """Return queries [heads, tokens, head_dim] with zeros for what is kept behind shared keys.
+
+    Args:
+        queries: as the model made them.
+        expansion: makes keys and values of latents.
+        width: numbers that are kept of the keys.
+    """
+    zeros = width - (queries.shape[-1] - expansion.key_dim)
+    return F.pad(queries, (0, zeros)) if zeros else queries
 
 
 @dataclass(frozen=True, slots=True)

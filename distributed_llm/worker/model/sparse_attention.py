@@ -2,13 +2,12 @@
 
 As long as a text has no more positions than a token may choose, it is attention over all latents.
 The indexer's keys lie behind the part of the keys that all heads share, in one row of the KV cache.
-So queries end in zeros where rows are read as they lie.
+So queries end in zeros where rows are read whole.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
@@ -16,7 +15,12 @@ from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import ChunkPart, parts_of
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.indexers import Choice
-from distributed_llm.worker.model.latent_attention import attend_chunk_of_latents, attend_latents
+from distributed_llm.worker.model.kernels import kernels_for_many_rows
+from distributed_llm.worker.model.latent_attention import (
+    attend_chunk_of_latents,
+    attend_latents,
+    widened,
+)
 from distributed_llm.worker.model.latents import LatentExpansion
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import row_scores
@@ -49,11 +53,8 @@ def attend_chosen(
     Returns:
         [tokens, heads, value_dim].
     """
-    index_dim = 0
     if chooses:
-        index_dim = choice.keys.shape[-1]
         shared = torch.cat((shared, choice.keys), dim=-1)
-        query = F.pad(query, (0, index_dim))
     if all(part.start + part.num_tokens <= choice.most for part in step.slices):
         return attend_latents(step, layer, query, shared, latents, scoring, expansion)
     attended = query.new_empty((query.shape[1], query.shape[0], expansion.value_dim))
@@ -61,16 +62,18 @@ def attend_chosen(
         rows = slice(part.row, part.row + part.num_tokens)
         own = (shared[:, rows], latents[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
-        if part.start + part.num_tokens <= choice.most:
-            inputs = (query[:, rows], held, scoring, expansion)
-            attended[rows] = attend_chunk_of_latents(step, *inputs)
-            continue
-        latent_rows = _LatentRows(step, held, shared, latents)
-        if chooses:
-            choice.choose(part, latent_rows.index_keys(index_dim))
-        attended[rows] = _attend_to(
-            choice.of(part), part, query[:, rows], latent_rows, scoring, expansion
-        )
+        with kernels_for_many_rows():
+            if part.start + part.num_tokens <= choice.most:
+                inputs = (query[:, rows], held, shared.shape[-1], scoring, expansion)
+                attended[rows] = attend_chunk_of_latents(step, *inputs)
+                continue
+            latent_rows = _LatentRows(step, held, shared, latents)
+            if chooses:
+                choice.choose(part, latent_rows.index_keys(choice.keys.shape[-1]))
+            chosen = choice.of(part)
+            attended[rows] = _attend_to(
+                chosen, part, query[:, rows], latent_rows, scoring, expansion
+            )
     return attended
 
 
@@ -91,6 +94,11 @@ class _LatentRows:
         self._sizes = shared.shape[-1], latents.shape[-1]
         coding = step.cache.coding
         self._coded = CodedRows(coding, *self._sizes, latents.dtype) if coding else None
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of a key."""
+        return self._sizes[0]
 
     @property
     def width(self) -> int:
@@ -156,6 +164,7 @@ def _attend_to(
         [tokens, heads, value_dim].
     """
     heads, most = queries.shape[0], chosen.shape[1]
+    queries = widened(queries, expansion, rows.key_dim)
     absorbed = rows.rotated(expansion.absorbed(queries) * scoring.scale).transpose(0, 1)
     at_once = max(1, min(SCORES_AT_ONCE // (heads * most), EXPANDED_AT_ONCE // (most * rows.width)))
     attended = []
