@@ -181,6 +181,7 @@ _POSITIONS = (
     "but not when it generates"
 )
 _UNMASKED = "its tokens see those after them, which are not there yet when generating"
+_ENCODES = f"without is_decoder = true in config.json, {_UNMASKED}"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
@@ -280,7 +281,7 @@ def unknown_type(model_type: str) -> UnsupportedModel:
 def generates_nothing(model_type: str) -> UnsupportedModel:
     """Return the error for a model type of which transformers has no class that generates text."""
     return UnsupportedModel(
-        f"The model type {model_type!r} is no decoder language model. Use one that generates "
+        f"The model type {model_type!r} is no language model that is known. Use one that generates "
         "text, such as llama, qwen3 or mistral."
     )
 
@@ -317,8 +318,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_causal") is False or _sees_both_ways(config):
         yield _UNMASKED
-    if config.get("model_type") in _MADE_TO_ENCODE and not config.get("is_decoder"):
-        yield _UNMASKED
+    if config.get("model_type") in _MADE_TO_ENCODE and not _flag(config, "is_decoder"):
+        yield _ENCODES
     if _has_window_in_mask(config):
         yield _WINDOW_IN_MASK
     if config.get("attention_chunk_size") is not None:

@@ -1,8 +1,9 @@
 """Reads sizes of a model off its config.json: layers, widths, context, KV cache."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
     decoder_layers,
@@ -40,6 +41,7 @@ _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LISTS = ("layers_block_type", "hybrid_override_pattern")
 _HEADS = ("num_attention_heads", "n_head", "attention_heads", "num_heads", "n_heads")
 
 _SIZES = (
@@ -50,9 +52,23 @@ _SIZES = (
 """Names of sizes that not all models have; some have one for each layer."""
 
 _ANY_SIZE = re.compile(
-    r"(^|_)(size|dim|inner|state|conv|rank|heads|layers|experts|groups|kernel)(_|$)"
+    r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
+    r"|channels)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
+
+_ROPE = ("rope_parameters", "rope_scaling")
+"""Names of parameters of rotary positions."""
+
+_ROPE_BASES = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_ROPE_NUMBERS = frozenset(
+    {
+        *(*_ROPE_BASES, "factor", "attention_factor", "original_max_position_embeddings"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("low_freq_factor", "high_freq_factor"),
+    }
+)
+"""Names of numbers among them, and beside them."""
 
 _SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
 """Types of rotary positions that reach `factor` times as far as the model was first trained.
@@ -100,6 +116,7 @@ def check_sizes(config: Config) -> None:
     for name, value in config.items():
         if type(value) is int and value and is_size(name):
             positive(config, name)
+    _check_rope(config)
     told = window_setting(config)
     if told is not None and SLIDING in layer_types(config, num_layers(config)):
         positive(config, told)
@@ -108,6 +125,33 @@ def check_sizes(config: Config) -> None:
             f"config.json has num_kv_shared_layers = {borrowers(config)}; it must be less than the "
             f"number of layers, which is {num_layers(config)}. Copy that of the original model."
         )
+
+
+def _check_rope(config: Config) -> None:
+    """Raise if rotary positions have parameters that are none."""
+    for name in _ROPE:
+        if not isinstance(config.get(name, {}), Mapping | None):
+            raise CheckpointError(
+                f"config.json has {name} = {config[name]!r:.60}; it must be an object or null. "
+                "Copy that of the original model."
+            )
+    for parameters in ({name: config.get(name) for name in _ROPE_BASES}, *rope_parameters(config)):
+        for name, value in parameters.items():
+            is_type, is_number = name in ("rope_type", "type"), name in _ROPE_NUMBERS
+            if value is None or not (is_type or is_number):
+                continue
+            right = isinstance(value, str) if is_type else _is_number(value)
+            if not right:
+                wanted = "a name" if is_type else "a number from 0 on"
+                raise CheckpointError(
+                    f"config.json has {name} = {value!r:.60} among its rotary positions; it must "
+                    f"be {wanted}. Copy that of the original model."
+                )
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= cast(float, value) < math.inf
 
 
 def is_size(name: str) -> bool:
@@ -122,8 +166,14 @@ def num_layers(config: Config) -> int:
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
-        listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
-        if isinstance(listed, list | str) and 0 < len(listed) <= _MAX_LAYERS:
+        name = next((one for one in _LISTS if config.get(one)), _LISTS[0])
+        listed = config.get(name)
+        if not isinstance(listed, list | str | None):
+            raise CheckpointError(
+                f"config.json has {name} = {listed!r:.60}; it must tell the type of each layer. "
+                "Copy that of the original model."
+            )
+        if listed and len(listed) <= _MAX_LAYERS:
             return len(listed)
     return positive(config, *_LAYERS, most=_MAX_LAYERS)
 
@@ -260,7 +310,7 @@ def _heads_of_layer(config: Config, usual: HeadSizes, layer: int, kind: str) -> 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:
     """Yield the parameters of rotary positions: one set for all layers, or one by layer type."""
-    for name in ("rope_parameters", "rope_scaling"):
+    for name in _ROPE:
         parameters = config.get(name)
         if isinstance(parameters, Mapping):
             for inner in (parameters, *parameters.values()):

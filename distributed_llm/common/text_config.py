@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed_llm.common.config_defaults import ConfigDefaults, config_defaults
 from distributed_llm.common.encoder_decoders import STACK_TYPE, is_encoder_decoder
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 
 Config = Mapping[str, Any]
@@ -45,14 +45,19 @@ def text_config(config: Config) -> dict[str, Any]:
         config: the content of a config.json with `model_type`.
 
     Raises:
+        CheckpointError: what should describe a part does not.
         UnsupportedModel: of which type the text model is, neither config.json nor transformers say.
     """
     whole = str(config["model_type"])
     if is_encoder_decoder(config):
         return _of_both_stacks(config)
+    for part in (_TEXT, *_OTHER_PARTS):
+        if not isinstance(config.get(part), Mapping | None):
+            raise CheckpointError(
+                f"config.json has {part} = {config[part]!r:.60}; it must be an object, which "
+                "describes a part of the model. Copy that of the original model."
+            )
     told = config.get(_TEXT)
-    if not isinstance(told, Mapping):
-        told = None
     if told is None and not any(isinstance(config.get(part), Mapping) for part in _OTHER_PARTS):
         return dict(config) | {"model_type": _RENAMED.get(whole, whole)}
     defaults = config_defaults(whole)

@@ -88,8 +88,8 @@ async def run(wanted: Wanted) -> int:
     """
     await _check_free(wanted)
     wanted.progress(
-        f"starting a coordinator at {wanted.bind}, a worker and the API; their logs are in "
-        f"{wanted.logs}"
+        f"starting a coordinator at {wanted.bind}, a worker (which measures this machine, the "
+        f"first time for some seconds more) and the API; their logs are in {wanted.logs}"
     )
     running = _Run(wanted)
     try:

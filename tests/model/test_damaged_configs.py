@@ -17,18 +17,15 @@ from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable, UnsupportedModel
 from distributed_llm.common.model_sizes import positive
 from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.text_config import text_config
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import serve
 from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, config_of, make_checkpoint
-from tests.damages import (
-    HUGE,
-    Json,
-    damaged_values,
-    verdict,
-)
+from tests.damages import HUGE, Json, damaged_values, paths_in, put, verdict
+from tests.real_configs import REAL, shrunk
 
 OF_TYPES = ("architectures", "model_type", "is_encoder_decoder")
 """Names of values that tell what a model is."""
@@ -41,7 +38,10 @@ SAMPLE = (
 
 ABSENT = object()
 IMPOSSIBLE: tuple[object, ...] = ("damaged", -1, HUGE, [], {})
-"""What is hardly ever the value of anything, so that its name is in whatever is said against it."""
+"""What is hardly ever the value of anything, so that its name is in whatever is said against it.
+
+Of what is empty, another value may be told that does not fit it.
+"""
 
 _NAMED = re.compile(r"\b\w+ = |\w+, which it lacks|config.json says|lacks tensor|has none of")
 
@@ -85,8 +85,41 @@ def test_a_value_that_is_refused_is_named(
         tried = numbers.sample(tried, 12 if family in SAMPLE else 1)
     for name, value in tried:
         said = verdict(partial(plan_of, config_with(config, name, value), tmp_path), tmp_path)
-        told = name in said if value in IMPOSSIBLE else _NAMED.search(said)
+        told = name in said if value in IMPOSSIBLE and value else _NAMED.search(said)
         assert not said or told, (name, value, said)
+
+
+PUBLISHED = [name for name in REAL if "Phi-4" not in name]  # whose factors fit no smaller heads
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_value_within_others_is_named(
+    model: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Of the text model among other parts, and of rotary positions."""
+    config, numbers = shrunk(REAL[model]), random.Random(model)
+    plan_of(config, tmp_path)
+    places = [
+        path
+        for path in paths_in(config)
+        if path[0] not in ("vision_config", "audio_config") and path[-1] not in OF_TYPES
+        if len(path) > 1 or isinstance(config[path[0]], dict)
+    ]
+    if not pytestconfig.getoption("--schedules"):
+        places = numbers.sample(places, min(len(places), 4))
+    for path in places:
+        for value in IMPOSSIBLE:
+            damaged = put(config, path, value)
+            said = verdict(partial(plan_of, damaged, tmp_path), tmp_path) if value != {} else ""
+            assert not said or path[-1] in said, (path, value, said)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("value", ["damaged", 7, []])
+def test_a_part_that_is_none(part: str, value: object) -> None:
+    config = {"model_type": "gemma3", "text_config": {}, part: value}
+    with pytest.raises(CheckpointError, match=f"{part} = .*; it must be an object, which"):
+        text_config(config)
 
 
 LOADED: dict[str, tuple[str, object, str]] = {

@@ -67,7 +67,7 @@ def test_a_dtype_that_is_not_named_or_not_computed_in(
     [
         ({"alibi": True}, "ALiBi"),
         ({"model_type": "nonesuch"}, "does not know the model type"),
-        ({"model_type": "vit"}, "no decoder"),
+        ({"model_type": "vit"}, "no language model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
     ],
 )

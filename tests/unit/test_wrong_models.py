@@ -472,7 +472,7 @@ def test_masks_and_positions_are_no_quantized_weights(
     ("model_type", "words"),
     [
         ("nonesuch", "does not know the model type 'nonesuch'. Upgrade it"),
-        ("vit", "'vit' is no decoder language model"),
+        ("vit", "'vit' is no language model"),
     ],
 )
 def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words: str) -> None:

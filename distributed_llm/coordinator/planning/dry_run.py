@@ -199,7 +199,10 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         bytes_per_s = parse_rate(speeds[0]) if speeds else _MEMORY_BYTES_PER_S
         flops_per_s = parse_flops(speeds[1]) if speeds[1:] else _FLOPS_PER_BYTE * bytes_per_s
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"--worker {text}: {name!r} cannot be a worker's name.") from exc
+        raise ConfigError(
+            f"--worker {text}: {name!r} cannot be a worker's name; "
+            "letters, digits, '.', '_' and '-' make one, up to 64."
+        ) from exc
     except ValueError as exc:
         raise ConfigError(f"--worker {text}: {exc}.") from exc
     if not memory_bytes or speeds[2:]:

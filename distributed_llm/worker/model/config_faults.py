@@ -74,21 +74,23 @@ def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
         name = known.get(field[1], field[1])
         return f"{_shown([name], config)} is no value for it"
     if names := _names_in(said, known):
-        return f"it does not allow {_shown(names, config)}"
+        named = dict.fromkeys((*_unusual(config, least=0), *names))
+        return f"it does not allow {_shown(list(named), config)}"
     read = next((found for one in _causes(exc) for found in _names_read(one, known)), [])
-    if names := read or list(_unusual(config)):
+    if names := read or list(_unusual(config, least=1)):
         return f"it fails where it reads {_shown(names, config)}"
     return ""
 
 
-def _unusual(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of values that are no positive numbers where transformers' own are."""
+def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[str]:
+    """Yield the names of sizes that are no numbers from `least` on, nor what is usual."""
     usual = config_defaults(str(config.get("model_type"))).values
     for name, told in config.items():
         default = usual.get(name)
-        is_count = (type(default) is int and default > 0) or (default is None and is_size(name))
-        is_told = told is not None and name not in _NEVER_AT_FAULT
-        if is_told and is_count and (type(told) is not int or not 0 < told <= _MOST):
+        is_count = (type(default) is int and default > 0) or is_size(name)
+        right = type(told) is int and least <= told <= _MOST
+        is_other = told is not None and told != default and not isinstance(told, list)
+        if is_count and is_other and not right and name not in _NEVER_AT_FAULT:
             yield name
 
 
@@ -106,6 +108,11 @@ def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
     known = {name: name for name in (*defaults.values, *config)}
     for alias, own in defaults.aliases.items():
         known |= {alias: own} if own in config else {own: alias} if alias in config else {}
+    if "rope_scaling" in config:  # what transformers makes of it has another name
+        known["rope_parameters"] = "rope_scaling"
+    for outer, value in config.items():
+        if isinstance(value, Mapping):
+            known = {str(inner): f"{outer}.{inner}" for inner in value} | known
     return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
 
 
@@ -135,7 +142,8 @@ def _shown(names: list[str], config: Mapping[str, Any]) -> str:
 
 
 def _value_text(name: str, config: Mapping[str, Any]) -> str:
-    if name not in config:
+    outer, _, inner = name.partition(".")
+    if outer not in config:
         return f"{name}, which it lacks"
-    shown = repr(config[name])
+    shown = repr(config[outer][inner] if inner else config[outer])
     return f"{name} = {shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + '...'}"
