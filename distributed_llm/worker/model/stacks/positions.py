@@ -21,7 +21,6 @@ class RelativeBias:
     def __init__(self, table: nn.Embedding, bucket_of: Callable[[Tensor], Tensor]) -> None:
         self._table = table
         self._bucket_of = bucket_of
-        self._reach = 0
         self._made: Tensor | None = None  # [heads, 2 * reach + 1], from -reach on
 
     def between(self, queries: range, keys: range) -> Tensor:
@@ -36,16 +35,21 @@ class RelativeBias:
         distances = torch.arange(keys.start, keys.stop) - torch.arange(
             queries.start, queries.stop
         ).unsqueeze(1)
-        return by_distance[:, sent(distances + self._reach, by_distance.device)]
+        reach = by_distance.shape[1] // 2
+        return by_distance[:, sent(distances + reach, by_distance.device)]
 
     def _up_to(self, distance: int) -> Tensor:
-        """Return the biases of all distances up to one, at least; they are kept."""
-        if self._made is None or distance > self._reach:
-            self._reach = max(distance, 2 * self._reach, 128)
-            device = self._table.weight.device
-            distances = torch.arange(-self._reach, self._reach + 1, device=device)
-            self._made = self._table(self._bucket_of(distances)).T.contiguous()
-        return self._made
+        """Return the biases of all distances up to one, at least; they are kept.
+
+        Stages that share a layer may ask in several threads at once: each gets a whole table.
+        """
+        made = self._made
+        reach = 0 if made is None else made.shape[1] // 2
+        if made is None or distance > reach:
+            reach = max(distance, 2 * reach, 128)
+            distances = torch.arange(-reach, reach + 1, device=self._table.weight.device)
+            self._made = made = self._table(self._bucket_of(distances)).T.contiguous()
+        return made
 
 
 def use_packed_positions(module: nn.Module) -> nn.Module:
