@@ -159,7 +159,10 @@ VERIFIED: frozenset[str] = frozenset(
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
 
 EXCEEDS_FLOAT16: frozenset[str] = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"}
+    {
+        *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"),
+        *("mt5", "t5", "t5gemma", "umt5"),
+    }
 )
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
 

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
-from distributed_llm.common.encoder_decoders import StackNames, is_encoder_decoder, of_decoder
+from distributed_llm.common.encoder_decoders import (
+    StackNames,
+    is_encoder_decoder,
+    of_decoder,
+    stays_float32,
+)
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.fingerprints import fingerprints_of
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
@@ -385,6 +390,8 @@ class Checkpoint:
 
     def weight_bytes(self, weight: StoredWeight, dtype: DtypeName, quantize: Quantize) -> int:
         """Return the bytes that `weight` takes once it is loaded, floating point as `dtype`."""
+        if dtype == "float16" and stays_float32(self.config, weight.name):
+            return bytes_in_memory(weight, None, "float32")
         return bytes_in_memory(weight, self.form_of(weight, quantize), dtype)
 
     def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:

@@ -106,6 +106,14 @@ def of_decoder(config: Config) -> Config:
     return {**{name: config[name] for name in config if name != "n_positions"}, **given}
 
 
+def stays_float32(config: Config, name: str) -> bool:
+    """Return whether a weight is float32 in a model of float16, whatever it is to become.
+
+    What the MLPs of T5 give exceeds float16, so transformers keeps their second matrices apart.
+    """
+    return config.get("model_type") in _WITHOUT_PREFIX and name.endswith(".wo.weight")
+
+
 def _count(config: Config, stack: str) -> int:
     """Return the number of layers of a stack."""
     part = config.get(stack)

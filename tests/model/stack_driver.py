@@ -11,6 +11,7 @@ from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.step_results import StageOutput
 
@@ -25,18 +26,32 @@ class StackPipeline:
     Args:
         checkpoint: of the model.
         cuts: layers before which stages begin, but the first.
+        dtype: of the stages.
+        quantize: what matrices of layers become.
 
     Attributes:
+        latest: what the last stage gave in the latest step.
         sources: of the texts; sequence ids are their indices, counted from 1.
         answers: of the texts, with their start tokens.
     """
 
-    def __init__(self, checkpoint: Checkpoint, cuts: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cuts: Sequence[int] = (),
+        *,
+        dtype: torch.dtype = torch.float32,
+        quantize: Quantize = "none",
+    ) -> None:
         edges = [0, *cuts, checkpoint.num_layers]
         self.stages = [
-            Stage.load(checkpoint, LayerRange(start, stop), device=CPU, dtype=torch.float32)
+            Stage.load(
+                checkpoint, LayerRange(start, stop), device=CPU, dtype=dtype, quantize=quantize
+            )
             for start, stop in pairwise(edges)
         ]
+        self._dtype = dtype
+        self.latest = StageOutput()
         self.encoders = encoder_layers(checkpoint.config)
         self.sources: list[list[int]] = []
         self.answers: list[list[int]] = []
@@ -111,4 +126,6 @@ class StackPipeline:
         for stage in stages:
             output = stage.run(slices, torch.tensor(tokens, dtype=torch.int32), hidden_states)
             hidden_states = output.hidden_states
+            assert hidden_states is None or hidden_states.dtype == self._dtype
+        self.latest = output
         return output

@@ -281,8 +281,11 @@ def replace_attention(model: PreTrainedModel) -> None:
     """Replace the forward passes of attention that would not do for packed steps.
 
     That of T5 and its kin makes biases for one text alone; across, any makes keys and values again.
+    The MLPs of T5 ask their matrix for its dtype, which one of integers does not have.
     """
     for module in model.modules():
+        if type(module).__name__ in _MLPS_OF_T5:
+            setattr(module, "forward", MethodType(_forward_mlp, module))  # noqa: B010
         attends = getattr(module, "attends", None)
         if attends == "across":
             setattr(module, "forward", MethodType(_forward_across, module))  # noqa: B010
@@ -291,6 +294,20 @@ def replace_attention(model: PreTrainedModel) -> None:
 
 
 _OF_T5 = frozenset({"MT5Attention", "T5Attention", "UMT5Attention"})
+_MLPS_OF_T5 = frozenset(
+    f"{kind}{form}ActDense" for kind in ("MT5", "T5", "UMT5") for form in ("Dense", "DenseGated")
+)
+
+
+def _forward_mlp(module: Any, hidden_states: Tensor) -> Tensor:
+    """Compute the MLP of T5, whose second matrix is float32 in a model of float16."""
+    if hasattr(module, "wi"):
+        inner = module.act(module.wi(hidden_states))
+    else:
+        inner = module.act(module.wi_0(hidden_states)) * module.wi_1(hidden_states)
+    weight = getattr(module.wo, "weight", None)  # integers have none
+    made: Tensor = module.wo(inner if weight is None else inner.to(weight.dtype))
+    return made
 
 
 def _forward_t5(

@@ -125,7 +125,7 @@ class StackForward:
         wanted = [0] * self._num_encoders + [1] * len(self._decoding)
         if step.appended != wanted:
             raise StageError(f"the layers appended {step.appended} times; {wanted} is right")
-        return output
+        return None if output is None else output.to(self._dtype)  # T5's float16 grows to float32
 
     def _read_sources(self, step: PackedStep, ids: Tensor, rows: list[int]) -> Tensor | None:
         """Compute a source step; return what the encoder has made so far."""
