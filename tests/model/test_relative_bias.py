@@ -25,3 +25,11 @@ def test_another_thread_may_ask_while_biases_of_farther_keys_are_made() -> None:
         assert len(seen) == 1
         assert torch.equal(seen[0], before)
         assert torch.equal(bias.between(range(3), range(5)), before)
+
+
+def test_biases_of_one_query_are_those_it_has_among_others() -> None:
+    bias = RelativeBias(nn.Embedding(8, 2), lambda distances: distances % 8)
+    together = bias.between(range(4), range(6))
+    for query in range(4):
+        alone = bias.between(range(query, query + 1), range(6))
+        assert torch.equal(alone[:, 0], together[:, query])

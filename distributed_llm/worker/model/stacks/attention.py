@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from distributed_llm.common.workspace import QUERIES_AT_ONCE
+from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.decoded_rows import CodedRows
@@ -152,12 +153,12 @@ class Seen:
         added = None if self._bias is None else self._bias.between(queries, keys).to(like.dtype)
         if hidden is None:
             return added
-        there = hidden(queries, keys).to(like.device)
+        there = hidden(queries, keys)  # on the CPU: to look at it waits for no device
         if not bool(there.any()):
             return added
         if added is None:
             added = like.new_zeros((1, len(queries), len(keys)))
-        return added.masked_fill(there, float("-inf"))
+        return added.masked_fill(sent(there, like.device), float("-inf"))
 
 
 def _within_sources(

@@ -32,10 +32,13 @@ class RelativeBias:
         """
         furthest = max(abs(keys.start - queries.stop + 1), abs(keys.stop - 1 - queries.start))
         by_distance = self._up_to(furthest)
+        reach = by_distance.shape[1] // 2
+        if len(queries) == 1:  # as in decoding: the biases lie side by side
+            first = reach + keys.start - queries.start
+            return by_distance[:, None, first : first + len(keys)]
         distances = torch.arange(keys.start, keys.stop) - torch.arange(
             queries.start, queries.stop
         ).unsqueeze(1)
-        reach = by_distance.shape[1] // 2
         return by_distance[:, sent(distances + reach, by_distance.device)]
 
     def _up_to(self, distance: int) -> Tensor:
