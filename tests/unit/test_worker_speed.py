@@ -117,14 +117,28 @@ def mixed(seed: int, count: int, sizes: Sequence[int] = range(1, 33)) -> list[Wo
 # ------------------------------------------------------------------ the prior
 
 
-def test_the_prior_follows_from_bandwidth_and_operations() -> None:
+def capabilities() -> Capabilities:
+    """Return a machine of 1 GB/s and 10 billion operations a second."""
     speeds = {"memory_bandwidth_bytes_per_s": 1e9, "flops_per_s": 1e10}
     size = {"memory_bytes": 0, "cores": 1, "threads": 1}
     names = dict.fromkeys(("device", "device_name", "platform"), "cpu")
-    found = msgspec.convert({**names, **size, **speeds}, Capabilities)
+    return msgspec.convert({**names, **size, **speeds}, Capabilities)
+
+
+def test_the_prior_follows_from_bandwidth_and_operations() -> None:
     cost = ModelCost((1_000_000, 3_000_000), 9, 400_000, 600_000, layer_kv_bytes=(1000, 1000))
-    prior = astuple(Prior.from_capabilities(found, cost, item_bytes=2))
+    prior = astuple(Prior.from_capabilities(capabilities(), cost, item_bytes=2))
     assert prior == (*(pytest.approx(s) for s in (2e-3, 2e-4, 1e-6, 4e-7, 1e-3, 1e-4)), False)
+
+
+def test_the_head_reads_no_matrix_that_only_the_stacks_embed_by() -> None:
+    cost = ModelCost((1000,) * 4, 9, 400_000, 600_000, layer_kv_bytes=(0, 0, 10, 10))
+    stacks = replace(cost, encoder_layers=2, shared_by=(0, 2))
+    tied = replace(stacks, shared_by=(0, 2, 3))
+    head_s = [
+        Prior.from_capabilities(capabilities(), one, item_bytes=2).head_s for one in (stacks, tied)
+    ]
+    assert head_s == pytest.approx([400e-6, 1000e-6])
 
 
 def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others() -> None:

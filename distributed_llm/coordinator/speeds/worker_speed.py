@@ -75,7 +75,8 @@ class Prior:
         )  # multiply and add, per byte of parameters
         layer_bytes = sum(cost.layer_bytes) / cost.num_layers - cost.table_bytes
         kv_bytes = sum(cost.layer_kv_bytes) / (cost.num_layers - cost.encoder_layers)
-        head_bytes = cost.last_bytes + cost.shared_bytes
+        tied = cost.num_layers - 1 in cost.sharers  # not where it is a matrix of both stacks alone
+        head_bytes = cost.last_bytes + cost.shared_bytes * tied
         return cls(
             layer_s=layer_bytes * byte_s,
             token_s=layer_bytes * item_s,
