@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_llm.common.addresses import addresses_for_others, machine_name
-from distributed_llm.common.architectures import VERIFIED, check_architecture
+from distributed_llm.common.architectures import check_architecture, has_tests
 from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
@@ -97,7 +97,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
                 key = fingerprint(trust.keys.public)
                 announcers.append(Announcer(address, machine_name(), key))
         logger.info("serving %s (%s)", model.name, model.dtype)
-        if checkpoint.model_type not in VERIFIED:
+        if not has_tests(checkpoint.config):
             logger.info(
                 "no test covers the model type %r: each worker tries a small model of it before it "
                 "loads layers, and refuses it if that gives other tokens when it is split",

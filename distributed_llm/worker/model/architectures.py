@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distributed_llm.common.architectures import VERIFIED, check_architecture, unsupported
+from distributed_llm.common.architectures import check_architecture, has_tests, unsupported
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
-from distributed_llm.common.encoder_decoders import ENCODER_DECODERS
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -82,7 +81,7 @@ def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
         UnsupportedModel: with the reason and what to do.
     """
     check_architecture(checkpoint.config)
-    if checkpoint.model_type not in VERIFIED | ENCODER_DECODERS:
+    if not has_tests(checkpoint.config):
         parameters_of(checkpoint.config)  # raises if config.json is damaged
         check: Any = _self_check  # lru_cache is typed for hashable protocols only
         check(json.dumps(checkpoint.config, sort_keys=True), load)
