@@ -345,7 +345,7 @@ class Checkpoint:
         """
         if self.stacks is not None:
             return self.stacks.users_of(name)
-        return (0,) if self.holds_embedding(name) else (self.num_layers - 1,)
+        return (0,) if self.is_embedding(name) else (self.num_layers - 1,)
 
     @property
     def embedding_users(self) -> tuple[int, ...]:
@@ -369,13 +369,13 @@ class Checkpoint:
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
         head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
-        last = layers.stop == self.num_layers
+        uses_tied = layers.stop == self.num_layers or self.embeds(layers)
         for name, weight in self.weights.items():
             layer = self.layer_of(name)
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
-            elif self.is_used_by(layers, name) or (last and self.is_tied(name)):
+            elif self.is_used_by(layers, name) or (uses_tied and self.is_tied(name)):
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:

@@ -81,9 +81,10 @@ class Network:
             self.doors[hello.name] = proxy
         return (self.doors[hello.name].address,)
 
-    def start_workers(self, *, leaving: int = 0) -> None:
-        """Start so many that there are enough once some have left."""
-        while sum(w.exit_code is None for w in self.cluster.workers) - leaving < NUM_WORKERS:
+    def start_workers(self, *going: LocalProcess) -> None:
+        """Start so many that there are enough once these have gone, if they have not yet."""
+        staying = [w for w in self.cluster.workers if w not in going]
+        for _ in range(NUM_WORKERS - sum(w.exit_code is None for w in staying)):
             self.add_worker()
 
     def rest(self) -> None:
@@ -205,7 +206,7 @@ def test_any_worker_may_be_killed_in_any_phase_of_a_move(
         departure.wait_for(phase)
         departure.stages[victim].kill()
         network.heal()
-        network.start_workers(leaving=int(victim != LEAVER))
+        network.start_workers(departure.leaver, departure.stages[victim])
         answers.finish()
         departure.check_left()
     if (
@@ -227,7 +228,7 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
         door.refuse()
         door.cut()
         answers.check_under_way()
-        network.start_workers(leaving=1)
+        network.start_workers(departure.leaver)
         departure.check_left()
         network.heal()
         answers.finish()
@@ -246,7 +247,7 @@ def test_worker_may_lose_its_coordinator_for_an_instant_while_layers_move(
         departure = Departure(network)
         departure.wait_for("sending the KV cache")
         network.lifelines[departure.stages[stage].name].cut()
-        network.start_workers(leaving=1)
+        network.start_workers(departure.leaver)
         departure.check_left()
         network.heal()
         answers.finish()

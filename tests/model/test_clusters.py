@@ -15,6 +15,7 @@ import torch
 
 from distributed_llm.common.messages import DrainWorker, Finished, TaskFailed, WorkerDrained
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import WorkerId
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.encoder_decoders import SETTINGS, build
 from tests.model.engine_worker import EngineWorker, EngineWorld
@@ -127,10 +128,12 @@ class Scene:
         return [worker for worker in self.world.plan() if isinstance(worker, EngineWorker)]
 
     def move(self) -> None:
-        """Have layers change hands."""
+        """Have layers change hands, the first one among them."""
         starts, before = [piece.start for piece in self.world.cost.pieces[1:]], self.world.epoch
         cuts = self.draw.sample(starts, k=self.draw.randint(1, min(3, len(starts))))
-        self.world.move(sorted(cuts), shift=self.draw.randint(1, 3))
+        fit = [worker.id for worker in self.world.core._registry.fit]
+        first = fit.index(WorkerId(self.serving[0].worker_id))
+        self.world.move(sorted(cuts), shift=first + self.draw.randint(1, 3))
         assert self.world.core._moves.move is not None
         assert self.world.run(self.is_still, for_s=30.0)
         assert self.world.epoch > before

@@ -148,7 +148,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "T6": of(UNIT, "request_book", "a_parameter_that_names_no_token_of_the_model_is_refused")
     + of(UNIT, "request_book", "a_prompt_with_no_token_of_the_model_is_refused"),
     "T7": (
-        *of(MODEL, "stage", "no_token_comes_from_damaged_weights"),
+        *of(MODEL, "finite_weights", "they_are_found_when_they_are_loaded"),
         *of(MODEL, "stage", "a_sequence_whose_numbers_are_not_finite_is_named"),
         *of(UNIT, "retries", "a_culprit_is_found_in_halves"),
     ),
@@ -204,7 +204,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
         "the_model_that_the_others_are_made_of_is_read",
     ),
     "W3": of(UNIT, "wrong_models", "headers_that_cannot_be_right"),
-    "W4": of(MODEL, "stage", "no_token_comes_from_damaged_weights"),
+    "W4": of(MODEL, "finite_weights", "they_are_found_when_they_are_loaded"),
     "W5": of(
         MODEL,
         "weights",

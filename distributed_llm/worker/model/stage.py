@@ -421,7 +421,7 @@ class Stage:
             rows = [0] if self._last and not source else []
             with computing(self._checkpoint.config):
                 result = self._forward.run(step, token_ids, hidden_states, rows)
-            if result is not None and not result.isfinite().all():
+            if result is not None and not (result.is_meta or result.isfinite().all()):
                 self.check_finite_weights()
             self._cache.commit(_WARM_UP, part.start + 1)
         self._cache.free([_WARM_UP])
