@@ -1,10 +1,8 @@
 """A real coordinator of the built-in model, in the event loop of the test."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from distributed_llm.common.errors import LocalProtocolError
 from distributed_llm.common.messages import StatusReport
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.coordinator.serve import serve
-from tests.encoder_decoders import make
 from tests.wire.test_transport import on_loop
 
 pytestmark = pytest.mark.timeout(60)
@@ -62,13 +59,3 @@ async def test_a_message_that_cannot_be_sent_ends_one_session_and_no_other(
                 await one.status()
         await other.status()
         assert other._session is session
-
-
-@on_loop
-async def test_encoder_decoders_are_not_said_to_be_without_tests(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    async with coordinator(model=str(make(tmp_path, "t5"))):
-        assert "serving" in caplog.text
-        assert "no test covers" not in caplog.text

@@ -31,6 +31,8 @@ from tests.wire.test_transport import on_loop
 
 pytestmark = pytest.mark.timeout(60)
 LIMIT_S = 30.0
+TRIES = 8
+"""An end without keys often hangs up before it is heard to have none, as one with another key."""
 
 As = Callable[[str], Any]
 
@@ -306,6 +308,10 @@ async def test_a_key_that_cannot_be_kept_is_told(machine: As, tmp_path: Path) ->
 async def test_a_line_is_of_no_use_where_there_are_no_keys(machine: As) -> None:
     async with coordinator(insecure=True) as address:
         line = JoinLine(address, new_key_pair().public, new_key_pair().secret)
-        with machine("pc") as keyring, pytest.raises(NotAllowed) as refused:
-            await enrol(keyring, line, "pc", LIMIT_S)
-        assert f"dllm worker --insecure --coordinator {address}" in str(refused.value)
+        told: list[NotAllowed] = []
+        with machine("pc") as keyring:
+            while not told or (isinstance(told[-1], WrongServerKey) and len(told) < TRIES):
+                with pytest.raises(NotAllowed) as refused:
+                    await enrol(keyring, line, "pc", LIMIT_S)
+                told.append(refused.value)
+        assert f"dllm worker --insecure --coordinator {address}" in str(told[-1])
