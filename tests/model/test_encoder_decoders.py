@@ -137,6 +137,20 @@ def test_a_stage_with_encoder_layers_keeps_nothing(tmp_path: Path) -> None:
     assert pipeline.stages[1].num_computed_tokens(SequenceId(1)) == len(SOURCES[0])
 
 
+def test_a_source_that_fails_leaves_nothing_with_an_encoder(tmp_path: Path) -> None:
+    """A stage of the encoder alone is not told which sequences are freed later."""
+    pipeline = StackPipeline(open_checkpoint(make(tmp_path, "t5")), (2,))
+    stage = pipeline.stages[0]
+
+    def fail() -> None:
+        raise RuntimeError("the machine failed")
+
+    stage.progress = fail
+    with pytest.raises(RuntimeError, match="the machine failed"):
+        pipeline.read(SOURCES, (START,))
+    assert stage.kv_manifest().sequences == ()
+
+
 def _part(start: int, count: int, source: int, **values: Any) -> SequenceSlice:
     return SequenceSlice(
         sequence_id=SequenceId(1), start=start, num_tokens=count, source=source, **values

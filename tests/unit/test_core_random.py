@@ -552,12 +552,32 @@ class StatefulCluster(MovingCluster):
 
 
 class SourcesCluster(MovingCluster):
-    """An encoder reads prompts, and layers move."""
+    """An encoder reads prompts, some of them again or up to a point, and layers move."""
 
     model = with_workspace(with_sources(MODEL))
-    max_examples = 16
+    max_examples = 12
+    least_shared = 200
+    num_shared: ClassVar[list[int]] = []
     least_moves = 2
     num_moves: ClassVar[list[int]] = []
+
+    @rule(
+        cut=any_of([0, 0, 1, 5, 30]),
+        more=several(between(0, POISON - 1), 0, 2),
+        times=between(1, 3),
+        wait_s=any_of([0.0, 0.05, 2.0]),
+    )
+    def ask_alike(self, cut: int, more: list[int], times: int, wait_s: float) -> None:
+        """Ask some times at once for what begins like what others ask."""
+        source = [*((7 * i) % POISON for i in range(80 - cut)), *more]
+        for _ in range(times):
+            self._submit(source, SamplingParams(max_new_tokens=10, ignore_eos=True))
+            self.world.run(for_s=wait_s)
+
+    def finish(self) -> None:
+        """Also count the tokens that were shared instead of computed."""
+        super().finish()
+        self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
 
 
 class StatefulMoves(StatefulCluster):
@@ -749,8 +769,8 @@ def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -
         run_schedule(cluster, seed)
     if issubclass(cluster, MovingCluster):
         assert sum(cluster.num_moves) >= cluster.least_moves, "hardly any layers moved"
-    if issubclass(cluster, StatefulCluster):
-        assert sum(cluster.num_shared) >= cluster.least_shared, "hardly any states were shared"
+    if issubclass(cluster, StatefulCluster | SourcesCluster):
+        assert sum(cluster.num_shared) >= cluster.least_shared, "hardly anything was shared"
     if issubclass(cluster, AutoCluster):
         changes = sum(cluster.num_forms) - len(cluster.num_forms)
         assert changes >= cluster.max_examples // 4, "hardly any weights changed"

@@ -308,14 +308,16 @@ class Stage:
         self._held_sequences.admit(sequences)
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
-        with torch.inference_mode():
-            output = self._results.of(
-                sequences, step, token_ids, hidden_states, masks, self._samplings
-            )
-        made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
-        self._held_sequences.commit(sequences, made)
-        if self.layers.stop <= self.inputs.encoder_layers:  # nothing is kept of sources
-            self._held_sequences.free([part.sequence_id for part in sequences])
+        try:
+            with torch.inference_mode():
+                output = self._results.of(
+                    sequences, step, token_ids, hidden_states, masks, self._samplings
+                )
+            made = (([part.sequence_id for part in each.parts], each.made) for each in step.groups)
+            self._held_sequences.commit(sequences, made)
+        finally:
+            if self.layers.stop <= self.inputs.encoder_layers:  # nothing is kept of sources
+                self._held_sequences.free([part.sequence_id for part in sequences])
         return output
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:

@@ -26,7 +26,7 @@ from distributed_llm.worker.model.packed_step import (
     Scoring,
     running_step,
 )
-from distributed_llm.worker.model.stacks.positions import RelativeBias
+from distributed_llm.worker.model.stacks.positions import RelativeBias, distances
 from distributed_llm.worker.model.token_attention import attend_tokens, read_tokens
 
 STACK_ATTENTION = "distributed_llm_stacks"
@@ -167,10 +167,7 @@ def _within_sources(
     """Compute attention of whole sources, [tokens, heads, dim]."""
 
     def too_far(queries: range, keys: range) -> Tensor:
-        distance = torch.arange(keys.start, keys.stop) - torch.arange(
-            queries.start, queries.stop
-        ).unsqueeze(1)
-        return distance.abs() > (window or 0)
+        return distances(queries, keys).abs() > (window or 0)
 
     attended = []
     for part in step.slices:
@@ -213,9 +210,7 @@ def _within_answers_biased(
 
 def _later(queries: range, keys: range) -> Tensor:
     """Return which keys come after each query."""
-    return torch.arange(keys.start, keys.stop) > torch.arange(
-        queries.start, queries.stop
-    ).unsqueeze(1)
+    return distances(queries, keys) > 0
 
 
 def _across(step: PackedStep, layer: int, query: Tensor, scoring: Scoring) -> Tensor:

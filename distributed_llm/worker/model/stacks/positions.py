@@ -36,10 +36,7 @@ class RelativeBias:
         if len(queries) == 1:  # as in decoding: the biases lie side by side
             first = reach + keys.start - queries.start
             return by_distance[:, None, first : first + len(keys)]
-        distances = torch.arange(keys.start, keys.stop) - torch.arange(
-            queries.start, queries.stop
-        ).unsqueeze(1)
-        return by_distance[:, sent(distances + reach, by_distance.device)]
+        return by_distance[:, sent(distances(queries, keys) + reach, by_distance.device)]
 
     def _up_to(self, distance: int) -> Tensor:
         """Return the biases of all distances up to one, at least; they are kept.
@@ -50,8 +47,8 @@ class RelativeBias:
         reach = 0 if made is None else made.shape[1] // 2
         if made is None or distance > reach:
             reach = max(distance, 2 * reach, 128)
-            distances = torch.arange(-reach, reach + 1, device=self._table.weight.device)
-            self._made = made = self._table(self._bucket_of(distances)).T.contiguous()
+            every = torch.arange(-reach, reach + 1, device=self._table.weight.device)
+            self._made = made = self._table(self._bucket_of(every)).T.contiguous()
         return made
 
 
@@ -148,6 +145,12 @@ def _half_and_half(count: int, size: int) -> Tensor:
     )
     sines, cosines = angles[:, 0::2].sin(), angles[:, 1::2].cos()
     return torch.cat((sines, cosines), dim=1).float()
+
+
+def distances(queries: range, keys: range) -> Tensor:
+    """Return how far each key is after each query, int64 [queries, keys], on the CPU."""
+    of_keys, of_queries = (torch.arange(one.start, one.stop) for one in (keys, queries))
+    return of_keys - of_queries[:, None]
 
 
 def positions_of(step: PackedStep) -> Tensor:
