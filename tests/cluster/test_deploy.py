@@ -5,6 +5,7 @@ containers.
 """
 
 import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -74,9 +75,9 @@ class Machine:
         return process
 
     def _here(self, word: str) -> str:
-        for there, here in self._addresses.items():
-            word = word.replace(there, here)
-        return word
+        # At once: what stands for one of them may begin like another (port 5555 and port 55553).
+        there = "|".join(re.escape(place) for place in self._addresses)
+        return re.sub(there, lambda found: self._addresses[found[0]], word)
 
 
 @pytest.fixture
