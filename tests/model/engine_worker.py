@@ -184,7 +184,7 @@ class EngineWorld(World):
     def tokens(self) -> int:
         """Return how many tokens have come of all answers."""
         answers = [answer for client in self.clients for answer in client.answers.values()]
-        return sum(len(answer.token_ids) for answer in answers)
+        return sum(len(one.token_ids) for answer in answers for one in answer.all)
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request, and that stages take what was charged."""
