@@ -133,6 +133,13 @@ def fetch_lines(status: ClusterStatus) -> list[str]:
     return lines
 
 
+def kernel_lines(status: ClusterStatus) -> list[str]:
+    """Return by what GPUs multiply weights of integers."""
+    return [
+        f"{worker.name} multiplies {worker.kernels}" for worker in status.workers if worker.kernels
+    ]
+
+
 def event_line(event: EventStatus) -> str:
     """Return what happened, and how often and how long ago if that was several times."""
     if event.times == 1:

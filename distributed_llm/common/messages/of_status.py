@@ -313,6 +313,8 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         load_bytes_per_s: at which it loaded weights from its disk last; None if not measured.
         fetch: how far the weights that it loads have arrived; None if it needs none from others.
+        kernels: by what its GPU multiplies weights of integers, for people; empty if there are none
+            there.
     """
 
     name: Name
@@ -338,6 +340,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     progress_age_s: Seconds = 0.0
     load_bytes_per_s: _BytesPerS | None = None
     fetch: FetchProgress | None = None
+    kernels: Text = ""
 
 
 class ClusterStatus(Value, frozen=True, kw_only=True):

@@ -38,6 +38,7 @@ from distributed_llm.worker.compute.loading import (
 )
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.devices import give_memory_back
+from distributed_llm.worker.model.kernels.gpu_check import used_text
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Event, Load, Loaded, LoadFailed
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -345,6 +346,7 @@ class HeldStages:
             fetched_bytes=weights.fetched_bytes if weights else 0,
             fetch_s=weights.waited_s if weights else 0.0,
             gives_weights=weights is not None and weights.fetch is not None,
+            kernels=used_text(),
         )
         self._post(loaded)
 
