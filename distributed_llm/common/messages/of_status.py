@@ -160,6 +160,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         epoch: of its plan.
         quantize: what floating-point weights became while they were loaded.
         disk_bytes: of weights that do not fit into memory, and are read in every step.
+        ram_bytes: of weights that do not fit on GPUs, and are copied there in every step.
         kv_dtype: how keys and values are kept.
         memory: form of its weights in memory ("int4 (groups of 32) and int8"); empty if unknown.
         exact: whether these are the numbers of the files, but for rounding to the dtype.
@@ -194,6 +195,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     lineage: Epoch
     quantize: Quantize = "none"
     disk_bytes: Count = 0
+    ram_bytes: Count = 0
     kv_dtype: KVDtype = "auto"
     memory: Label = ""
     exact: bool = True

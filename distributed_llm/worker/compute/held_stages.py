@@ -28,6 +28,7 @@ from distributed_llm.worker.compute.loading import (
     NewStage,
     PreparedStage,
     admit_beside,
+    ensure_ram,
     importers_for,
     limit_kv,
     load_beside,
@@ -246,6 +247,7 @@ class HeldStages:
         with self._weights_for(load) as weights:
             threads = num_threads(weights.checkpoint, order, self._capabilities.threads)
             use_threads(threads)
+            ensure_ram(weights.checkpoint, order)
             stage = Stage.load(
                 weights.checkpoint.limited_to(order.context_length),
                 order.layers,
@@ -256,6 +258,7 @@ class HeldStages:
                 locate=weights.locate,
                 on_read=self._progress.add,
                 from_disk=order.from_disk,
+                from_ram=order.from_ram,
             )
         stage.progress = self._layer_done
         return NewStage(stage, threads, weights)
