@@ -23,6 +23,7 @@ class MadeUpCopies:
         names: of memory, for `log`, by its address.
         buffers: memory of the device.
         locked: addresses of locked memory.
+        late: as given.
     """
 
     def __init__(self, late: bool = False) -> None:
@@ -30,7 +31,7 @@ class MadeUpCopies:
         self.names: dict[int, str] = {}
         self.buffers: list[Tensor] = []
         self.locked: set[int] = set()
-        self._late = late
+        self.late = late
         self._asked: list[tuple[Tensor, Tensor]] = []
         self._copied = self._computed = 0
 
@@ -45,7 +46,7 @@ class MadeUpCopies:
         self._asked.append((source, target))
         last = len(self._asked)
         mark = Mark(f"{names[0]} in {names[1]}", lambda: self._copy_until(last))
-        if not self._late:
+        if not self.late:
             mark.synchronize()
         return mark
 

@@ -29,10 +29,12 @@ from distributed_llm.worker.model.kernels import chosen, packed_nbytes
 from distributed_llm.worker.model.offload import LayerFile
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Load, Loaded, LoadFailed
+from tests import encoder_decoders
 from tests.checkpoints import make_checkpoint
 from tests.made_up_copies import MadeUpCopies
 from tests.made_up_gpus import gpu
-from tests.model.driver import CPU, Pipeline
+from tests.model.driver import CPU, GREEDY, Pipeline
+from tests.model.stack_driver import StackPipeline
 from tests.model.workers import Cluster, workers
 from tests.quantized_checkpoints import make_quantized
 from tests.reference import reference_ids
@@ -49,10 +51,10 @@ def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
 
 
-@pytest.fixture(params=[False, True], ids=["at once", "late"])
-def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MadeUpCopies:
-    """Return the copies of a device that stages are loaded to from now on."""
-    made = MadeUpCopies(late=request.param)
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> MadeUpCopies:
+    """Return the copies of a device that stages are loaded to from now on, made late."""
+    made = MadeUpCopies(late=True)
     monkeypatch.setattr(weights, "copies_to", lambda device: made)
     return made
 
@@ -83,10 +85,12 @@ def places(stage: Stage) -> list[Any]:
 # ------------------------------------------------------------------ tokens
 
 
-@pytest.mark.parametrize(("from_ram", "from_disk"), [(1, 0), (2, 0), (3, 0), (6, 0), (2, 3)])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("from_ram", "from_disk"), [(1, 0), (3, 0), (2, 3)])
 def test_tokens_are_those_of_transformers(
-    checkpoint: Checkpoint, copies: MadeUpCopies, from_ram: int, from_disk: int
+    checkpoint: Checkpoint, copies: MadeUpCopies, from_ram: int, from_disk: int, late: bool
 ) -> None:
+    copies.late = late
     stage = load(checkpoint, from_ram=from_ram, from_disk=from_disk)
     kinds = [type(place) for place in places(stage)]
     assert (kinds.count(PinnedLayer), kinds.count(LayerFile)) == (from_ram, from_disk)
@@ -103,6 +107,45 @@ def test_integers_are_copied_too(
         stage = load(open_checkpoint(packed), from_ram=2)
         assert answer(stage) == reference_ids(plain, PROMPT, TOKENS)
     assert sum(place.nbytes for place in places(stage)) >= packed_nbytes(stage._held.layers) > 0
+
+
+@pytest.fixture
+def nowhere_else(monkeypatch: pytest.MonkeyPatch, copies: MadeUpCopies) -> MadeUpCopies:
+    """Let weights be no numbers at home, so that no layer computes with them there."""
+
+    def go_home(place: PinnedLayer) -> None:
+        place.lie_in(place.views_in(torch.full_like(place.memory, 0xFF)))
+
+    monkeypatch.setattr(PinnedLayer, "go_home", go_home)
+    monkeypatch.setattr(away_layers, "_SMALLEST", 1)
+    return copies
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "deepseek_v2", "gemma3n_text", "qwen3_next", "zamba2"]
+)
+def test_no_layer_computes_with_weights_that_are_away(
+    family: str, tmp_path: Path, nowhere_else: MadeUpCopies
+) -> None:
+    """Latents, experts, states, inputs of each layer, blocks that several call."""
+    made = open_checkpoint(make_checkpoint(tmp_path, family, num_layers=LAYERS))
+    stage = load(made, from_ram=LAYERS)
+    assert answer(stage) == reference_ids(made.folder, PROMPT, TOKENS)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_both_stacks_may_be_away(
+    model_type: str, tmp_path: Path, nowhere_else: MadeUpCopies
+) -> None:
+    made = open_checkpoint(encoder_decoders.make(tmp_path, model_type))
+    source = encoder_decoders.numbers(9, 1)
+    pipeline = StackPipeline(made)
+    pipeline.stages = [load(made, from_ram=made.num_layers)]
+    pipeline.read([source], (encoder_decoders.START,))
+    for length in range(1, TOKENS + 1):
+        pipeline.answers[0] += pipeline.step([(0, length - 1, length)], GREEDY)
+    whole = encoder_decoders.build(model_type)
+    assert pipeline.answers[0][1:] == encoder_decoders.answered(whole, source, TOKENS)
 
 
 # ------------------------------------------------------------------ memory
@@ -219,9 +262,9 @@ def test_two_layers_are_copied_once() -> None:
     assert sum(" to " in line for line in copies.log) == 2
 
 
-def test_a_layer_that_fails_or_is_left_out_does_no_harm(
-    checkpoint: Checkpoint, copies: MadeUpCopies
-) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_that_fails_or_is_left_out_does_no_harm(late: bool) -> None:
+    copies = MadeUpCopies(late)
     buffers, layers = buffers_of(4, copies)
     for number in (0, 2, 3, 3, 1, 0, 2):  # nobody says that they are done
         buffers.use(layers[number])

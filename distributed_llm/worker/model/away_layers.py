@@ -7,11 +7,14 @@ tensors lie in that place from then on, unless they are brought to the device.
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from distributed_llm.worker.model.kernels import OpaqueWeights
+from distributed_llm.worker.model.shared_blocks import block_of
 
 _SMALLEST = 4096
 """Tensors with fewer bytes stay where they are."""
@@ -19,8 +22,8 @@ _SMALLEST = 4096
 _ALIGNMENT = 64
 """Each tensor begins at a multiple of so many bytes, as kernels like it."""
 
-_NAME = "weights_away"
-"""Attribute of a layer's module."""
+_NAME, _TURN = "weights_away", "turn_of_weights"
+"""Attributes of a layer's module."""
 
 
 class AwayLayer(ABC):
@@ -80,22 +83,58 @@ def place_of(layer: nn.Module) -> AwayLayer | None:
     return getattr(layer, _NAME, None)
 
 
+class Turn(Protocol):
+    """What is done about the weights of a layer that are away, around its part of a step."""
+
+    def begin(self) -> None:
+        """Let the layer compute."""
+
+    def end(self) -> None:
+        """Note that it has; see to the next one."""
+
+
+def set_turn(layer: nn.Module, turn: Turn) -> None:
+    """Have a layer take its turn whenever it is called."""
+    setattr(layer, _TURN, turn)
+    layer.register_forward_pre_hook(lambda layer, args: turn.begin())
+    layer.register_forward_hook(lambda layer, args, output: turn.end())
+
+
+@contextmanager
+def turn_of(layer: nn.Module) -> Iterator[None]:
+    """Compute with modules of a layer, without calling the layer, in this context."""
+    turn: Turn | None = getattr(layer, _TURN, None)
+    if turn is None:
+        yield
+        return
+    turn.begin()
+    yield
+    turn.end()
+
+
 def away_nbytes(layers: Iterable[nn.Module]) -> int:
     """Return the bytes of weights that are brought to the device in every step."""
     return sum(place.nbytes for layer in layers if (place := place_of(layer)) is not None)
 
 
 def _movable(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of a layer that are worth moving, each once."""
-    opaque = [m for m in layer.modules() if isinstance(m, OpaqueWeights)]
-    packed = [held for module in opaque for held in module.tensors()]
-    seen: set[int] = set()
-    for tensor in (*layer.parameters(), *layer.buffers(), *packed):
+    """Yield the tensors of a layer that are worth moving, each once.
+
+    Those of a block that other layers may call as well stay.
+    """
+    seen = {id(tensor) for tensor in _tensors(block)} if (block := block_of(layer)) else set()
+    for tensor in _tensors(layer):
         if not isinstance(tensor, Tensor) or id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if tensor.layout == torch.strided and tensor.nbytes >= _SMALLEST and _is_dense(tensor):
             yield tensor
+
+
+def _tensors(module: nn.Module) -> Iterator[object]:
+    opaque = [m for m in module.modules() if isinstance(m, OpaqueWeights)]
+    packed = [held for each in opaque for held in each.tensors()]
+    yield from (*module.parameters(), *module.buffers(), *packed)
 
 
 def _is_dense(tensor: Tensor) -> bool:

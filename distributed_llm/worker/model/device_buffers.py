@@ -6,13 +6,12 @@ another buffer. Two buffers take turns: one that a layer computes with is never 
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distributed_llm.common.offloading import LAYERS_AT_ONCE
-from distributed_llm.worker.model.away_layers import AwayLayer, place_of, set_away
+from distributed_llm.worker.model.away_layers import AwayLayer, place_of, set_away, set_turn
 from distributed_llm.worker.model.device_copies import Copies, Mark
 from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.offload import LayerFile
@@ -159,25 +158,20 @@ def bring_one_ahead(layers: Iterable[nn.Module], copies: Copies) -> int:
         return 0
     places = [place for _, place in held]
     buffers = DeviceBuffers(places, copies)
-    for at, (layer, place) in enumerate(held):
-        following, then = (places[(at + ahead) % len(places)] for ahead in (1, 2))
-        layer.register_forward_pre_hook(_Using(buffers, place))
-        layer.register_forward_hook(_Bringing(buffers, following, then))
+    for at, (layer, _) in enumerate(held):
+        own = [places[(at + ahead) % len(places)] for ahead in range(3)]
+        set_turn(layer, _Bringing(buffers, own))
     return sum(place.nbytes for place in places) - buffers.nbytes
 
 
-class _Using:
-    def __init__(self, buffers: DeviceBuffers, place: AwayLayer) -> None:
-        self._buffers, self._place = buffers, place
-
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        self._buffers.use(self._place)
-
-
 class _Bringing:
-    def __init__(self, buffers: DeviceBuffers, place: AwayLayer, then: AwayLayer) -> None:
-        self._buffers, self._place, self._then = buffers, place, then
+    def __init__(self, buffers: DeviceBuffers, places: Sequence[AwayLayer]) -> None:
+        self._buffers = buffers
+        self._own, self._following, self._then = places
 
-    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def begin(self) -> None:
+        self._buffers.use(self._own)
+
+    def end(self) -> None:
         self._buffers.done()
-        self._buffers.bring(self._place, self._then)
+        self._buffers.bring(self._following, self._then)

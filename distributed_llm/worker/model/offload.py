@@ -10,7 +10,6 @@ import mmap
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from distributed_llm.common.errors import NotEnoughMemory
 from distributed_llm.common.offloading import LAYERS_AT_ONCE
 from distributed_llm.common.wording import size_text
-from distributed_llm.worker.model.away_layers import AwayLayer, place_of, set_away
+from distributed_llm.worker.model.away_layers import AwayLayer, place_of, set_away, set_turn
 
 logger = logging.getLogger(__name__)
 
@@ -84,24 +83,18 @@ def read_one_ahead(layers: Iterable[nn.Module]) -> int:
     held = [(layer, file) for layer in layers if (file := file_of(layer)) is not None]
     files = [file for _, file in held]
     for (layer, file), following in zip(held, [*files[1:], *files[:1]], strict=True):
-        layer.register_forward_pre_hook(_Reading(following))
-        layer.register_forward_hook(_GivingBack(file))
+        set_turn(layer, _Reading(file, following))
     return sum(sorted(file.nbytes for file in files)[:-LAYERS_AT_ONCE])
 
 
 class _Reading:
-    def __init__(self, file: LayerFile) -> None:
-        self._file = file
+    def __init__(self, file: LayerFile, following: LayerFile) -> None:
+        self._file, self._following = file, following
 
-    def __call__(self, layer: nn.Module, args: Any) -> None:
-        self._file.read_ahead()
+    def begin(self) -> None:
+        self._following.read_ahead()
 
-
-class _GivingBack:
-    def __init__(self, file: LayerFile) -> None:
-        self._file = file
-
-    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+    def end(self) -> None:
         self._file.give_back()
 
 

@@ -179,9 +179,8 @@ def load_stage_model(
     kept = cast(nn.ModuleList, model.get_submodule(path))
     share_blocks(dict(enumerate(kept, layers.start)), checkpoint.block_sources, holders)
     if checkpoint.stacks is not None:
-        link_stacks(
-            model, max(0, min(encoder_layers(checkpoint.config), layers.stop) - layers.start)
-        )
+        encoders = min(encoder_layers(checkpoint.config), layers.stop) - layers.start
+        link_stacks(model, max(0, encoders), device)
     saved = bring_one_ahead(kept, copies) if copies else read_one_ahead(kept)
     nbytes = _nbytes(model) - saved
     shared_bytes = _shared_in_memory(model, kept, donor) if donor else 0
