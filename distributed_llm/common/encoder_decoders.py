@@ -85,6 +85,36 @@ def decoder_layers(config: Config) -> int:
     return _count(config, "decoder")
 
 
+def check_heads(config: Config) -> None:
+    """Raise if hidden states cannot be shared out among the heads of both stacks.
+
+    Raises:
+        CheckpointError: they cannot. transformers would name their size alone.
+    """
+    width = config.get("d_model")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        heads = config.get(name)
+        if type(width) is type(heads) is int and heads > 0 and width % heads:
+            raise CheckpointError(
+                f"config.json has {name} = {heads} and d_model = {width}, which {heads} heads "
+                "cannot share evenly. Copy that of the original model."
+            )
+
+
+def of_stack(config: Config, num_layers: int, layer: int) -> tuple[int, int, str]:
+    """Return how many layers a layer's stack has, its number there, and words for the stack.
+
+    Args:
+        config: the content of config.json.
+        num_layers: of both stacks, or of a decoder alone, for which there are no words.
+        layer: its number among these.
+    """
+    before = encoder_layers(config)
+    if layer < before:
+        return before, layer, " of its encoder"
+    return num_layers - before, layer - before, " of its decoder" if before else ""
+
+
 def of_decoder(config: Config) -> Config:
     """Return a configuration in which sizes of the decoder stand under the usual names.
 

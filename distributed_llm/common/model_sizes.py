@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
+    check_heads,
     decoder_layers,
     encoder_layers,
     is_encoder_decoder,
@@ -100,6 +101,8 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    if is_encoder_decoder(config):
+        check_heads(config)
     config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")

@@ -143,8 +143,11 @@ def error_of(
         given: values by the request's names.
     """
     message = str(exc)
+    code = "invalid_value"
     if isinstance(exc, ContextLengthExceeded):
-        return _renamed(exc, names, prompt, exc.code)
+        if "prompt" in message:
+            return _renamed(exc, names, prompt, exc.code)
+        code = exc.code  # of an encoder-decoder, whose answer alone may be too long
     if "grammar" in message:
         fields = (*GRAMMAR_FIELDS, "text.format")
         asked = next((name for name in fields if given.get(name) is not None), "tools")
@@ -156,7 +159,7 @@ def error_of(
         (name for name in wire if re.search(rf"\b{name}\b", message) and len(name) > 1), None
     )
     param = next((name for name in names if names[name] == named), None)
-    return _renamed(exc, names, param or _subject(message, prompt), "invalid_value")
+    return _renamed(exc, names, param or _subject(message, prompt), code)
 
 
 def _place_of(token: int, given: Mapping[str, Any]) -> str | None:
