@@ -22,6 +22,7 @@ _Integers = Annotated[
 _Texts = Annotated[
     Any, WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "string"}})
 ]
+_Name = Annotated[Any, WithJsonSchema({"type": ["string", "null"]})]
 _Token = Annotated[Any, WithJsonSchema({"type": ["integer", "string", "null"]})]
 _Biases = Annotated[
     Any, WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}})
@@ -52,6 +53,8 @@ class SamplingFields(Body):
     repetition_penalty: _Number = None
     no_repeat_ngram_size: Integer = None
     forced_bos_token_id: _Token = None
+    source_language: _Name = None
+    target_language: _Name = None
     logit_bias: _Biases = None
     max_tokens: Integer = None
     min_tokens: Integer = None
@@ -69,7 +72,7 @@ NAMES: Mapping[str, str] = {
             *("n", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),
             *("no_repeat_ngram_size", "logit_bias", "stop_token_ids", "ignore_eos"),
-            *("skip_special_tokens", "forced_bos_token_id"),
+            *("skip_special_tokens", "forced_bos_token_id", "source_language", "target_language"),
         )
     },
     "stop": "stop_strings",

@@ -8,7 +8,7 @@ from msgspec import Meta
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count
 
-PROTOCOL_VERSION = 15
+PROTOCOL_VERSION = 16
 MAX_TENSORS = 8
 MAX_STAGES = 256
 
