@@ -66,7 +66,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "blenderbot": {**_OF_BART, "forced_eos_token_id": None},
     "blenderbot-small": {**_OF_BART, "forced_eos_token_id": None},
     "t5gemma": {
-        "encoder": {**_OF_GEMMA, "num_hidden_layers": ENCODER_LAYERS},
+        "encoder": {**_OF_GEMMA, "num_hidden_layers": ENCODER_LAYERS, "hidden_size": 40},
         "decoder": {**_OF_GEMMA, "num_hidden_layers": DECODER_LAYERS, "intermediate_size": 40},
     },
 }

@@ -314,8 +314,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
-    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
-        yield "its encoder and its decoder have hidden states of different sizes"
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -337,13 +335,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
         yield _PICKS
-
-
-def _widths(config: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
-    for part in ("encoder", "decoder"):
-        if isinstance(own := config.get(part), Mapping):
-            yield own.get("hidden_size")
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:

@@ -173,6 +173,11 @@ class Checkpoint:
         """Width of the hidden states between layers."""
         return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
+    @property
+    def source_size(self) -> int:
+        """Width of the hidden states of what an encoder reads; without one, as `hidden_size`."""
+        return sizes.source_size(self.config) * sizes.streams(self.config)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""

@@ -47,6 +47,9 @@ _COUNTS = {
 }
 """Names of the numbers of layers."""
 
+_OWN_SIZES = ("decoder_attention_heads", "decoder_ffn_dim")
+"""Names of sizes in which decoders may differ from encoders, which have them under like names."""
+
 _LAYER = re.compile(
     r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder)\.(?:block|layers)"
     r"\.(?P<layer>\d+)\.(?P<rest>.+)$"
@@ -134,6 +137,14 @@ def of_decoder(config: Config) -> Config:
     }
     given = {name: value for name, value in usual.items() if value is not None}
     return {**{name: config[name] for name in config if name != "n_positions"}, **given}
+
+
+def as_decoder(config: Config) -> Config:
+    """Return the configuration of an encoder-decoder whose decoder had the sizes of its encoder."""
+    if config.get("model_type") in _IN_PARTS:
+        return {**config, "decoder": config.get("encoder")}
+    ours = {name: name.replace("decoder_", "encoder_") for name in _OWN_SIZES}
+    return {**config, **{name: config.get(own, config.get(name)) for name, own in ours.items()}}
 
 
 def stays_float32(config: Config, name: str) -> bool:
