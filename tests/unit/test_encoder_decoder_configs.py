@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from distributed_llm import summary
+from distributed_llm.common.architectures import why_refused
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import TensorInfo
@@ -31,6 +32,23 @@ def test_workers_have_layers_of_an_encoder_or_of_a_decoder() -> None:
     both = worker("a", layers=LayerRange(1, 4), next_layers=LayerRange(0, 3))
     assert summary.worker_row(both, 3)[3] == "encoder 2-3, decoder 1 -> encoder 1-3"
     assert summary.worker_row(both)[3] == "2-4 -> 1-3"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("led", "its encoder attends in blocks or windows"),
+        ("fsmt", "vocabularies of different sizes"),
+        ("prophetnet", "several streams"),
+        ("nllb-moe", "what others ask at the same time"),
+        ("whisper", "pictures or sound"),
+        ("seamless_m4t", "an encoder-decoder of another kind"),
+    ],
+)
+def test_others_are_refused_for_what_they_do(model_type: str, why: str) -> None:
+    refused = why_refused({"model_type": model_type, "is_encoder_decoder": True})
+    assert refused is not None
+    assert why in refused
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
