@@ -150,14 +150,22 @@ def event_line(event: EventStatus) -> str:
     return f"{event.text} ({times_text(event.times)}, the last time {ago} ago)"
 
 
-def worker_row(worker: WorkerStatus) -> list[str]:
-    """Return the cells of `WORKER_COLUMNS`."""
-    now = str(worker.layers) if worker.layers else "-"
+def worker_row(worker: WorkerStatus, encoder_layers: int = 0) -> list[str]:
+    """Return the cells of `WORKER_COLUMNS`.
+
+    Args:
+        worker: of which they tell.
+        encoder_layers: of the model; 0: it is a decoder alone.
+    """
+    now, then = (
+        stacks_text(layers, encoder_layers) if layers else "-"
+        for layers in (worker.layers, worker.next_layers)
+    )
     return [
         worker.name,
         worker.state,
         str(worker.epoch) if worker.layers else "-",
-        f"{now} -> {worker.next_layers}" if worker.next_layers else now,
+        f"{now} -> {then}" if worker.next_layers else now,
         worker.link or "-",
         size_text(worker.capabilities.memory_bytes),
         size_text(worker.weight_bytes),

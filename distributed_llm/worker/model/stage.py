@@ -70,7 +70,13 @@ class Stage:
         self._held = stage_model
         self._last = layers.stop == checkpoint.num_layers
         encoders = encoder_layers(checkpoint.config)
-        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size, encoders)
+        self.inputs = TaskInputs(
+            layers,
+            checkpoint.hidden_size,
+            checkpoint.vocab_size,
+            checkpoint.source_size,
+            encoders,
+        )
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
