@@ -144,6 +144,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_next",
         "recurrent_gemma",
         "rembert",
+        "rwkv",
         "seed_oss",
         "smollm3",
         "solar_open",
@@ -200,7 +201,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     ),
     _OWN_STATE: (
         "qwen4_exp_text",
-        "rwkv",
         "xlstm",
         "zaya",
     ),

@@ -68,6 +68,7 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     "qwen3_next": (1.2, _DELTA_NET),
     "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
+    "rwkv": (1.2, {"attention_hidden_size": 1024}),
 }
 """The same for models whose layers with a state take most, with what they have beside."""
 
@@ -152,7 +153,7 @@ def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next", "rwkv"])
 def test_single_tokens_in_layers_with_a_state(family: str, begins: bool, tmp_path: Path) -> None:
     """Beside the states that sequences keep, which the latest step has made anew.
 
