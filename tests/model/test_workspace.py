@@ -44,6 +44,17 @@ _LATENTS = {
     "v_head_dim": 64,
     "max_position_embeddings": 2 * TOKENS,
 }
+_PICKED = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "index_head_dim": 64,
+    "index_block_size": 16,
+    "index_topk_blocks": 8,
+    "layer_types": ["minimax_m3_sparse"],
+    "max_position_embeddings": 2 * TOKENS,
+    "num_local_experts": 4,
+}
 FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "llama": (1.5, {}),
     "qwen3_moe": (1.6, {"moe_intermediate_size": 384}),
@@ -52,6 +63,7 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "deepseek_v3": (1.7, {**_LATENTS, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "minicpm3": (1.7, {**_LATENTS, "kv_lora_rank": 32}),  # all attend to latents as they are
     "deepseek_v32": (1.7, {**_LATENTS, "index_topk": 128, "index_head_dim": 64}),
+    "minimax_m3_vl_text": (2.0, _PICKED),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""
