@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
+from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
@@ -77,7 +78,7 @@ class Forward:
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION | INDEXED
+        return not shares and config.model_type not in OWN_ATTENTION | INDEXED | PICKS_BLOCKS
 
     @property
     def progress(self) -> Callable[[], None] | None:
