@@ -142,6 +142,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rembert",
         "seed_oss",
@@ -199,7 +200,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "xlm",
     ),
     _OWN_STATE: (
-        "qwen4_exp_text",
         "rwkv",
         "xlstm",
         "zaya",

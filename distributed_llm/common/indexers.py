@@ -8,6 +8,7 @@ layers take what the indexer of an earlier layer has chosen. Pure.
 from collections.abc import Mapping
 from typing import Any
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.errors import CheckpointError
 
 INDEXED: frozenset[str] = frozenset({"axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"})
@@ -30,6 +31,9 @@ def index_key_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...
         config: the content of config.json.
         num_layers: of the model.
     """
+    blocks = block_sizes(config)
+    if blocks is not None:
+        return (blocks.key_dim,) * num_layers
     if config.get("model_type") not in INDEXED:
         return (0,) * num_layers
     dim = config.get("index_head_dim", _KEY_DIM_BY_DEFAULT)
