@@ -13,6 +13,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
+from distributed_llm.common.ngrams import ngram_layers
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -189,6 +190,10 @@ _ENCODES = f"without is_decoder = true in config.json, {_UNMASKED}"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
+_NO_CONVOLUTION = (
+    "its convolution of n-grams is of one token (ple_conv_kernel_size), with which transformers "
+    "does not generate"
+)
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -334,6 +339,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         positive(config, "attention_chunk_size")
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
+    if ngram_layers(config) and config.get("ple_conv_kernel_size") == 1:
+        yield _NO_CONVOLUTION
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
         yield _PICKS

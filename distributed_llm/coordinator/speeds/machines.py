@@ -91,10 +91,10 @@ class Machines:
             cost: of the model.
             kv_tokens: positions of KV cache that every stage must have room for.
         """
-        layer_bytes = cost.all_layer_bytes // cost.num_layers
+        layer_bytes = sum(cost.read_bytes) // cost.num_layers
         kv_bytes = max(1, int(cost.mean_kv_bytes * kv_tokens))
         ends = cost.all_weight_bytes - cost.all_layer_bytes
-        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.layer_bytes)
+        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.read_bytes)
         memory, disks = dict(self.memory_bytes), {}
         for worker, disk in self.disks.items():
             if (size := memory.get(worker)) is None:

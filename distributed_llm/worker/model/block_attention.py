@@ -2,7 +2,7 @@
 
 As long as a text is no longer than what a token may see, it is attention to all positions. The keys
 that blocks are picked by lie behind the keys of the heads, a part behind each, in one row of the KV
-cache. So queries end in zeros.
+cache. So queries end in zeros where rows are read whole.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def attend_blocks(
 
     index_keys = choice.keys_to_keep(step.slices, kept_before)
     key = torch.cat((key, _in_parts(index_keys, len(key))), dim=-1)
-    query = F.pad(query, (0, beside))
+    wide = F.pad(query, (0, beside))
     attended = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
     see_all = all(part.start < choice.sizes.seen for part in step.single)
     for part in step.chunks if see_all else step.slices:
@@ -62,16 +62,19 @@ def attend_blocks(
         own = (key[:, rows], value[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
         if part.start + part.num_tokens <= choice.sizes.seen:
-            attended[rows] = attend_chunk(step, query[:, rows], held, scoring, value.shape[-1])
+            seen = (query[:, rows], [one.narrow(query.shape[-1]) for one in held])
+            if step.cache.coding:
+                seen = (wide[:, rows], held)
+            attended[rows] = attend_chunk(step, *seen, scoring, value.shape[-1])
             continue
         kept = ChosenRows(step, held, *own)
         with kernels_for_many_rows():
             blocks = kept.index_keys(beside, every=choice.sizes.block)
             chosen = choice.choose(part, [_joined(some, index_dim) for some in blocks])
-            attended[rows] = _attend_to(chosen, query[:, rows], kept, scoring)
+            attended[rows] = _attend_to(chosen, wide[:, rows], kept, scoring)
     if step.single and see_all:
         at = sent(torch.tensor([part.row for part in step.single]), query.device)
-        single = (query[:, at], key[:, at], value[:, at])
+        single = (wide[:, at], key[:, at], value[:, at])
         attended[at] = attend_tokens(step, layer, *single, scoring)
     return attended
 
@@ -92,18 +95,21 @@ def _attend_to(chosen: Tensor, queries: Tensor, kept: ChosenRows, scoring: Scori
     queries = kept.rotated(queries * scoring.scale)
     per_token = kept.heads * most * kept.width
     at_once = max(1, min(SCORES_AT_ONCE // (heads * most), EXPANDED_AT_ONCE // per_token))
-    attended = []
-    for row in range(0, tokens, at_once):
-        some = chosen[row : row + at_once]
-        keys, values = kept.gathered(some.clamp(min=0))
-        own = queries[:, row : row + at_once]
-        # [kv_heads, tokens, group, key_dim]
-        own = own.reshape(len(keys), -1, *own.shape[1:]).transpose(1, 2)
-        scores = torch.matmul(own, keys.transpose(-1, -2)).float()
-        scores.masked_fill_((some == NOT_CHOSEN)[:, None], float("-inf"))
-        weights = torch.softmax(scores, dim=-1).to(values.dtype)
-        attended.append(torch.matmul(weights, values).transpose(0, 1).flatten(1, 2))
+    rows = range(0, tokens, at_once)
+    some = [(queries[:, row : row + at_once], chosen[row : row + at_once]) for row in rows]
+    attended = [_attended(*each, kept) for each in some]
     return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _attended(queries: Tensor, chosen: Tensor, kept: ChosenRows) -> Tensor:
+    """Compute attention of so few tokens that what they have chosen is gathered at once."""
+    keys, values = kept.gathered(chosen.clamp(min=0))
+    # [kv_heads, tokens, group, key_dim]
+    grouped = queries.reshape(len(keys), -1, *queries.shape[1:]).transpose(1, 2)
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float()
+    scores.masked_fill_((chosen == NOT_CHOSEN)[:, None], float("-inf"))
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+    return torch.matmul(weights, values).transpose(0, 1).flatten(1, 2)
 
 
 def _held_keys(

@@ -134,10 +134,11 @@ class _GivingBack:
 
 
 def _movable(layer: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors of a layer that are worth a place in a file, each once."""
+    """Yield the tensors of a layer that are worth a place in a file, each once; no tables."""
     opaque = [m for m in layer.modules() if isinstance(m, OpaqueWeights)]
     packed = [held for module in opaque for held in module.tensors()]
-    seen: set[int] = set()
+    # Of a table, a step reads some rows alone; so it would be read for nothing.
+    seen = {id(m.weight) for m in layer.modules() if isinstance(m, nn.Embedding)}
     for tensor in (*layer.parameters(), *layer.buffers(), *packed):
         if not isinstance(tensor, Tensor) or id(tensor) in seen:
             continue
