@@ -380,8 +380,9 @@ class Checkpoint:
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
-        """Yield the tensors that make the weights that a stage with `layers` needs."""
-        return (part for weight in self.weights_of(layers) for part in weight.parts.values())
+        """Yield the tensors that make the weights that a stage with `layers` needs, each once."""
+        weights = self.weights_of(layers)
+        yield from dict.fromkeys(part for weight in weights for part in weight.parts.values())
 
     def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
         """Return the form that `weight` has in memory; None: floating-point numbers."""

@@ -3,6 +3,7 @@
 `test_families` holds the tokens of such models against transformers.
 """
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,32 @@ def test_files_that_lack_a_part_of_a_table_are_refused(folder: Path, tmp_path: P
         load(checkpoint, 2, 3)
     with pytest.raises(CheckpointError, match=wrong):
         Stage.check_loading(checkpoint)
+
+
+def test_parts_of_a_table_in_8_bits_have_a_scale_in_common(folder: Path, tmp_path: Path) -> None:
+    """As in files in which experts and the table are FP8."""
+    tensors = load_file(folder / "model.safetensors")
+    scale, wanted = torch.tensor([0.0625], dtype=torch.bfloat16), []
+    for layer in (0, 2):
+        table = f"model.layers.{layer}.ple.ple_embedding.ngram_embedding"
+        names = [f"{table}.shard_{part}.weight" for part in range(3)]
+        for name in names:
+            tensors[name] = (tensors[name] / scale.float()).to(torch.float8_e4m3fn)
+        tensors[f"{table}.weight_scale"] = scale.clone()
+        wanted.append(torch.cat([tensors[name].float() for name in names]) * scale.float())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    stage = load(checkpoint, 0, 3)
+    found = [m.weight for m in stage._held.layers.modules() if isinstance(m, nn.Embedding)]
+    for actual, expected in zip(found, wanted, strict=True):
+        assert torch.equal(actual, expected)
+    cost = model_cost(checkpoint, "float32")
+    assert sum(cost.table_bytes) == sum(table.nbytes for table in found)
+    scales = [t.name for t in checkpoint.tensors_of(LayerRange(0, 3)) if "weight_scale" in t.name]
+    assert len(scales) == 2
 
 
 class Reader(WeightReader):

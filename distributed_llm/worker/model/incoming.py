@@ -38,11 +38,6 @@ class Piece:
     target: Target | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a tensor of the files, as the model has it or some rows of that."""
-        return self.target is None and self.weight.scheme is None
-
-    @property
     def keeps_rows(self) -> bool:
         """Whether its rows are those of the tensor, but for their order."""
         return self.target is None or self.target.convert is None
@@ -180,18 +175,16 @@ class Floats:
 
     def __getitem__(self, index: Any) -> Tensor:
         pieces = self._entry.pieces
-        if all(piece.is_plain for piece in pieces):
+        if len(pieces) > 1 and all(piece.target is None for piece in pieces):
             return self._one_by_one()[index]
         values = [self._values(piece) for piece in pieces]
         joined = values[0] if len(values) == 1 else torch.cat(values, dim=max(-2, -values[0].dim()))
         return joined[index]
 
     def _one_by_one(self) -> Tensor:
-        """Return pieces that need no decoding; of several, one at a time is in memory twice."""
+        """Return pieces that are rows of a table; one at a time is in memory twice."""
         pieces = self._entry.pieces
         values = self._values(pieces[0])
-        if len(pieces) == 1:
-            return values
         rows = [piece.weight.shape[0] for piece in pieces]
         joined = values.new_empty((sum(rows), *values.shape[1:]))
         for place, piece in zip(torch.split(joined, rows), pieces, strict=True):
