@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from distributed_llm.worker.kv.segments import KVBuffers
-from distributed_llm.worker.model.chunk_attention import ChunkPart, parts_of
+from distributed_llm.worker.model.chunk_attention import parts_of
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep
 
@@ -76,19 +76,18 @@ class ChosenRows:
         Args:
             chosen: int64 [tokens, positions].
         """
-        first = self._parts[0]
-        if len(self._parts) == 1:
-            keys, values = first.keys[:, chosen], first.values[:, chosen]
-        else:
-            shape = (first.keys.shape[0], *chosen.shape)
-            keys = first.keys.new_empty((*shape, first.keys.shape[-1]))
-            values = first.values.new_empty((*shape, first.values.shape[-1]))
-            for part in self._parts:
-                self._fill(part, chosen, keys, values)
+        both = [part.keys for part in self._parts], [part.values for part in self._parts]
+        keys, values = (self._taken(rows, chosen.view(-1)) for rows in both)
+        keys, values = (taken.view(len(taken), *chosen.shape, -1) for taken in (keys, values))
         return self._coded.decoded(keys, values) if self._coded else (keys, values)
 
-    @staticmethod
-    def _fill(part: ChunkPart, chosen: Tensor, keys: Tensor, values: Tensor) -> None:
-        inside = (chosen >= part.start) & (chosen < part.stop)
-        there = chosen[inside] - part.start
-        keys[:, inside], values[:, inside] = part.keys[:, there], part.values[:, there]
+    def _taken(self, rows: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        """Return rows [heads, positions, dim] of positions, of those of all parts."""
+        if len(rows) == 1:  # on CPUs, selecting is several times as fast as indexing
+            return rows[0].index_select(1, chosen)
+        heads, _, dim = rows[0].shape
+        taken = rows[0].new_empty((heads, len(chosen), dim))
+        for part, own in zip(self._parts, rows, strict=True):
+            inside = ((chosen >= part.start) & (chosen < part.stop)).nonzero()[:, 0]
+            taken.index_copy_(1, inside, own.index_select(1, chosen[inside] - part.start))
+        return taken

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distributed_llm.common.ngrams import follows_from_config
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
+from distributed_llm.worker.model.convolution import DilatedConvolution
 from distributed_llm.worker.model.packed_step import PackedStep, StateGroup, running_step
 from distributed_llm.worker.model.state_layers import MixerCache, assembled, rows_of
 
@@ -105,6 +106,7 @@ def wrap_ngram_parts(layer: nn.Module) -> None:
     """Have the part of a loaded layer that embeds n-grams compute packed sequences, if any."""
     part = getattr(layer, _PART, None)
     if isinstance(part, nn.Module):
+        part.conv1d = DilatedConvolution(part.get_submodule("conv1d"))
         setattr(layer, _PART, NgramLayer(part))
 
 
