@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
+    as_decoder,
+    check_heads,
     decoder_layers,
     encoder_layers,
     is_encoder_decoder,
@@ -104,6 +106,9 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    source_size(config)
+    if is_encoder_decoder(config):
+        check_heads(config)
     config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
@@ -192,6 +197,11 @@ def hidden_size(config: Config) -> int:
     return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
 
 
+def source_size(config: Config) -> int:
+    """Return the width of hidden states between an encoder's layers, and of what it gives."""
+    return hidden_size(as_decoder(config) if is_encoder_decoder(config) else config)
+
+
 def streams(config: Config) -> int:
     """Return how many hidden states of a token there are between layers; in most models, one."""
     name = _STREAMS.get(str(config.get("model_type")))
@@ -222,9 +232,8 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
     share, with an indexer's key behind it; such a key lies behind the keys of heads as well, in
-    parts. Of model types whose attention keeps its latents for
-    itself, keys and values for every head of the queries. Layers that read the keys and values of
-    others keep none.
+    parts. Of model types whose attention keeps its latents for itself, keys and values for every
+    head of the queries. Layers that read the keys and values of others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     if is_encoder_decoder(config):

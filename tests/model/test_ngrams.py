@@ -24,8 +24,8 @@ from distributed_llm.common.text_config import text_config
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
 from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.worker.model.away_layers import away_nbytes
 from distributed_llm.worker.model.incoming import Entry, Floats, Piece, WeightReader
-from distributed_llm.worker.model.offload import read_nbytes
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
 from tests.model.driver import CPU, Pipeline
@@ -114,10 +114,10 @@ def test_a_table_stays_in_memory_when_its_layer_is_on_the_disk(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path))
-    stage, layers = load(checkpoint, 0, 3, from_disk=3), LayerRange(0, 3)
+    stage = load(checkpoint, 0, 3, from_disk=3)
     cost = model_cost(checkpoint, "float32")
     small = [p.nbytes for p in stage._held.layers.parameters() if p.nbytes < 4096]
-    assert cost.bytes_from_disk(layers, 3) == read_nbytes(stage._held.layers) + sum(small)
+    assert sum(cost.sizes_away(range(3))) == away_nbytes(stage._held.layers) + sum(small)
     assert answer(stage) == answer(load(checkpoint, 0, 3))
 
 

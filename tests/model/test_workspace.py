@@ -44,6 +44,17 @@ _LATENTS = {
     "v_head_dim": 64,
     "max_position_embeddings": 2 * TOKENS,
 }
+_PICKED = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "index_head_dim": 64,
+    "index_block_size": 16,
+    "index_topk_blocks": 8,
+    "layer_types": ["minimax_m3_sparse"],
+    "max_position_embeddings": 2 * TOKENS,
+    "num_local_experts": 4,
+}
 FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "llama": (1.5, {}),
     "qwen3_moe": (1.6, {"moe_intermediate_size": 384}),
@@ -60,6 +71,7 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
             **{"indexer_budget": 128, "indexer_compress_ratio": 16},
         },
     ),
+    "minimax_m3_vl_text": (2.0, _PICKED),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""
@@ -83,6 +95,7 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     ),
     "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
+    "rwkv": (1.2, {"attention_hidden_size": 1024}),
 }
 """The same for models whose layers with a state take most, with what they have beside."""
 
@@ -167,7 +180,7 @@ def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next", "rwkv"])
 def test_single_tokens_in_layers_with_a_state(family: str, begins: bool, tmp_path: Path) -> None:
     """Beside the states that sequences keep, which the latest step has made anew.
 

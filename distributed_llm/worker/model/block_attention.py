@@ -14,7 +14,7 @@ from torch import Tensor
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.block_indexers import NOT_CHOSEN, BlockChoice
-from distributed_llm.worker.model.chosen_rows import ChosenRows
+from distributed_llm.worker.model.chosen_rows import ChosenRows, in_parts, joined
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.kernels import kernels_for_many_rows
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
@@ -50,10 +50,10 @@ def attend_blocks(
 
     def kept_before(part: PackedSlice, first: int) -> Tensor:
         rows = _held_keys(step, layer, part, first, (width, key.dtype))
-        return _joined(rows[..., -beside:], index_dim)
+        return joined(rows[..., -beside:], index_dim)
 
     index_keys = choice.keys_to_keep(step.slices, kept_before)
-    key = torch.cat((key, _in_parts(index_keys, len(key))), dim=-1)
+    key = torch.cat((key, in_parts(index_keys, len(key))), dim=-1)
     wide = F.pad(query, (0, beside))
     attended = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
     see_all = all(part.start < choice.sizes.seen for part in step.single)
@@ -70,7 +70,7 @@ def attend_blocks(
         kept = ChosenRows(step, held, *own)
         with kernels_for_many_rows():
             blocks = kept.index_keys(beside, every=choice.sizes.block)
-            chosen = choice.choose(part, [_joined(some, index_dim) for some in blocks])
+            chosen = choice.choose(part, [joined(some, index_dim) for some in blocks])
             attended[rows] = _attend_to(chosen, wide[:, rows], kept, scoring)
     if step.single and see_all:
         at = sent(torch.tensor([part.row for part in step.single]), query.device)
@@ -135,14 +135,3 @@ def _held_keys(
         keys = buffers.cut(max(first, segment.start) - segment.start, stop - segment.start).keys
         found.append(coding.turned_back(coding.decoded(keys, *kind)) if coding else keys)
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
-
-
-def _in_parts(index_keys: Tensor, heads: int) -> Tensor:
-    """Return index keys [tokens, dim] as parts for the heads, [heads, tokens, part]."""
-    padded = F.pad(index_keys, (0, -index_keys.shape[-1] % heads))
-    return padded.view(len(padded), heads, -1).transpose(0, 1)
-
-
-def _joined(parts: Tensor, dim: int) -> Tensor:
-    """Return the index keys [tokens, dim] of which heads have parts, [heads, tokens, part]."""
-    return parts.transpose(0, 1).flatten(1)[:, :dim]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import parts_of
@@ -91,3 +92,14 @@ class ChosenRows:
             inside = ((chosen >= part.start) & (chosen < part.stop)).nonzero()[:, 0]
             taken.index_copy_(1, inside, own.index_select(1, chosen[inside] - part.start))
         return taken
+
+
+def in_parts(index_keys: Tensor, heads: int) -> Tensor:
+    """Return index keys [tokens, dim] as parts for the heads, [heads, tokens, part]."""
+    padded = pad(index_keys, (0, -index_keys.shape[-1] % heads))
+    return padded.view(len(padded), heads, -1).transpose(0, 1)
+
+
+def joined(parts: Tensor, dim: int) -> Tensor:
+    """Return the index keys [tokens, dim] of which heads have parts, [heads, tokens, part]."""
+    return parts.transpose(0, 1).flatten(1)[:, :dim]
