@@ -386,9 +386,9 @@ class Checker:
         book = self._core._book
         assert not book.busy
         assert not book._schedulers
-        assert not book._queue._accounts
+        assert not book.waiting.clients
         assert book.next_deadline() is None
-        assert not book._deadlines
+        assert not book._deadlines._heap
         assert status.kv_tokens_used == 0
         for pipeline in self._core._pipelines.loaded:
             assert pipeline.in_flight is not None
