@@ -21,6 +21,7 @@ from distributed_llm.common.encoder_decoders import (
     StackNames,
     is_encoder_decoder,
     of_decoder,
+    of_stack,
     stays_float32,
 )
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
@@ -64,6 +65,7 @@ _NEVER_TIED_NAME = re.compile(
 _KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
 _HEAD_NAME = re.compile(
     r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+    r"|^head\.weight$"
 )
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
@@ -172,6 +174,11 @@ class Checkpoint:
         """Width of the hidden states between layers."""
         return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
+    @property
+    def source_size(self) -> int:
+        """Width of the hidden states of what an encoder reads; without one, as `hidden_size`."""
+        return sizes.source_size(self.config) * sizes.streams(self.config)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
@@ -217,9 +224,10 @@ class Checkpoint:
         layers = layers_by_prefix(map(self._text.of, self.tensors)).values()
         wanted = set(range(self.num_layers))
         best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
+        count, layer, stack = of_stack(self.config, self.num_layers, min(wanted - best))
         raise CheckpointError(
-            f"{self.place}: {self.described_by} promises {self.num_layers} layers, but the files "
-            f"have no tensors of layer {min(wanted - best)}. They are not all files of the model, "
+            f"{self.place}: {self.described_by} promises {count} layers{stack}, but the files "
+            f"have no tensors of layer {layer}{stack}. They are not all files of the model, "
             f"or {self.described_by} is another model's; compare them with the original."
         )
 
