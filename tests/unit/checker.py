@@ -404,8 +404,8 @@ class Checker:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps
-            assert not pipeline.scheduler._in_flight
-            assert not pipeline.scheduler._ending
+            assert not pipeline.scheduler._sequences.are_computed
+            assert not pipeline.scheduler._sequences._ending
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
             assert not ledger.take_freed()

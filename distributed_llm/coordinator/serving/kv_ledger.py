@@ -80,6 +80,11 @@ class KVLedger:
         return self._charges.room_tokens
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether layers have a state of their own, so that positions alone are not enough."""
+        return bool(self._charges.windows.state)
+
+    @property
     def sequence_ids(self) -> list[SequenceId]:
         """All sequences, ended ones included."""
         return list(self._sequences)
