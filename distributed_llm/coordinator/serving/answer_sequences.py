@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 
 from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.requests.request import Answer
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger
+from distributed_llm.coordinator.serving.prefixes import Match
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
 
 
