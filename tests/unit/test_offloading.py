@@ -282,6 +282,7 @@ def test_workers_with_gpus_are_told_what_stays_beside_them() -> None:
     messages = [action.message for action in actions if isinstance(action, Send)]
     (order,) = [message for message in messages if isinstance(message, LoadStage)]
     assert (order.from_disk, order.from_ram) == (1, 2)
+    assert parts.pipelines.away_s(worker) == pytest.approx(1000 / 4000 + 500 / 1000)
     texts = [action.text for action in actions if isinstance(action, Log)]
     for said in (
         "1,000 bytes of its weights stay in the memory of the machines of a and are copied in "
