@@ -165,8 +165,8 @@ def test_layers_stay_in_memory_beside_a_gpu_before_they_go_to_a_disk() -> None:
     assert some.plan(beside(WHOLE, ram=9999))[0].is_away is False
 
 
-@pytest.mark.parametrize("missing", range(1, 4001, 333))
-@pytest.mark.parametrize("ram", range(0, 8000, 1000))
+@pytest.mark.parametrize("missing", [1, 999, 1000, 1001, 2500, 3900])
+@pytest.mark.parametrize("ram", [0, 1000, 3500, 5000, 8000])
 def test_nothing_goes_to_a_disk_that_is_not_offered(missing: int, ram: int) -> None:
     try:
         (stage,) = planner().plan(beside(WHOLE - missing, ram=ram))
