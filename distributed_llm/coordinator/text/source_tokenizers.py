@@ -34,6 +34,7 @@ _OF_TYPE: Mapping[str, str] = {
     "plbart": "PLBartTokenizer",
     "t5": "T5Tokenizer",
     "t5gemma": "GemmaTokenizer",
+    "t5gemma2": "GemmaTokenizer",
     "umt5": _GENERIC,
 }
 """Classes in transformers, by the model type; all types are here."""

@@ -20,9 +20,14 @@ from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.packed_step import PackedStep, running
 from distributed_llm.worker.model.shared_weights import StageModel
-from distributed_llm.worker.model.stacks.attention import projected_source
 from distributed_llm.worker.model.stacks.joined import stack_of
+from distributed_llm.worker.model.stacks.modules import projected_source
 from distributed_llm.worker.model.stacks.positions import positions_of
+
+_MASKS = ("full_attention", "sliding_attention")
+"""Of a decoder that joins masks, of which none is used here."""
+
+_LOOKING_ACROSS = ("across", "merged")
 
 
 class StackForward:
@@ -71,6 +76,8 @@ class StackForward:
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
+        merges = any(module.attends == "merged" for module in self._across)
+        self._no_masks = dict.fromkeys(_MASKS, torch.empty(0)) if merges else None
         if self._is_last:
             self._decoder.register_forward_hook(self._keep_rows)
 
@@ -155,11 +162,18 @@ class StackForward:
                 encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
                 decoder_input_ids=ids,
                 use_cache=False,
+                attention_mask=self._no_masks,
+                decoder_attention_mask=self._no_masks,
                 **inputs,
             )
             return cast(Tensor, made.logits[0])
         self._decoder(
-            input_ids=ids, encoder_hidden_states=nothing, use_cache=False, **self._positions(step)
+            input_ids=ids,
+            attention_mask=self._no_masks,
+            encoder_attention_mask=self._no_masks,
+            encoder_hidden_states=nothing,
+            use_cache=False,
+            **self._positions(step),
         )
         return None if self._is_last else cast(Tensor, self._hooks.outgoing)[0]
 
@@ -178,4 +192,4 @@ class StackForward:
 
 def _attention_across(layer: nn.Module) -> nn.Module:
     """Return the attention of a decoder layer that looks across."""
-    return next(m for m in layer.modules() if getattr(m, "attends", "") == "across")
+    return next(m for m in layer.modules() if getattr(m, "attends", "") in _LOOKING_ACROSS)
