@@ -66,6 +66,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "t5": _OF_T5,
     "mt5": {**_OF_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "umt5": {**_OF_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "switch_transformers": {
+        **_OF_T5,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 2,
+        "expert_capacity": 8,
+    },
     "bart": {**_OF_BART, "forced_eos_token_id": None},
     "mbart": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
     "plbart": {**_OF_BART, "forced_eos_token_id": None},

@@ -161,7 +161,7 @@ VERIFIED: frozenset[str] = frozenset(
 EXCEEDS_FLOAT16: frozenset[str] = frozenset(
     {
         *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"),
-        *("mt5", "t5", "t5gemma", "t5gemma2", "umt5"),
+        *("mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
     }
 )
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""

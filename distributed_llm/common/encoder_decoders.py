@@ -15,11 +15,13 @@ from distributed_llm.common.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-BIASED = frozenset({"mt5", "t5"})
+BIASED = frozenset({"mt5", "switch_transformers", "t5"})
 """Types whose first layers hold the bias of relative positions of all layers of their stack."""
 
-_WITHOUT_PREFIX = frozenset({"mt5", "t5", "umt5"})
+_WITHOUT_PREFIX = frozenset({"mt5", "switch_transformers", "t5", "umt5"})
 """Types of which transformers has the stacks in the model itself, not in one of its parts."""
+
+_KEEPS_FLOAT32 = frozenset({"mt5", "t5", "umt5"})
 
 _APART = frozenset({"t5gemma"})
 """Types whose stacks embed tokens by matrices of their own."""
@@ -174,7 +176,7 @@ def stays_float32(config: Config, name: str) -> bool:
 
     What the MLPs of T5 give exceeds float16, so transformers keeps their second matrices apart.
     """
-    return config.get("model_type") in _WITHOUT_PREFIX and name.endswith(".wo.weight")
+    return config.get("model_type") in _KEEPS_FLOAT32 and name.endswith(".wo.weight")
 
 
 def _count(config: Config, stack: str) -> int:

@@ -32,6 +32,7 @@ _OF_TYPE: Mapping[str, str] = {
     "mt5": "T5Tokenizer",
     "pegasus": "PegasusTokenizer",
     "plbart": "PLBartTokenizer",
+    "switch_transformers": "T5Tokenizer",
     "t5": "T5Tokenizer",
     "t5gemma": "GemmaTokenizer",
     "t5gemma2": "GemmaTokenizer",

@@ -7,6 +7,7 @@ passes tokens of answers through decoder layers, from the stage on that has the 
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,18 @@ from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stacks.joined import stack_of
 from distributed_llm.worker.model.stacks.modules import projected_source
 from distributed_llm.worker.model.stacks.positions import positions_of
+
+
+@dataclass
+class _EncoderOutput(BaseModelOutput):
+    """What the encoder would give that is not asked.
+
+    Attributes:
+        router_logits: that models with experts pass on.
+    """
+
+    router_logits: None = None
+
 
 _MASKS = ("full_attention", "sliding_attention")
 """Of a decoder that joins masks, of which none is used here."""
@@ -159,7 +172,7 @@ class StackForward:
             self._rows = sent(torch.tensor(rows), self._device)
             inputs = {f"decoder_{name}": given for name, given in self._positions(step).items()}
             made = self._model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
+                encoder_outputs=_EncoderOutput(last_hidden_state=nothing),
                 decoder_input_ids=ids,
                 use_cache=False,
                 attention_mask=self._no_masks,

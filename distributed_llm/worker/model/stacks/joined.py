@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distributed_llm.common.encoder_decoders import BIASED, PATH
-from distributed_llm.worker.model.stacks.modules import buckets_of, replace_attention
+from distributed_llm.worker.model.stacks.modules import buckets_of, replace_forwards
 from distributed_llm.worker.model.stacks.positions import (
     ComputedPositions,
     RelativeBias,
@@ -65,7 +65,7 @@ def join_stacks(model: PreTrainedModel) -> None:
         for name, source in model.all_tied_weights_keys.items()
         if shared is None or "embed_tokens" not in name
     }
-    replace_attention(model)
+    replace_forwards(model)
 
 
 def _keep_text(model: PreTrainedModel) -> None:

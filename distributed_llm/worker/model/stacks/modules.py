@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distributed_llm.worker.model.stacks.attention import packed_stack_attention
+from distributed_llm.worker.model.stacks.routers import replace_router
 
 
-def replace_attention(model: PreTrainedModel) -> None:
-    """Replace the forward passes of attention that would not do for packed steps.
+def replace_forwards(model: PreTrainedModel) -> None:
+    """Replace the forward passes of modules that would not do for packed steps.
 
     That of T5 and its kin makes biases for one text alone; across, any makes keys and values again.
     The MLPs of T5 ask their matrix for its dtype, which one of integers does not have.
@@ -20,6 +21,8 @@ def replace_attention(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__name__ in _MLPS_OF_T5:
             setattr(module, "forward", MethodType(_forward_mlp, module))  # noqa: B010
+        if type(module).__name__ == "SwitchTransformersTop1Router":
+            replace_router(module)
         attends = getattr(module, "attends", None)
         if attends == "merged":
             setattr(module, "forward", MethodType(_forward_merged, module))  # noqa: B010
@@ -29,9 +32,10 @@ def replace_attention(model: PreTrainedModel) -> None:
             setattr(module, "forward", MethodType(_forward_t5, module))  # noqa: B010
 
 
-_OF_T5 = frozenset({"MT5Attention", "T5Attention", "UMT5Attention"})
+_KINDS = ("MT5", "SwitchTransformers", "T5", "UMT5")
+_OF_T5 = frozenset(f"{kind}Attention" for kind in _KINDS)
 _MLPS_OF_T5 = frozenset(
-    f"{kind}{form}ActDense" for kind in ("MT5", "T5", "UMT5") for form in ("Dense", "DenseGated")
+    f"{kind}{form}ActDense" for kind in _KINDS for form in ("Dense", "DenseGated")
 )
 
 
@@ -105,7 +109,7 @@ def _in_heads(states: Tensor, dim: int) -> Tensor:
 
 def _given(module: nn.Module, output: Tensor) -> tuple[Tensor | None, ...]:
     """Return what transformers' own forward pass of an attention module does."""
-    beside = 2 if type(module).__name__ in {"MT5Attention", "T5Attention"} else 1
+    beside = 2 if type(module).__name__ in _OF_T5 - {"UMT5Attention"} else 1
     return (output, *(None,) * beside)
 
 
