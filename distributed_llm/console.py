@@ -148,7 +148,7 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
         _print_table(_out, summary.WORKER_COLUMNS, rows)
     for line in summary.request_lines(status):
         _out.print(line)
-    for line in summary.fetch_lines(status):
+    for line in (*summary.fetch_lines(status), *summary.kernel_lines(status)):
         _out.print(line)
     for worker in status.workers:
         if worker.note:

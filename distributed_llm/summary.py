@@ -81,6 +81,8 @@ def headline(status: ClusterStatus) -> str:
         return what
     if read := sum(pipeline.disk_bytes for pipeline in status.pipelines):
         what += f"; {size_text(read)} of weights are read from disks for every token"
+    if copied := sum(pipeline.ram_bytes for pipeline in status.pipelines):
+        what += f"; {size_text(copied)} of weights are copied to GPUs for every token"
     if status.most_texts:
         room = room_text(status.kv_tokens, status.most_texts)
         return f"{what}; {status.answers_running:,} under way, and room for {room}"
@@ -131,6 +133,13 @@ def fetch_lines(status: ClusterStatus) -> list[str]:
             far = fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)
             lines.append(f"{worker.name} gets weights: {far}")
     return lines
+
+
+def kernel_lines(status: ClusterStatus) -> list[str]:
+    """Return by what GPUs multiply weights of integers."""
+    return [
+        f"{worker.name} multiplies {worker.kernels}" for worker in status.workers if worker.kernels
+    ]
 
 
 def event_line(event: EventStatus) -> str:
@@ -204,20 +213,23 @@ def plan_lines(run: DryRun) -> list[str]:
         f"memory: {size_text(run.cost.workspace_bytes)} of each machine are kept for what it "
         "computes with",
         *([f"without layers: {list_text(idle)}"] if idle else []),
-        *_disk_lines(run),
+        *_away_lines(run),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
     ]
 
 
-def _disk_lines(run: DryRun) -> list[str]:
+def _away_lines(run: DryRun) -> list[str]:
     return [
-        f"{stage.worker}: {size_text(stage.disk_bytes)} of "
-        f"{size_text(run.cost.weight_bytes(stage.layers))} fit into no memory and are read from "
-        "its disk for every token"
+        f"{stage.worker}: {size_text(nbytes)} of "
+        f"{size_text(run.cost.weight_bytes(stage.layers))} {how} for every token"
         for plan in run.plans
         for stage in plan
-        if stage.from_disk
+        for nbytes, how in (
+            (stage.ram_bytes, "do not fit on its GPU and are copied there from memory"),
+            (stage.disk_bytes, "fit into no memory and are read from its disk"),
+        )
+        if nbytes
     ]
 
 

@@ -324,6 +324,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "use_mem_rope": True,
     },
     "mamba": {"state_size": 8},
+    "rwkv": {"rescale_every": 2},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minimax": {

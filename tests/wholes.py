@@ -69,6 +69,7 @@ WHOLES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "internvl": ("qwen2", {}, True),
     "llama4": ("llama4_text", FAMILIES["llama4_text"], False),
     "llava": ("llama", {}, False),
+    "minimax_m3_vl": ("minimax_m3_vl_text", FAMILIES["minimax_m3_vl_text"], False),
     "mistral3": ("mistral", {"head_dim": 16}, False),
     "mistral3 of mistral4": ("mistral4", _MISTRAL4, False),
     "qwen2_5_vl": ("qwen2_5_vl_text", _QWEN2, False),

@@ -11,6 +11,7 @@ from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
+from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.text_config import PART_OF
@@ -110,6 +111,7 @@ VERIFIED: frozenset[str] = frozenset(
         "mamba2",
         "minimax",
         "minimax_m2",
+        "minimax_m3_vl_text",
         "ministral",
         "ministral3",
         "mistral",
@@ -144,6 +146,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_next",
         "recurrent_gemma",
         "rembert",
+        "rwkv",
         "seed_oss",
         "smollm3",
         "solar_open",
@@ -208,7 +211,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     ),
     _OWN_STATE: (
         "qwen4_exp_text",
-        "rwkv",
         "xlstm",
         "zaya",
     ),
@@ -345,7 +347,7 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
     # Short texts, as in a check, would not show it.
-    if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
+    if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
         yield _PICKS
 
 

@@ -65,6 +65,7 @@ _NEVER_TIED_NAME = re.compile(
 _KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
 _HEAD_NAME = re.compile(
     r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+    r"|^head\.weight$"
 )
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""

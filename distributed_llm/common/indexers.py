@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
 
 INDEXED: frozenset[str] = frozenset({"axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"})
 """Model types with indexers; all of them have latent attention."""
@@ -30,6 +31,9 @@ def index_key_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...
         config: the content of config.json.
         num_layers: of the model.
     """
+    blocks = key_block_sizes(config)
+    if blocks is not None:
+        return tuple(blocks.key_dim * picks for picks in picking_layers(config, num_layers))
     if config.get("model_type") not in INDEXED:
         return (0,) * num_layers
     dim = config.get("index_head_dim", _KEY_DIM_BY_DEFAULT)

@@ -170,6 +170,11 @@ def _griffin(config: Config) -> MixerSizes:
     return MixerSizes(width * ((_told(config, "conv1d_width") or 4) - 1), width, 1, 1)
 
 
+def _rwkv(config: Config) -> MixerSizes:
+    width = _told(config, "attention_hidden_size") or hidden_size(config)
+    return MixerSizes(2 * hidden_size(config), width, 3, 1)
+
+
 def _told(config: Config, name: str) -> int | None:
     """Return a size that config.json need not have, None if it has not."""
     return None if config.get(name) is None else positive(config, name)
@@ -197,6 +202,7 @@ _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     **dict.fromkeys(MAMBA, _mamba),
     "minimax": _lightning,
     "recurrent_gemma": _griffin,
+    "rwkv": _rwkv,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

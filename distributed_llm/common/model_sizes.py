@@ -227,9 +227,9 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
-    share, with an indexer's key behind it; of model types whose attention keeps its latents for
-    itself, keys and values for every head of the queries. Layers that read the keys and values of
-    others keep none.
+    share, with an indexer's key behind it; such a key lies behind the keys of heads as well, in
+    parts. Of model types whose attention keeps its latents for itself, keys and values for every
+    head of the queries. Layers that read the keys and values of others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     if is_encoder_decoder(config):
@@ -243,7 +243,8 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     kinds, index_dims, sizes = layer_types(config, count), index_key_dims(config, count), []
     for layer, lender in enumerate(kv_lenders(config, count)):
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
-        dims = (heads.key_dim + index_dims[layer], heads.value_dim)
+        beside = -(-index_dims[layer] // heads.kv_heads)  # the heads have a part of it each
+        dims = (heads.key_dim + beside, heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
         sizes.append(one * attentions_per_layer(config) if lender is None else 0)
     return tuple(sizes)

@@ -9,6 +9,7 @@ from typing import Any
 
 from distributed_llm.common.encoder_decoders import as_decoder, is_encoder_decoder, of_decoder
 from distributed_llm.common.indexers import index_key_dims
+from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
 from distributed_llm.common.latents import keeps_latents, most_absorbed
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.mixer_workspace import mixer_bytes
@@ -99,6 +100,7 @@ def _bytes_in_stack(
     attention_bytes = tokens * _attention_width(config) * item_bytes
     if keeps_latents(config):
         attention_bytes += _latents_bytes(config, tokens, item_bytes)
+    attention_bytes += _picked_bytes(config, tokens, item_bytes)
     mlp_bytes = tokens * _mlp_width(config, hidden) * item_bytes
     mixing_bytes = mixer_bytes(config, dtype, tokens=tokens, rows=rows)
     layer_bytes = max(attention_bytes, mlp_bytes, mixing_bytes)
@@ -159,6 +161,27 @@ def _chosen_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     return chosen + max(choosing, attending)
 
 
+def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
+    """Return what attention to picked blocks takes at once, beside queries and the like."""
+    sizes = key_block_sizes(config)
+    if sizes is None or not any(picking_layers(config, num_layers(config))):
+        return 0
+    heads, kv_heads, key_dim, value_dim = head_sizes(config)
+    positions = -(-context_length(config) // sizes.block) * sizes.block
+    picking = positions * sizes.key_dim * (2 * item_bytes + 4)
+    picking += _COPIES_OF_INDEX_SCORES * SCORES_AT_ONCE * 4
+    picking += kv_heads * min(tokens, QUERIES_AT_ONCE) * positions // sizes.block * 8
+    beside = -(-sizes.key_dim // kv_heads)
+    width = kv_heads * (key_dim + beside + value_dim)
+    most = min(sizes.seen, positions)
+    at_once = min(EXPANDED_AT_ONCE // width, SCORES_AT_ONCE // heads)
+    at_once = min(tokens * most, max(most, at_once))
+    attending = at_once * (width * item_bytes + heads * 4 * _COPIES_OF_SCORES + kv_heads * 24)
+    attending += tokens * heads * (2 * (key_dim + beside) + value_dim) * item_bytes
+    picked = kv_heads * tokens * sizes.most * 8
+    return picked + max(picking, attending)
+
+
 def _mlp_width(config: Config, hidden: int) -> int:
     """Return the numbers that the widest MLP holds of each token."""
     if "n_inner" in config:  # GPT-2 and its kin
@@ -176,6 +199,7 @@ def _mlp_width(config: Config, hidden: int) -> int:
     expert = _size(config, "moe_intermediate_size") or _size(config, "expert_ffn_hidden_size")
     expert = expert or dense
     shared = _size(config, "shared_expert_intermediate_size")
+    shared = shared or _size(config, "shared_intermediate_size")
     shared_experts = _size(config, "n_shared_experts") or _size(config, "num_shared_experts")
     shared = shared or shared_experts * expert
     return max(held * dense, chosen * (held * expert + 4 * hidden) + held * shared)

@@ -127,13 +127,15 @@ class ServedModel:
         room_bytes = max(0, machine.memory_bytes - self.workspace_on(machine)) // wider
         if wider == 1:
             return msgspec.structs.replace(machine, memory_bytes=room_bytes)
-        disk_bytes_per_s = machine.disk_bytes_per_s
+        disk, ram = machine.disk_bytes_per_s, machine.ram_bytes_per_s
         return msgspec.structs.replace(
             machine,
             memory_bytes=room_bytes,
             memory_bandwidth_bytes_per_s=machine.memory_bandwidth_bytes_per_s / wider,
             offload_bytes=machine.offload_bytes // wider,
-            disk_bytes_per_s=disk_bytes_per_s and disk_bytes_per_s / wider,
+            disk_bytes_per_s=disk and disk / wider,
+            ram_bytes=machine.ram_bytes // wider,
+            ram_bytes_per_s=ram and ram / wider,
         )
 
     def _widening(self, machine: Capabilities) -> int:

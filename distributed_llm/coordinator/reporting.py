@@ -154,6 +154,7 @@ class Reporting:
             lineage=pipeline.lineage,
             quantize=pipeline.quantize,
             disk_bytes=pipeline.disk_bytes,
+            ram_bytes=pipeline.ram_bytes,
             kv_dtype=self._cluster.model.kv_dtype,
             memory=formats.memory if formats else "",
             exact=formats.exact if formats else True,

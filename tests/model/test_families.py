@@ -208,7 +208,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     [
         ("llama", {"alibi": True}),
         ("xlstm", {}),
-        ("rwkv", {}),
+        ("zaya", {}),
         ("whisper", {}),
         ("mllama", {}),
         ("gemma", {"part_of": "paligemma"}),

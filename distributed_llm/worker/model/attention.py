@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.indexers import Choice
+from distributed_llm.worker.model.key_block_attention import attend_picked
+from distributed_llm.worker.model.key_blocks import KeyBlockChoice
 from distributed_llm.worker.model.latent_attention import attend_latents
 from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
@@ -39,6 +41,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
     indices: Choice | None = None,
+    block_indices: KeyBlockChoice | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of each packed sequence over its cached positions and its new tokens.
@@ -58,6 +61,8 @@ def packed_attention(
         slopes: [heads], as in `Scoring`.
         indices: by what the tokens choose the positions that they attend to, or have chosen them in
             an earlier layer; None: they attend to all.
+        block_indices: by what the tokens pick the blocks of positions that they attend to; None:
+            they attend to all.
         kwargs: for other attention implementations; ignored, except for `position_bias`.
 
     Returns:
@@ -78,13 +83,16 @@ def packed_attention(
     section = step.sections[layer] if step.sections else 0
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
+    if block_indices is not None:
+        told = (query[0], key[0], value[0], scoring, block_indices)
+        return attend_picked(step, layer, *told)[None], None
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])
         if indices is not None:
             chooses = getattr(module, "indexer", None) is not None
-            told = (indices, chooses)
-            return attend_chosen(step, layer, *own, scoring, expansion, *told)[None], None
+            chosen = (indices, chooses)
+            return attend_chosen(step, layer, *own, scoring, expansion, *chosen)[None], None
         return attend_latents(step, layer, *own, scoring, expansion)[None], None
     if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None

@@ -30,6 +30,7 @@ from distributed_llm.worker.model.config_faults import refused
 from distributed_llm.worker.model.fixed_rope import fix_rope
 from distributed_llm.worker.model.idle_experts import leave_out_idle_experts
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
+from distributed_llm.worker.model.rwkv_blocks import use_layers_with_caches
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
 from distributed_llm.worker.model.stacks.attention import STACK_ATTENTION
 from distributed_llm.worker.model.stacks.joined import join_stacks
@@ -168,5 +169,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if stacks:
         join_stacks(model)
     tell_positions(model)
+    use_layers_with_caches(model)
     tell_of_sorted_experts(model)
     return model

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
+from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION
 from distributed_llm.worker.model.packed_step import PackedStep, running
-from distributed_llm.worker.model.recorded_layers import record_layers
+from distributed_llm.worker.model.recorded_layers import Kept, record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
 
 
@@ -64,7 +65,7 @@ class Forward:
         record_layers(
             stage_model.layers,
             [
-                kv and not state and attentions == 1 and self._calls_attention_plainly()
+                Kept(kv, state) if attentions == 1 and self._calls_attention_plainly() else None
                 for kv, state in zip(keeps_kv, keeps_state, strict=True)
             ],
             *(device, dtype),
@@ -77,7 +78,7 @@ class Forward:
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION | INDEXED
+        return not shares and config.model_type not in OWN_ATTENTION | INDEXED | PICKS_BLOCKS
 
     @property
     def progress(self) -> Callable[[], None] | None:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.key_blocks import key_block_sizes
 from distributed_llm.common.latents import keeps_latents
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
@@ -40,6 +41,7 @@ from distributed_llm.worker.model.integer_targets import (
     slot_of,
 )
 from distributed_llm.worker.model.kernels import pack_linear_layers
+from distributed_llm.worker.model.key_blocks import use_key_block_indexers
 from distributed_llm.worker.model.latents import keep_latents
 from distributed_llm.worker.model.layer_cuts import CutFloats, LayerCut
 from distributed_llm.worker.model.quantized.affine import AffineWeight
@@ -86,6 +88,7 @@ class ModelLoader:
         self._where = f"{checkpoint.place}, {checkpoint.model_type!r} model"
         self._described_by = checkpoint.described_by
         self._keeps_latents = keeps_latents(checkpoint.config)
+        self._picks_blocks = key_block_sizes(checkpoint.config) is not None
         self._device = device
         self._dtype = dtype
         self._mapping = conversions_of(model)
@@ -112,7 +115,8 @@ class ModelLoader:
             CheckpointError: weights are missing, of the wrong shape, or unreadable.
         """
         keep_plain(layer)
-        keep_weights_plain(layer)
+        if self._keeps_latents:
+            keep_weights_plain(layer)
         for module in self._shell.modules():
             if isinstance(module, PreTrainedModel):
                 cast(Any, module)._is_hf_initialized = False  # it may make buffers of its layers
@@ -122,6 +126,8 @@ class ModelLoader:
             if self._keeps_latents:
                 keep_latents(layer)
                 use_packed_indexers(layer)
+            if self._picks_blocks:
+                use_key_block_indexers(layer)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)
