@@ -75,6 +75,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "bart": {**_OF_BART, "forced_eos_token_id": None},
     "mbart": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
+    "mvp": {**_OF_BART, "forced_eos_token_id": None},
     "plbart": {**_OF_BART, "forced_eos_token_id": None},
     "pegasus": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
     "marian": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},

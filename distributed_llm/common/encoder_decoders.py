@@ -46,7 +46,7 @@ ENCODER_DECODERS = frozenset(
         *BIASED,
         *_WITHOUT_PREFIX,
         *_IN_PARTS,
-        *("bart", "mbart", "plbart", "pegasus", "marian", "m2m_100"),
+        *("bart", "mbart", "mvp", "plbart", "pegasus", "marian", "m2m_100"),
         *("blenderbot", "blenderbot-small"),
     }
 )

@@ -43,13 +43,21 @@ def test_workers_have_layers_of_an_encoder_or_of_a_decoder() -> None:
         ("prophetnet", "several streams"),
         ("nllb-moe", "what others ask at the same time"),
         ("whisper", "pictures or sound"),
-        ("seamless_m4t", "an encoder-decoder of another kind"),
+        ("encoder-decoder", "models of any types"),
+        ("some-other", "an encoder-decoder of another kind"),
     ],
 )
 def test_others_are_refused_for_what_they_do(model_type: str, why: str) -> None:
     refused = why_refused({"model_type": model_type, "is_encoder_decoder": True})
     assert refused is not None
     assert why in refused
+
+
+def test_models_with_prompts_of_their_own_are_refused() -> None:
+    assert why_refused({"model_type": "mvp"}) is None
+    refused = why_refused({"model_type": "mvp", "use_prompt": True})
+    assert refused is not None
+    assert "prompts of its own" in refused
 
 
 @pytest.mark.parametrize("text", ["text_model.", ""])

@@ -30,6 +30,7 @@ _OF_TYPE: Mapping[str, str] = {
     "marian": "MarianTokenizer",
     "mbart": "MBartTokenizer",
     "mt5": "T5Tokenizer",
+    "mvp": "MvpTokenizer",
     "pegasus": "PegasusTokenizer",
     "plbart": "PLBartTokenizer",
     "switch_transformers": "T5Tokenizer",

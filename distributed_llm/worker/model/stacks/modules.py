@@ -30,6 +30,8 @@ def replace_forwards(model: PreTrainedModel) -> None:
             setattr(module, "forward", MethodType(_forward_across, module))  # noqa: B010
         elif attends is not None and type(module).__name__ in _OF_T5:
             setattr(module, "forward", MethodType(_forward_t5, module))  # noqa: B010
+        elif attends is not None and type(module).__name__ == "MvpAttention":
+            setattr(module, "forward", MethodType(_forward_mvp, module))  # noqa: B010
 
 
 _KINDS = ("MT5", "SwitchTransformers", "T5", "UMT5")
@@ -60,6 +62,16 @@ def _forward_t5(
     )
     attended, _weights = packed_stack_attention(module, query, key, value, None, scaling=1.0)
     return _given(module, module.o(attended.flatten(2)))
+
+
+def _forward_mvp(module: Any, hidden_states: Tensor, *_: object, **__: object) -> Any:
+    """Compute the attention of MVP, which is that of BART where it has no prompts of its own."""
+    query, key, value = (
+        _in_heads(projection(hidden_states), module.head_dim)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    attended, _weights = packed_stack_attention(module, query, key, value, None)
+    return _given(module, module.out_proj(attended.flatten(2)))
 
 
 def _forward_across(
