@@ -154,6 +154,7 @@ VERIFIED: frozenset[str] = frozenset(
         "starcoder2",
         "vaultgemma",
         "xglm",
+        "xlstm",
         "youtu",
         "zamba",
         "zamba2",
@@ -203,7 +204,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
     ),
     _OWN_STATE: (
         "qwen4_exp_text",
-        "xlstm",
         "zaya",
     ),
     _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
