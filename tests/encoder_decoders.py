@@ -18,6 +18,7 @@ ENCODER_LAYERS = 3
 DECODER_LAYERS = 2
 START = 3
 """The token that decoders start with."""
+PAD = 1
 
 _OF_T5: Mapping[str, Any] = {
     "d_model": 32,
@@ -65,7 +66,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "blenderbot": {**_OF_BART, "forced_eos_token_id": None},
     "blenderbot-small": {**_OF_BART, "forced_eos_token_id": None},
     "t5gemma": {
-        "encoder": {**_OF_GEMMA, "num_hidden_layers": ENCODER_LAYERS},
+        "encoder": {**_OF_GEMMA, "num_hidden_layers": ENCODER_LAYERS, "hidden_size": 40},
         "decoder": {**_OF_GEMMA, "num_hidden_layers": DECODER_LAYERS, "intermediate_size": 40},
     },
 }
@@ -77,7 +78,7 @@ def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel
     tokens = {
         "vocab_size": VOCAB_SIZE,
         "decoder_start_token_id": START,
-        "pad_token_id": 1,
+        "pad_token_id": PAD,
         "eos_token_id": 2,
         "bos_token_id": 0,
     }
@@ -107,18 +108,23 @@ def make(folder: Path, model_type: str, **settings: Any) -> Path:
 
 
 def answered(
-    model: Any, source: Sequence[int], new_tokens: int, start: Sequence[int] = (START,)
+    model: Any,
+    source: Sequence[int],
+    new_tokens: int,
+    start: Sequence[int] = (START,),
+    forced_bos_token_id: int | None = None,
 ) -> list[int]:
     """Return the greedy answer of a model of transformers, without its start tokens."""
     made = model.generate(
         torch.tensor([list(source)]),
         attention_mask=torch.ones((1, len(source)), dtype=torch.int64),
         decoder_input_ids=torch.tensor([list(start)]),
+        decoder_start_token_id=start[0],
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         eos_token_id=None,
-        forced_bos_token_id=None,
+        forced_bos_token_id=forced_bos_token_id,
         forced_eos_token_id=None,
     )
     answer: list[int] = made[0, len(start) :].tolist()

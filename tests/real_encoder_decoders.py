@@ -184,4 +184,29 @@ REAL_STACKS: Mapping[str, RealConfig] = {
         kv_bytes=26 * 2 * 4 * 256 * 2,
         small={},
     ),
+    "google/t5gemma-9b-2b-ul2-it": RealConfig(
+        {
+            "architectures": ["T5GemmaForConditionalGeneration"],
+            "model_type": "t5gemma",
+            "is_encoder_decoder": True,
+            "encoder": {
+                "model_type": "t5_gemma_module",
+                "hidden_size": 3584,
+                "intermediate_size": 14336,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 42,
+                "num_key_value_heads": 8,
+            },
+            "decoder": {
+                "model_type": "t5_gemma_module",
+                "is_decoder": True,
+                "cross_attention_hidden_size": 3584,
+            },
+            "vocab_size": 256000,
+        },
+        layers=68,
+        billions=12.292,
+        kv_bytes=26 * 2 * 4 * 256 * 2,
+        small={},
+    ),
 }

@@ -178,6 +178,13 @@ _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
+_ENCODER_IN_BLOCKS = "its encoder attends in blocks or windows of the text"
+_TWO_VOCABULARIES = "its encoder and its decoder have vocabularies of different sizes"
+_SEVERAL_STREAMS = "its decoder computes several streams, one for each of the next tokens"
+_EXPERTS_ARE_FULL = (
+    "its experts take so many tokens of a step and no more, so that what others ask at the same "
+    "time would change an answer"
+)
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
@@ -191,6 +198,7 @@ _UNMASKED = "its tokens see those after them, which are not there yet when gener
 _ENCODES = f"without is_decoder = true in config.json, {_UNMASKED}"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
+_WRITES_SOUND = "its tokens are sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
@@ -206,8 +214,12 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "qwen4_exp_text",
         "zaya",
     ),
-    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
-    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
+    _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
+    _TWO_VOCABULARIES: ("fsmt",),
+    _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
+    _EXPERTS_ARE_FULL: ("nllb-moe",),
+    _WRITES_SOUND: ("musicgen", "musicgen_melody"),
+    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git", "trocr", "whisper"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
@@ -316,8 +328,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
-    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
-        yield "its encoder and its decoder have hidden states of different sizes"
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -339,13 +349,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
         yield _PICKS
-
-
-def _widths(config: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
-    for part in ("encoder", "decoder"):
-        if isinstance(own := config.get(part), Mapping):
-            yield own.get("hidden_size")
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:

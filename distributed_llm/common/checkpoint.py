@@ -21,6 +21,7 @@ from distributed_llm.common.encoder_decoders import (
     StackNames,
     is_encoder_decoder,
     of_decoder,
+    of_stack,
     stays_float32,
 )
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
@@ -173,6 +174,11 @@ class Checkpoint:
         """Width of the hidden states between layers."""
         return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
+    @property
+    def source_size(self) -> int:
+        """Width of the hidden states of what an encoder reads; without one, as `hidden_size`."""
+        return sizes.source_size(self.config) * sizes.streams(self.config)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
@@ -218,9 +224,10 @@ class Checkpoint:
         layers = layers_by_prefix(map(self._text.of, self.tensors)).values()
         wanted = set(range(self.num_layers))
         best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
+        count, layer, stack = of_stack(self.config, self.num_layers, min(wanted - best))
         raise CheckpointError(
-            f"{self.place}: {self.described_by} promises {self.num_layers} layers, but the files "
-            f"have no tensors of layer {min(wanted - best)}. They are not all files of the model, "
+            f"{self.place}: {self.described_by} promises {count} layers{stack}, but the files "
+            f"have no tensors of layer {layer}{stack}. They are not all files of the model, "
             f"or {self.described_by} is another model's; compare them with the original."
         )
 

@@ -47,6 +47,9 @@ _COUNTS = {
 }
 """Names of the numbers of layers."""
 
+_OWN_SIZES = ("decoder_attention_heads", "decoder_ffn_dim")
+"""Names of sizes in which decoders may differ from encoders, which have them under like names."""
+
 _LAYER = re.compile(
     r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder)\.(?:block|layers)"
     r"\.(?P<layer>\d+)\.(?P<rest>.+)$"
@@ -85,6 +88,36 @@ def decoder_layers(config: Config) -> int:
     return _count(config, "decoder")
 
 
+def check_heads(config: Config) -> None:
+    """Raise if hidden states cannot be shared out among the heads of both stacks.
+
+    Raises:
+        CheckpointError: they cannot. transformers would name their size alone.
+    """
+    width = config.get("d_model")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        heads = config.get(name)
+        if type(width) is type(heads) is int and heads > 0 and width % heads:
+            raise CheckpointError(
+                f"config.json has {name} = {heads} and d_model = {width}, which {heads} heads "
+                "cannot share evenly. Copy that of the original model."
+            )
+
+
+def of_stack(config: Config, num_layers: int, layer: int) -> tuple[int, int, str]:
+    """Return how many layers a layer's stack has, its number there, and words for the stack.
+
+    Args:
+        config: the content of config.json.
+        num_layers: of both stacks, or of a decoder alone, for which there are no words.
+        layer: its number among these.
+    """
+    before = encoder_layers(config)
+    if layer < before:
+        return before, layer, " of its encoder"
+    return num_layers - before, layer - before, " of its decoder" if before else ""
+
+
 def of_decoder(config: Config) -> Config:
     """Return a configuration in which sizes of the decoder stand under the usual names.
 
@@ -104,6 +137,14 @@ def of_decoder(config: Config) -> Config:
     }
     given = {name: value for name, value in usual.items() if value is not None}
     return {**{name: config[name] for name in config if name != "n_positions"}, **given}
+
+
+def as_decoder(config: Config) -> Config:
+    """Return the configuration of an encoder-decoder whose decoder had the sizes of its encoder."""
+    if config.get("model_type") in _IN_PARTS:
+        return {**config, "decoder": config.get("encoder")}
+    ours = {name: name.replace("decoder_", "encoder_") for name in _OWN_SIZES}
+    return {**config, **{name: config.get(own, config.get(name)) for name, own in ours.items()}}
 
 
 def stays_float32(config: Config, name: str) -> bool:

@@ -63,7 +63,7 @@ def int4_form(shape: tuple[int, ...]) -> WeightForm:
 def bytes_in_memory(weight: StoredWeight, form: WeightForm | None, dtype: DtypeName) -> int:
     """Return the bytes of a weight in this form, of which floating-point numbers are `dtype`."""
     if form is not None:
-        return form.nbytes(weight.shape)
+        return form.nbytes(weight.shape, dtype)
     parts = weight.parts.values()
     if weight.scheme is None and any(not part.dtype.startswith(("F", "BF")) for part in parts):
         return sum(part.nbytes for part in parts)  # a buffer of integers stays what it is

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
+    as_decoder,
+    check_heads,
     decoder_layers,
     encoder_layers,
     is_encoder_decoder,
@@ -100,6 +102,9 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    source_size(config)
+    if is_encoder_decoder(config):
+        check_heads(config)
     config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
@@ -188,6 +193,11 @@ def attentions_per_layer(config: Config) -> int:
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
     return positive(of_decoder(config), "hidden_size", "n_embd", "d_model", "embedding_dim")
+
+
+def source_size(config: Config) -> int:
+    """Return the width of hidden states between an encoder's layers, and of what it gives."""
+    return hidden_size(as_decoder(config) if is_encoder_decoder(config) else config)
 
 
 def streams(config: Config) -> int:

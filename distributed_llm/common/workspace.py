@@ -7,7 +7,7 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
-from distributed_llm.common.encoder_decoders import of_decoder
+from distributed_llm.common.encoder_decoders import as_decoder, is_encoder_decoder, of_decoder
 from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
 from distributed_llm.common.latents import keeps_latents, most_absorbed
@@ -85,8 +85,16 @@ def workspace_bytes(
         tokens: of a step at most.
         rows: of them that are sampled at most.
     """
+    stacks = [config, as_decoder(config)] if is_encoder_decoder(config) else [config]
+    sizes = {"vocab_size": vocab_size, "tokens": tokens, "rows": rows}
+    return max(_bytes_in_stack(of_decoder(stack), dtype, **sizes) for stack in stacks)
+
+
+def _bytes_in_stack(
+    config: Config, dtype: DtypeName, *, vocab_size: int, tokens: int, rows: int
+) -> int:
+    """Return what `workspace_bytes` does, of one stack of layers."""
     item_bytes = ITEM_BYTES[dtype]
-    config = of_decoder(config)
     hidden = hidden_size(config)
     scores = _scores(config, tokens) if _scores_by_hand(config) else 0
     attention_bytes = tokens * _attention_width(config) * item_bytes

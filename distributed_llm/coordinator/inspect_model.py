@@ -72,6 +72,7 @@ def served_model(
         exceeds_float16=checkpoint.model_type in EXCEEDS_FLOAT16,
         formats={one.quantize: formats_of(checkpoint, dtype, one.quantize) for one in costs},
         hidden_size=checkpoint.hidden_size,
+        source_size=checkpoint.source_size if costs[0].encoder_layers else 0,
         defaults=defaults,
         digest=lambda layers: checkpoint.digest(layers, prints),
         model_type=checkpoint.model_type,

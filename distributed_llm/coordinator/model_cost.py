@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from distributed_llm.common.layer_sharing import pieces
 from distributed_llm.common.layer_states import HELD_STATES
-from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
+from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_away
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
@@ -172,18 +172,14 @@ class ModelCost:
         """Return whether stages may begin with these layers."""
         return not set(starts).intersection(self.uncut)
 
-    def bytes_from_disk(self, layers: LayerRange, count: int) -> int:
-        """Return the bytes that a stage reads in every step if `count` layers stay on the disk."""
-        return sum(self._sizes_on_disk(layers, count))
-
-    def bytes_in_memory(self, layers: LayerRange, count: int) -> int:
-        """Return the bytes of weights that stay in memory if `count` layers stay on the disk."""
-        saved = sorted(self._sizes_on_disk(layers, count))[:-LAYERS_AT_ONCE]
+    def bytes_on_device(self, layers: LayerRange, count: int) -> int:
+        """Return the bytes of weights on the device of a stage if `count` layers are away."""
+        saved = sorted(self.sizes_away(layers_away(layers, count)))[:-LAYERS_AT_ONCE]
         return self.weight_bytes(layers) - sum(saved)
 
-    def _sizes_on_disk(self, layers: LayerRange, count: int) -> list[int]:
-        on_disk = layers_on_disk(layers, count)
-        return [self.layer_bytes[layer] - self.table_bytes for layer in on_disk]
+    def sizes_away(self, gone: Iterable[int]) -> list[int]:
+        """Return the bytes that each of some layers, by number, takes in another place."""
+        return [self.layer_bytes[layer] - self.table_bytes for layer in gone]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with a sequence, and `kv_tokens` positions of KV cache."""

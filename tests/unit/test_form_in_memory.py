@@ -69,8 +69,12 @@ def test_groups_divide_the_inputs() -> None:
 def test_bytes() -> None:
     weight = stored(LAYER + "mlp.up_proj.weight", (64, 128))
     assert bytes_in_memory(weight, None, "float32") == 64 * 128 * 4
-    assert bytes_in_memory(weight, INT8, "float32") == 64 * 128 + 64 * 4
-    assert bytes_in_memory(weight, WeightForm(4, 64), "float32") == 64 * 64 + 64 * 2 * 4
+    assert bytes_in_memory(weight, INT8, "float32") == 64 * 128 + 64 * 6
+    assert bytes_in_memory(weight, WeightForm(4, 64), "float32") == 64 * 64 + 64 * 2 * 8
+    assert bytes_in_memory(weight, WeightForm(4, 64), "bfloat16") == 64 * 64 + 64 * 2 * 4
+    large = stored(LAYER + "mlp.up_proj.weight", (512, 128))
+    assert bytes_in_memory(large, INT8, "float32") == 512 * 128 + 512 * 4
+    assert bytes_in_memory(large, WeightForm(4, 64), "float32") == 512 * 64 + 512 * 2 * 4
     assert bytes_in_memory(stored("position_ids", (512,), "I64"), None, "bfloat16") == 99
 
 

@@ -171,26 +171,30 @@ class Pipelines:
         return self._model.dtype if form == "none" else form
 
     def _tell_offloaded(self, pipeline: Pipeline) -> list[Action]:
-        """Say what is read from disks in every step, and how long that takes."""
-        times = {
-            stage.worker: stage.disk_bytes / rate
-            for stage in pipeline.stages_on_disk
-            if (rate := self._disk_rate(stage.worker))
-        }
-        if not times:
-            return []
-        note = self._event_log.note(
-            EventKind.LAYERS_ON_DISK,
-            epoch=pipeline.epoch,
-            nbytes=pipeline.disk_bytes,
-            workers=list_text(times),
-            read_s=sum(times.values()),
-        )
-        return [note]
-
-    def _disk_rate(self, name: WorkerId) -> float | None:
-        found = (w.capabilities for w in self._registry.workers if w.id == name)
-        return next((one.disk_bytes_per_s for one in found), None)
+        """Say what is brought to devices in every step, from where, and how long that takes."""
+        machines = {worker.id: worker.capabilities for worker in self._registry.workers}
+        from_ram: dict[WorkerId, float] = {}
+        from_disk: dict[WorkerId, float] = {}
+        for stage in pipeline.plan:
+            machine = machines[stage.worker]
+            if stage.ram_bytes and machine.ram_bytes_per_s:
+                from_ram[stage.worker] = stage.ram_bytes / machine.ram_bytes_per_s
+            if stage.disk_bytes and machine.disk_bytes_per_s:
+                from_disk[stage.worker] = stage.disk_bytes / machine.disk_bytes_per_s
+        return [
+            self._event_log.note(
+                kind,
+                epoch=pipeline.epoch,
+                nbytes=nbytes,
+                workers=list_text(times),
+                read_s=sum(times.values()),
+            )
+            for kind, nbytes, times in (
+                (EventKind.LAYERS_IN_RAM, pipeline.ram_bytes, from_ram),
+                (EventKind.LAYERS_ON_DISK, pipeline.disk_bytes, from_disk),
+            )
+            if times
+        ]
 
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
@@ -364,6 +368,7 @@ class Pipelines:
                 kv_tokens=planned.kv_tokens,
                 workspace_bytes=self._model.workspace_on(machine),
                 from_disk=planned.from_disk,
+                from_ram=planned.from_ram,
                 link_key=key,
                 next_stage=None
                 if after is None

@@ -149,9 +149,9 @@ class Pipeline:
         return self.plan[0].quantize
 
     @property
-    def stages_on_disk(self) -> Plan:
-        """The stages with layers that are read from a disk in every step."""
-        return tuple(stage for stage in self.plan if stage.from_disk)
+    def ram_bytes(self) -> int:
+        """Bytes that all its stages together copy to their GPUs in every step."""
+        return sum(stage.ram_bytes for stage in self.plan)
 
     @property
     def disk_bytes(self) -> int:

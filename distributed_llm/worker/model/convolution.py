@@ -2,12 +2,18 @@
 
 On CPUs torch computes such a convolution channel by channel, which takes longer than all the rest
 of a small layer. As a sum of as many products as the window has columns, it is as quick as reading.
+The C library computes a single column of bfloat16.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.activations import ACT2FN
+
+from distributed_llm.worker.model.kernels.native.recurrences import can_convolve, convolve
+
+_BY_LIBRARY = (None, "silu", "swish")
+"""Activations that the C library has."""
 
 
 def causal_conv1d_update(
@@ -26,6 +32,9 @@ def causal_conv1d_update(
         bias: [channels].
         activation: transformers' name of what is applied to the result.
     """
+    if activation in _BY_LIBRARY and can_convolve(hidden_states, conv_state, weight, bias):
+        silu = activation is not None
+        return convolve(hidden_states, conv_state, weight, bias, silu=silu)
     columns = torch.cat([conv_state, hidden_states], dim=-1)
     conv_state.copy_(columns[..., -conv_state.shape[-1] :])
     tokens = hidden_states.shape[-1]

@@ -14,7 +14,7 @@ from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION
 from distributed_llm.worker.model.packed_step import PackedStep, running
-from distributed_llm.worker.model.recorded_layers import record_layers
+from distributed_llm.worker.model.recorded_layers import Kept, record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
 
 
@@ -65,7 +65,7 @@ class Forward:
         record_layers(
             stage_model.layers,
             [
-                kv and not state and attentions == 1 and self._calls_attention_plainly()
+                Kept(kv, state) if attentions == 1 and self._calls_attention_plainly() else None
                 for kv, state in zip(keeps_kv, keeps_state, strict=True)
             ],
             *(device, dtype),

@@ -22,6 +22,11 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
 from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
+from distributed_llm.worker.model.recurrent_steps import (
+    RECURRENT_STEPS,
+    lending,
+    lent_dimensions,
+)
 from distributed_llm.worker.model.selective_scan import (
     going_on_from,
     scan_from_states,
@@ -83,8 +88,11 @@ class StateLayer(nn.Module):
             )
         found = forward.__globals__
         ours = {name: made(found[name]) for name, made in _SCANS.items() if name in found}
+        called = [name for name in RECURRENT_STEPS if name in forward.__code__.co_names]
+        steps = {name: RECURRENT_STEPS[name](found[name]) for name in called}
+        self._lent_dimensions = lent_dimensions(called)
         self._elsewhere = _with_globals(forward, ours)
-        self._on_cpu = _with_globals(forward, {**ours, **_CONVOLUTIONS})
+        self._on_cpu = _with_globals(forward, {**ours, **steps, **_CONVOLUTIONS})
 
     def forward(self, hidden_states: Tensor, *beside: object, **kwargs: Any) -> Any:
         """Return what the mixer makes of the packed hidden states [1, tokens, hidden_size].
@@ -118,10 +126,13 @@ class StateLayer(nn.Module):
     def _run(self, group: StateGroup, layer: int, states: Tensor, kwargs: dict[str, Any]) -> Any:
         """Compute [sequences, tokens, hidden_size], and keep the new states."""
         given = group.given(layer)
-        compute = self._on_cpu if states.device.type == "cpu" else self._elsewhere
-        cache = MixerCache(given)
+        on_cpu = states.device.type == "cpu"
+        compute = self._on_cpu if on_cpu else self._elsewhere
+        state = given.get(RECURRENCE) if given else None
+        lends = on_cpu and state is not None and state.dim() == self._lent_dimensions
+        cache = MixerCache(given, lends=lends)
         told = {**kwargs, self._cache: cache}
-        with going_on_from(given.get(RECURRENCE) if given else None):
+        with going_on_from(state), lending(cache.take if lends else None):
             output = compute(self.mixer, hidden_states=states, **told)
         group.made[layer] = cache.made
         return output
@@ -132,13 +143,15 @@ class MixerCache:
 
     Args:
         given: the states before, not to be written; None: the sequences begin here.
+        lends: whether the mixer does not write the state of its first recurrence.
 
     Attributes:
         made: the states after.
     """
 
-    def __init__(self, given: StateTensors | None) -> None:
+    def __init__(self, given: StateTensors | None, *, lends: bool = False) -> None:
         self._given = given or {}
+        self._lends = lends
         self.made: StateTensors = {}
 
     def has_previous_state(
@@ -156,8 +169,17 @@ class MixerCache:
         return self._writable(f"window{state_idx}")
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state of a recurrence, which may be written; None at the beginning."""
+        """Return the state of a recurrence, which may be written if it is not lent.
+
+        None at the beginning.
+        """
+        if self._lends and not state_idx:
+            return self._given[RECURRENCE]
         return self._writable(RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}")
+
+    def take(self, state: Tensor) -> None:
+        """Take the new state of the first recurrence."""
+        self.made[RECURRENCE] = state
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
         """Return the state of a recurrence, as MiniMax's attention asks for it."""
@@ -187,14 +209,15 @@ class MixerCache:
         else:
             size = conv_kernel_size or conv_states.shape[-1]
             columns = nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
-        self.made[name] = columns[..., -size:].clone()
+        self.made[name] = columns[..., -size:].clone(memory_format=torch.contiguous_format)
         return columns
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Take the new state of a recurrence."""
-        self.made[RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}"] = recurrent_states
+        name = RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}"
+        self.made[name] = recurrent_states.contiguous()
         return recurrent_states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.away_layers import turn_of
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
@@ -136,7 +137,8 @@ class StackForward:
             self._hooks.begin()
         assert states is not None
         for layer, across in enumerate(self._across, self._num_encoders):
-            keys, values = projected_source(across, states)
+            with turn_of(self._decoding[layer - self._num_encoders]):
+                keys, values = projected_source(across, states)
             for part in step.slices:
                 own = slice(part.row, part.row + part.num_tokens)
                 step.cache.append(layer, part.sequence_id, part.start, keys[:, own], values[:, own])

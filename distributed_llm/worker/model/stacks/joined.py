@@ -9,6 +9,7 @@ which they embed.
 from collections.abc import Container, Iterable, Iterator
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -59,12 +60,13 @@ def join_stacks(model: PreTrainedModel) -> None:
     replace_attention(model)
 
 
-def link_stacks(model: PreTrainedModel, num_encoder_layers: int) -> None:
+def link_stacks(model: PreTrainedModel, num_encoder_layers: int, device: torch.device) -> None:
     """Give each stack the layers of it that a stage has, and the matrix by which it embeds.
 
     Args:
         model: loaded, with the layers of the stage.
         num_encoder_layers: how many of these are the encoder's.
+        device: that it computes on.
     """
     layers = cast(nn.ModuleList, model.get_submodule(PATH))
     shared = _shared_embedding(model)
@@ -77,7 +79,7 @@ def link_stacks(model: PreTrainedModel, num_encoder_layers: int) -> None:
             cast(Any, stack).embed_tokens = shared
         for module in stack.modules():
             if isinstance(module, ComputedPositions):
-                module.device = next(layers.parameters()).device
+                module.device = device
         _give_biases(stack, own)
 
 
