@@ -156,6 +156,7 @@ VERIFIED: frozenset[str] = frozenset(
         "starcoder2",
         "vaultgemma",
         "xglm",
+        "xlstm",
         "youtu",
         "zamba",
         "zamba2",
@@ -218,7 +219,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "xlm",
     ),
     _OWN_STATE: (
-        "xlstm",
         "zaya",
     ),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
