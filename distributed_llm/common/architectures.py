@@ -218,9 +218,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: (
-        "zaya",
-    ),
+    _OWN_STATE: ("zaya",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
