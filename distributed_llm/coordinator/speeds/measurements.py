@@ -37,7 +37,7 @@ class Measurements:
     def __init__(self, cost: ModelCost, *, item_bytes: int, bytes_per_token: int) -> None:
         self._cost = cost
         self._item_bytes = item_bytes
-        self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
+        self._mean_bytes = sum(cost.read_bytes) / cost.num_layers
         self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
         self._overflows: dict[WorkerId, Overflow] = {}

@@ -77,7 +77,7 @@ class Prior:
         item_s = (
             2 / capabilities.flops_per_s / item_bytes
         )  # multiply and add, per byte of parameters
-        layer_bytes = sum(cost.layer_bytes) / cost.num_layers - cost.table_bytes
+        layer_bytes = sum(cost.read_bytes) / cost.num_layers
         kv_bytes = sum(cost.layer_kv_bytes) / (cost.num_layers - cost.encoder_layers)
         tied = cost.num_layers - 1 in cost.sharers  # not where it is a matrix of both stacks alone
         head_bytes = cost.last_bytes + cost.shared_bytes * tied
