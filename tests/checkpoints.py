@@ -347,6 +347,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     },
     "mamba": {"state_size": 8},
     "rwkv": {"rescale_every": 2},
+    "xlstm": {"hidden_size": 128, "num_heads": 4, "chunk_size": 4},
     "falcon_mamba": {"state_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "state_size": 8, "chunk_size": 4},
     "minimax": {

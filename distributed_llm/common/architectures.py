@@ -156,6 +156,7 @@ VERIFIED: frozenset[str] = frozenset(
         "starcoder2",
         "vaultgemma",
         "xglm",
+        "xlstm",
         "youtu",
         "zamba",
         "zamba2",
@@ -166,7 +167,7 @@ VERIFIED: frozenset[str] = frozenset(
 EXCEEDS_FLOAT16: frozenset[str] = frozenset(
     {
         *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"),
-        *("mt5", "t5", "t5gemma", "umt5"),
+        *("mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
     }
 )
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
@@ -181,6 +182,8 @@ _OWN_STATE = (
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _ENCODER_IN_BLOCKS = "its encoder attends in blocks or windows of the text"
 _TWO_VOCABULARIES = "its encoder and its decoder have vocabularies of different sizes"
+_OWN_PROMPTS = "its attention sees prompts of its own before the text (use_prompt in config.json)"
+_ANY_STACKS = "its encoder and its decoder are models of any types"
 _SEVERAL_STREAMS = "its decoder computes several streams, one for each of the next tokens"
 _EXPERTS_ARE_FULL = (
     "its experts take so many tokens of a step and no more, so that what others ask at the same "
@@ -215,16 +218,17 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: (
-        "xlstm",
-        "zaya",
-    ),
+    _OWN_STATE: ("zaya",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
+    _ANY_STACKS: ("encoder-decoder",),
     _EXPERTS_ARE_FULL: ("nllb-moe",),
     _WRITES_SOUND: ("musicgen", "musicgen_melody"),
-    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git", "trocr", "whisper"),
+    _READS_PICTURES: (
+        *("mllama", "mllama_text_model", "moshi", "git"),
+        *("seamless_m4t", "seamless_m4t_v2", "trocr", "whisper"),
+    ),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
@@ -333,6 +337,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if config.get("model_type") == "mvp" and _flag(config, "use_prompt"):
+        yield _OWN_PROMPTS
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":

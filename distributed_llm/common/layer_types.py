@@ -80,7 +80,7 @@ _ALL_LAYERS: Mapping[str, str] = {
     "falcon_h1": HYBRID,
     **dict.fromkeys(INDEXED, _INDEXED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "granitemoehybrid", "nemotron_h"), LINEAR),
-    "rwkv": LINEAR,
+    **dict.fromkeys(("rwkv", "xlstm"), LINEAR),
 }
 """Model types whose layers are all of one type."""
 

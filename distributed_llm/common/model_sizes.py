@@ -55,7 +55,7 @@ _SIZES = (
 
 _ANY_SIZE = re.compile(
     r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
-    r"|channels)(_|$)"
+    r"|channels|multiple|blocks)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
@@ -178,6 +178,8 @@ def num_layers(config: Config) -> int:
         return encoder_layers(config) + decoder_layers(config)
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
+    if config.get("model_type") == "xlstm":
+        return positive(config, "num_blocks", *_LAYERS, most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         name = next((one for one in _LISTS if config.get(one)), _LISTS[0])
         listed = config.get(name)
@@ -198,7 +200,7 @@ def attentions_per_layer(config: Config) -> int:
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model", "embedding_dim")
 
 
 def source_size(config: Config) -> int:

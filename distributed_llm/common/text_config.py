@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distributed_llm.common.config_defaults import ConfigDefaults, config_defaults
-from distributed_llm.common.encoder_decoders import STACK_TYPE, is_encoder_decoder
+from distributed_llm.common.encoder_decoders import STACK_TYPES, is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.ngrams import NGRAM_TYPES
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
@@ -90,11 +90,15 @@ def text_config(config: Config) -> dict[str, Any]:
 
 def _of_both_stacks(config: Config) -> dict[str, Any]:
     """Return the configuration of an encoder-decoder, with what it leaves to defaults."""
-    parts = {
-        name: _completed(part, config_defaults(str(part.get("model_type", STACK_TYPE))))
-        for name in ("encoder", "decoder")
-        if isinstance(part := config.get(name), Mapping)
-    }
+    parts = {}
+    for name, usual in STACK_TYPES.get(str(config["model_type"]), {}).items():
+        part = config.get(name)
+        if not isinstance(part, Mapping):
+            continue
+        if isinstance(text := part.get(_TEXT), Mapping):
+            parts[name] = {**part, _TEXT: _completed(text, config_defaults(usual))}
+        else:
+            parts[name] = _completed(part, config_defaults(str(part.get("model_type", usual))))
     return _completed(config, config_defaults(str(config["model_type"]))) | parts
 
 

@@ -194,10 +194,11 @@ def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     if sizes is None or not any(picking_layers(config, num_layers(config))):
         return 0
     heads, kv_heads, key_dim, value_dim = head_sizes(config)
-    positions = -(-context_length(config) // sizes.block) * sizes.block
-    picking = positions * sizes.key_dim * (2 * item_bytes + 4)
+    positions = context_length(config)
+    blocks = -(-positions // sizes.block)
+    picking = (positions + min(sizes.block, positions)) * sizes.key_dim * (2 * item_bytes + 4)
     picking += _COPIES_OF_INDEX_SCORES * SCORES_AT_ONCE * 4
-    picking += kv_heads * min(tokens, QUERIES_AT_ONCE) * positions // sizes.block * 8
+    picking += kv_heads * min(tokens, QUERIES_AT_ONCE) * blocks * 8
     beside = -(-sizes.key_dim // kv_heads)
     width = kv_heads * (key_dim + beside + value_dim)
     most = min(sizes.seen, positions)
@@ -205,7 +206,7 @@ def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     at_once = min(tokens * most, max(most, at_once))
     attending = at_once * (width * item_bytes + heads * 4 * _COPIES_OF_SCORES + kv_heads * 24)
     attending += tokens * heads * (2 * (key_dim + beside) + value_dim) * item_bytes
-    picked = kv_heads * tokens * sizes.most * 8
+    picked = kv_heads * tokens * min(sizes.most, blocks) * 8
     return picked + max(picking, attending)
 
 

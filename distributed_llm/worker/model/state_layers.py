@@ -94,13 +94,18 @@ class StateLayer(nn.Module):
         self._elsewhere = _with_globals(forward, ours)
         self._on_cpu = _with_globals(forward, {**ours, **steps, **_CONVOLUTIONS})
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *beside: object, **kwargs: Any) -> Any:
         """Return what the mixer makes of the packed hidden states [1, tokens, hidden_size].
+
+        Args:
+            hidden_states: of the step.
+            beside: what would be a mask or a state; None each.
+            kwargs: for the mixer.
 
         Raises:
             StageError: the model has a mask of its own.
         """
-        if kwargs.get("attention_mask") is not None:
+        if any(one is not None for one in (kwargs.get("attention_mask"), *beside)):
             raise StageError(f"{type(self.mixer).__name__} was given a mask of its own")
         step = running_step()
         layer = int(self.mixer.layer_idx) - step.first_layer  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ from distributed_llm.worker.model.shared_blocks import (
     share_blocks,
 )
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
-from distributed_llm.worker.model.stacks.joined import drop_bias, link_stacks
+from distributed_llm.worker.model.stacks.joined import drop_unread, link_stacks
 from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -142,7 +142,7 @@ def load_stage_model(
     _drop_unneeded(model, checkpoint, layers, shared, device)
     if checkpoint.stacks is not None:
         of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
-        drop_bias(model, unless_in=of_head)
+        drop_unread(model, unless_in=of_head)
     cut = LayerCut(checkpoint.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names, holders)
