@@ -22,7 +22,7 @@ from distributed_llm.common.ngrams import ngram_layers, ngram_windows, table_par
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.text_config import text_config
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.model.away_layers import away_nbytes
 from distributed_llm.worker.model.incoming import Entry, Floats, Piece, WeightReader
@@ -94,12 +94,12 @@ def test_ngrams_reach_over_steps_and_end_with_texts(
     torch.testing.assert_close(torch.cat(kept), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE_LEVELS)
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_a_table_is_planned_and_held_where_its_layer_is(
     checkpoint: Checkpoint, quantize: Quantize
 ) -> None:
     cost = model_cost(checkpoint, "float32", quantize)
-    for start, stop in ((0, 1), (1, 2), (2, 3), (0, 3)):
+    for start, stop in ((0, 1), (1, 3)):
         stage = load(checkpoint, start, stop, quantize=quantize)
         planned = cost.weight_bytes(LayerRange(start, stop))
         beside = 0.01 if quantize == "none" else 0.02  # rotary frequencies, sums of integers
