@@ -194,7 +194,7 @@ class Reader(WeightReader):
     def plain(self, weight: StoredWeight) -> Tensor:
         numbers = torch.arange(self.read_rows, self.read_rows + weight.shape[0])[:, None]
         self.read_rows += weight.shape[0]
-        made: Tensor = numbers.repeat(1, weight.shape[1])
+        made: Tensor = numbers.repeat(1, weight.shape[1]).to(torch.bfloat16)
         self.alive.add(made)
         self.most = max(self.most, len(self.alive))
         return made
@@ -202,11 +202,12 @@ class Reader(WeightReader):
 
 def test_parts_of_a_table_are_read_one_after_the_other() -> None:
     shapes = [(rows, 4) for rows in (3, 3, 3, 3, 3, 2)]
-    infos = [TensorInfo(str(n), "", "I64", shape, 0, 0) for n, shape in enumerate(shapes)]
+    infos = [TensorInfo(str(n), "", "BF16", shape, 0, 0) for n, shape in enumerate(shapes)]
     weights = [StoredWeight(info.name, info.shape, {"": info}) for info in infos]
     reader = Reader()
     entry = Entry("table", tuple(map(Piece, weights)))
     found = Floats(reader, entry, torch.float32, transposed=False)[...]
+    assert found.dtype == torch.float32
     assert found.tolist() == [[row] * 4 for row in range(17)]
     assert reader.most <= 2
 
