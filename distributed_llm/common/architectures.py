@@ -14,6 +14,7 @@ from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
+from distributed_llm.common.ngrams import ngram_layers
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -144,6 +145,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rembert",
         "rwkv",
@@ -154,6 +156,7 @@ VERIFIED: frozenset[str] = frozenset(
         "starcoder2",
         "vaultgemma",
         "xglm",
+        "xlstm",
         "youtu",
         "zamba",
         "zamba2",
@@ -201,6 +204,10 @@ _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
 _WRITES_SOUND = "its tokens are sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
+_NO_CONVOLUTION = (
+    "its convolution of n-grams is of one token (ple_conv_kernel_size), with which transformers "
+    "does not generate"
+)
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -211,11 +218,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: (
-        "qwen4_exp_text",
-        "xlstm",
-        "zaya",
-    ),
+    _OWN_STATE: ("zaya",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
@@ -354,6 +357,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         positive(config, "attention_chunk_size")
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
+    if ngram_layers(config) and config.get("ple_conv_kernel_size") == 1:
+        yield _NO_CONVOLUTION
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
         yield _PICKS

@@ -11,6 +11,7 @@ from typing import Any
 from distributed_llm.common.config_defaults import ConfigDefaults, config_defaults
 from distributed_llm.common.encoder_decoders import STACK_TYPES, is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.ngrams import NGRAM_TYPES
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 
 Config = Mapping[str, Any]
@@ -21,8 +22,9 @@ PART_OF = "part_of"
 _TEXT = "text_config"
 _OTHER_PARTS = ("vision_config", "audio_config")
 _DTYPE = ("dtype", "torch_dtype")
+_ENDS = "eos_token_id"
 _OF_WHOLE = (
-    *("architectures", "transformers_version", "bos_token_id", "eos_token_id"),
+    *("architectures", "transformers_version", "bos_token_id", _ENDS),
     *(*_DTYPE, *QUANTIZATION_NAMES),
 )
 """Values for the whole model, which go before those of the text model."""
@@ -76,7 +78,12 @@ def text_config(config: Config) -> dict[str, Any]:
     text = _completed(said, config_defaults(text_type)) | {"model_type": text_type, PART_OF: whole}
     if any(config.get(name) for name in _DTYPE):
         text = {name: value for name, value in text.items() if name not in _DTYPE}
-    text |= {name: config[name] for name in _OF_WHOLE if config.get(name) is not None}
+    own_ends = text_type in NGRAM_TYPES and told.get(_ENDS) is not None  # part of its n-grams
+    text |= {
+        name: config[name]
+        for name in _OF_WHOLE
+        if config.get(name) is not None and not (own_ends and name == _ENDS)
+    }
     tied = config.get(TIED, defaults.values.get(TIED))
     return text | {TIED: bool(tied if TIED in config else tied or told.get(TIED))}
 

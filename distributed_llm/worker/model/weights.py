@@ -23,6 +23,7 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_sizes import attentions_per_layer
+from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.offloading import Away
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
@@ -364,7 +365,9 @@ class WeightNames:
         path, known = (
             (self._path, target.parameter) if target else (self._checkpoint.layer_prefix, name)
         )
-        return f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        whole = f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        part = table_part(whole)
+        return whole if part is None else part[0]
 
     def parameter(self, name: str) -> str:
         """Return the name of a weight outside the layers for transformers' loader."""
@@ -403,7 +406,8 @@ def _entries(
             matrices[name] = matrix
             continue
         own = pieces.setdefault(layer, {}).setdefault(name, {})
-        own[target.piece if target else 0] = Piece(weight, target)
+        part = table_part(weight.name)
+        own[target.piece if target else part[1] if part else 0] = Piece(weight, target)
     entries = {
         layer: [Entry(name, tuple(own[i] for i in sorted(own))) for name, own in by_name.items()]
         for layer, by_name in pieces.items()
