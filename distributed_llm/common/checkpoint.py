@@ -21,6 +21,7 @@ from distributed_llm.common.encoder_decoders import (
     StackNames,
     is_encoder_decoder,
     of_decoder,
+    of_stack,
     stays_float32,
 )
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
@@ -32,6 +33,7 @@ from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
 from distributed_llm.common.model_files import TensorInfo, read_header
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
+from distributed_llm.common.ngrams import follows_from_config
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -64,6 +66,7 @@ _NEVER_TIED_NAME = re.compile(
 _KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
 _HEAD_NAME = re.compile(
     r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
+    r"|^head\.weight$"
 )
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
@@ -172,6 +175,11 @@ class Checkpoint:
         """Width of the hidden states between layers."""
         return sizes.hidden_size(self.config) * sizes.streams(self.config)
 
+    @property
+    def source_size(self) -> int:
+        """Width of the hidden states of what an encoder reads; without one, as `hidden_size`."""
+        return sizes.source_size(self.config) * sizes.streams(self.config)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
@@ -217,9 +225,10 @@ class Checkpoint:
         layers = layers_by_prefix(map(self._text.of, self.tensors)).values()
         wanted = set(range(self.num_layers))
         best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
+        count, layer, stack = of_stack(self.config, self.num_layers, min(wanted - best))
         raise CheckpointError(
-            f"{self.place}: {self.described_by} promises {self.num_layers} layers, but the files "
-            f"have no tensors of layer {min(wanted - best)}. They are not all files of the model, "
+            f"{self.place}: {self.described_by} promises {count} layers{stack}, but the files "
+            f"have no tensors of layer {layer}{stack}. They are not all files of the model, "
             f"or {self.described_by} is another model's; compare them with the original."
         )
 
@@ -379,8 +388,9 @@ class Checkpoint:
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
-        """Yield the tensors that make the weights that a stage with `layers` needs."""
-        return (part for weight in self.weights_of(layers) for part in weight.parts.values())
+        """Yield the tensors that make the weights that a stage with `layers` needs, each once."""
+        weights = self.weights_of(layers)
+        yield from dict.fromkeys(part for weight in weights for part in weight.parts.values())
 
     def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
         """Return the form that `weight` has in memory; None: floating-point numbers."""
@@ -445,7 +455,8 @@ def checkpoint_of(
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
     Others are the text model of one for pictures or sound as well, whose other parts are left out.
-    Layers that read keys and values of others may come with projections for their own.
+    Layers that read keys and values of others may come with projections for their own. What follows
+    from config.json is not read.
 
     Args:
         folder: of config.json, and of the files with tensors.
@@ -458,7 +469,11 @@ def checkpoint_of(
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
     names = _names_of(config, tensors)
-    of_text = {name: tensor for name, tensor in tensors.items() if names.holds(name)}
+    of_text = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if names.holds(name) and not follows_from_config(name)
+    }
     if PART_OF in config:
         config = {**config, TIED: _lacks_head(map(names.of, of_text))}
     checkpoint = Checkpoint(folder, config, of_text, files)

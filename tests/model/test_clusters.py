@@ -32,6 +32,8 @@ SHARED = ((1, 0, 70), (3, 2, 100))
 BLOCKS, STATES, STATES_ALONE = 6, 10, 6
 """What there is room for: one or two answers less than there are; states where there is no more."""
 ALL_TOKENS = NEW_TOKENS * (len(SHARED) + 2)
+ONE_BY_ONE = {"rwkv"}
+"""Model types of which transformers mixes up the texts of a batch."""
 
 REPRESENTATIVES = {
     "llama": "plain layers",
@@ -202,6 +204,10 @@ def generated_with_logprobs(model: Any, prompts: torch.Tensor) -> tuple[torch.Te
 
     That tells answers apart that are the same dull token again and again.
     """
+    if model.config.model_type in ONE_BY_ONE and len(prompts) > 1:
+        both = zip(*(generated_with_logprobs(model, one[None]) for one in prompts), strict=True)
+        answers, logprobs = map(torch.cat, both)
+        return answers, logprobs
     made = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),

@@ -26,6 +26,7 @@ from distributed_llm.worker.model.stage import Stage
 from tests.encoder_decoders import (
     DECODER_LAYERS,
     ENCODER_LAYERS,
+    PAD,
     SETTINGS,
     START,
     answered,
@@ -42,8 +43,9 @@ NEW_TOKENS = 7
 GREEDY = Sampling()
 HOT = Sampling(temperature=2.0, seed=1)
 """It tells nearly equal logits apart."""
-FREQUENCIES = 128
-"""Bytes of those of rotary positions, which are no weights, in both stacks of t5gemma."""
+FREQUENCIES = 260
+"""Bytes of those of rotary positions, which are no weights, in both stacks of t5gemma2, and of the
+scale of its embedding; t5gemma has fewer."""
 SPLITS: dict[str, tuple[int, ...]] = {
     "one stage": (),
     "encoder and decoder": (ENCODER_LAYERS,),
@@ -122,6 +124,19 @@ def _check_again(name: str, pipeline: StackPipeline, expected: Expected) -> None
     found = pipeline.step([(child, 3, 4), (again, length - 1, length)], HOT)
     wanted = [expected.sampled(0, 4), expected.sampled(0, length)]
     assert found == wanted, f"{name}: after what is shared"
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_padding_tokens_are_tokens_like_others(tmp_path: Path, model_type: str) -> None:
+    """In a source, as the start, and within an answer; as with the mask that tokenizers make."""
+    source = [7, PAD, 9, 11, PAD, PAD, 5, 60, 77, 2]
+    made = answered(build(model_type), source, NEW_TOKENS, (PAD,), forced_bos_token_id=PAD)
+    answer = [PAD, *made]
+    assert answer[1] == PAD
+    pipeline = StackPipeline(open_checkpoint(make(tmp_path, model_type)), (2, 4))
+    pipeline.read([SOURCES[0], source], answer)
+    parts = [(1, 0, 3), *((1, length - 1, length) for length in range(4, NEW_TOKENS + 1))]
+    assert [pipeline.step([part], GREEDY) for part in parts] == [[t] for t in answer[3:]]
 
 
 def test_every_type_is_tried() -> None:

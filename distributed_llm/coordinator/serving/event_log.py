@@ -70,6 +70,11 @@ class EventKind(Enum):
         "weights of plan {epoch} become {form} while they are loaded, because the workers cannot "
         "hold more: {nbytes:size} instead of {full:size}, and answers differ a little",
     )
+    LAYERS_IN_RAM = (
+        "warning",
+        "plan {epoch} does not fit on its GPUs: {nbytes:size} of its weights stay in the memory of "
+        "the machines of {workers} and are copied in every step, which takes about {read_s:time}",
+    )
     LAYERS_ON_DISK = (
         "warning",
         "plan {epoch} does not fit into memory: {nbytes:size} of its weights stay on the disk of "
