@@ -30,6 +30,8 @@ _DEFAULTS: Mapping[str, int] = {
     "index_topk_blocks": 16,
 }
 
+_LARGEST = 2**31 - 1
+
 
 class KeyBlockSizes(NamedTuple):
     """What attention to some blocks consists of.
@@ -88,10 +90,10 @@ def _size(config: Mapping[str, Any], name: str) -> int:
         CheckpointError: it is no possible number.
     """
     size = _legacy(config).get(_LEGACY_NAMES[name], config.get(name, _DEFAULTS[name]))
-    if type(size) is not int or size < 1:
+    if type(size) is not int or not 0 < size <= _LARGEST:
         raise CheckpointError(
-            f"config.json has {name} = {size!r}; it must be above 0, for attention picks positions "
-            "by it. Copy that of the original model."
+            f"config.json has {name} = {size!r}; it must be a number from 1 to {_LARGEST:,}, for "
+            "attention picks positions by it. Copy that of the original model."
         )
     return size
 

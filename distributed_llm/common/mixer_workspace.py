@@ -11,6 +11,7 @@ from distributed_llm.common.layer_states import (
     Config,
     MixerSizes,
     mixer_sizes,
+    xlstm_widths,
 )
 from distributed_llm.common.model_sizes import positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
@@ -32,6 +33,9 @@ _RECURRENT_COPIES = 10
 
 _RWKV_COPIES = 6
 """RWKV: numbers of that width for every token; and as many hidden states."""
+
+_XLSTM_COPIES, _XLSTM_PAIRS = 8, 6
+"""xLSTM: numbers of all keys and values for every token; and of each pair of tokens of a piece."""
 
 _STEP_COPIES = 7
 """Copies of the states of a batch of single tokens: joined, taken, fading, added to, and read."""
@@ -82,6 +86,11 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             return tokens * values * _RECURRENT_COPIES * item_bytes
         case "rwkv":  # its window is two hidden states
             return tokens * _RWKV_COPIES * (values + mixer.window // 2) * item_bytes
+        case "xlstm":
+            piece = min(tokens, positive({"chunk_size": _PIECE, **config}, "chunk_size"))
+            numbers = _XLSTM_COPIES * sum(xlstm_widths(config)) + _XLSTM_PAIRS * mixer.heads * piece
+            states = 2 * (tokens // piece + 1) * mixer.recurrent
+            return (tokens * numbers + states) * _FLOAT
         case _:
             return 0
     padded = -(-tokens // piece) * piece

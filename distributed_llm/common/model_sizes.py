@@ -55,7 +55,7 @@ _SIZES = (
 
 _ANY_SIZE = re.compile(
     r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
-    r"|channels)(_|$)"
+    r"|channels|multiple|blocks)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
@@ -84,7 +84,11 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
-_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+_STREAMS: Mapping[str, str] = {
+    "gemma3n_text": "altup_num_inputs",
+    "hy_v4": "hc_mult",
+    "qwen4_exp_text": "hc_count",
+}
 """Model types with several hidden states between layers, and how config.json calls their number."""
 
 _TWICE = frozenset({"longcat_flash"})
@@ -170,6 +174,8 @@ def num_layers(config: Config) -> int:
         return encoder_layers(config) + decoder_layers(config)
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
+    if config.get("model_type") == "xlstm":
+        return positive(config, "num_blocks", *_LAYERS, most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         name = next((one for one in _LISTS if config.get(one)), _LISTS[0])
         listed = config.get(name)
@@ -190,7 +196,7 @@ def attentions_per_layer(config: Config) -> int:
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model", "embedding_dim")
 
 
 def source_size(config: Config) -> int:

@@ -413,7 +413,8 @@ class Core:
         self._rebalancing.wake(now=now)
         if worker.layers and worker.epoch == ready.epoch:
             measurements = self._cluster.measurements
-            measurements.tried(worker.id, worker.layers, ready.trials, now=now)
+            away_s = self._pipelines.away_s(worker)
+            measurements.tried(worker.id, worker.layers, ready.trials, now=now, away_s=away_s)
         if self._moves.is_loading(worker, ready.epoch):
             actions = [*self._moves.stage_ready(worker, ready, now=now)]
         else:

@@ -207,7 +207,6 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     ("family", "settings"),
     [
         ("llama", {"alibi": True}),
-        ("xlstm", {}),
         ("zaya", {}),
         ("whisper", {}),
         ("mllama", {}),

@@ -89,7 +89,8 @@ class KeyBlockChoice:
             scores: of all blocks, [heads, tokens, blocks].
             own: blocks of the tokens.
         """
-        local = own[:, None] - torch.arange(self._local, device=own.device)
+        count = max(0, min(self._local, scores.shape[-1]))
+        local = own[:, None] - torch.arange(count, device=own.device)
         local = local.clamp_(min=0).expand(len(scores), -1, -1)
         scores.scatter_(-1, local, float("inf"))
         best, blocks = scores.topk(min(self.sizes.most, scores.shape[-1]), dim=-1)
