@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -80,6 +81,26 @@ class ChosenRows:
         both = [part.keys for part in self._parts], [part.values for part in self._parts]
         keys, values = (self._taken(rows, chosen.view(-1)) for rows in both)
         keys, values = (taken.view(len(taken), *chosen.shape, -1) for taken in (keys, values))
+        return self._coded.decoded(keys, values) if self._coded else (keys, values)
+
+    def gathered_by_head(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values, [heads, tokens, positions, dim], of what heads have chosen.
+
+        Args:
+            chosen: int64 [heads, tokens, positions].
+        """
+        first = self._parts[0]
+        heads = torch.arange(len(chosen), device=chosen.device)[:, None, None]
+        if len(self._parts) == 1:
+            keys, values = first.keys[heads, chosen], first.values[heads, chosen]
+        else:
+            keys = first.keys.new_empty((*chosen.shape, first.keys.shape[-1]))
+            values = first.values.new_empty((*chosen.shape, first.values.shape[-1]))
+            heads = heads.expand(chosen.shape)
+            for part in self._parts:
+                inside = (chosen >= part.start) & (chosen < part.stop)
+                there = heads[inside], chosen[inside] - part.start
+                keys[inside], values[inside] = part.keys[there], part.values[there]
         return self._coded.decoded(keys, values) if self._coded else (keys, values)
 
     def _taken(self, rows: Sequence[Tensor], chosen: Tensor) -> Tensor:

@@ -5,18 +5,14 @@ that blocks are picked by lie behind the keys of attention's heads, a part behin
 of the KV cache. So queries end in zeros where rows are read whole.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.devices import sent
-from distributed_llm.worker.kv.segments import KVBuffers
-from distributed_llm.worker.model.chosen_rows import in_parts, joined
-from distributed_llm.worker.model.chunk_attention import attend_chunk, parts_of
-from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.chosen_rows import ChosenRows, in_parts, joined
+from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.key_blocks import NOT_PICKED, KeyBlockChoice
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
 from distributed_llm.worker.model.token_attention import attend_tokens
@@ -57,9 +53,9 @@ def attend_picked(
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
         queries = query[:, rows]
         if part.start + part.num_tokens > seen:
-            kept = _KeptRows(step, held, *own)
-            index_keys = kept.index_keys(choice.sizes.key_dim)
-            picked = choice.picked(part, index_keys)
+            kept = ChosenRows(step, held, *own)
+            index_keys = torch.cat(kept.index_keys(beside.shape[-1]), dim=1)
+            picked = choice.picked(part, joined(index_keys, choice.sizes.key_dim))
             attended[rows] = _attend_to(picked, part, queries, kept, scoring, choice.sizes.block)
             continue
         if step.cache.coding is None:  # fused kernels want keys as wide as values
@@ -72,70 +68,11 @@ def attend_picked(
     return attended
 
 
-class _KeptRows:
-    """Keys and values of all positions of a sequence in one layer.
-
-    Args:
-        step: that runs.
-        held: as the KV cache keeps them.
-        keys: of some positions, for their size and dtype.
-        values: likewise.
-    """
-
-    def __init__(
-        self, step: PackedStep, held: Sequence[KVBuffers], keys: Tensor, values: Tensor
-    ) -> None:
-        self._parts = parts_of(held)
-        self._key_dim = keys.shape[-1]
-        self.width = len(keys) * (keys.shape[-1] + values.shape[-1])
-        coding = step.cache.coding
-        sizes = (keys.shape[-1], values.shape[-1])
-        self._coded = CodedRows(coding, *sizes, values.dtype) if coding else None
-
-    def index_keys(self, dim: int) -> Tensor:
-        """Return the keys of all positions that blocks are picked by, [positions, dim]."""
-        beside = -(-dim // self._parts[0].keys.shape[0])
-        found = []
-        for part in self._parts:
-            if self._coded is None:
-                found.append(part.keys[..., -beside:])
-                continue
-            coding, dtype = self._coded.coding, self._coded.dtype
-            for first, stop in self._coded.pieces(part.keys, part.start, part.stop):
-                rows = coding.decoded(part.cut(first, stop).keys, self._key_dim, dtype)
-                found.append(coding.turned_back(rows)[..., -beside:])
-        return joined(torch.cat(found, dim=1), dim)
-
-    def rotated(self, queries: Tensor) -> Tensor:
-        """Return queries turned as the keys of `gathered` are."""
-        return self._coded.rotated(queries) if self._coded else queries
-
-    def gathered(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of positions, [heads, tokens, positions, dim].
-
-        Args:
-            positions: int64 [heads, tokens, positions].
-        """
-        first = self._parts[0]
-        heads = torch.arange(len(positions), device=positions.device)[:, None, None]
-        if len(self._parts) == 1:
-            keys, values = first.keys[heads, positions], first.values[heads, positions]
-        else:
-            keys = first.keys.new_empty((*positions.shape, first.keys.shape[-1]))
-            values = first.values.new_empty((*positions.shape, first.values.shape[-1]))
-            heads = heads.expand(positions.shape)
-            for part in self._parts:
-                inside = (positions >= part.start) & (positions < part.stop)
-                there = heads[inside], positions[inside] - part.start
-                keys[inside], values[inside] = part.keys[there], part.values[there]
-        return self._coded.decoded(keys, values) if self._coded else (keys, values)
-
-
 def _attend_to(
     picked: Tensor,
     part: PackedSlice,
     queries: Tensor,
-    kept: _KeptRows,
+    kept: ChosenRows,
     scoring: Scoring,
     size: int,
 ) -> Tensor:
@@ -155,7 +92,8 @@ def _attend_to(
     (heads, tokens, _), most = queries.shape, picked.shape[-1] * size
     within = torch.arange(size, device=picked.device)
     queries = kept.rotated(queries * scoring.scale)
-    per_token = max(heads * most / SCORES_AT_ONCE, kept.width * most / EXPANDED_AT_ONCE)
+    width = kept.heads * kept.width
+    per_token = max(heads * most / SCORES_AT_ONCE, width * most / EXPANDED_AT_ONCE)
     at_once = max(1, int(1 / per_token))
     attended = []
     for row in range(0, tokens, at_once):
@@ -164,7 +102,7 @@ def _attend_to(
         first = part.start + row
         own = torch.arange(first, first + positions.shape[1], device=picked.device)[:, None]
         hidden = (positions > own) | (some == NOT_PICKED).expand(-1, -1, -1, size).flatten(2)
-        keys, values = kept.gathered(torch.where(hidden, own, positions))
+        keys, values = kept.gathered_by_head(torch.where(hidden, own, positions))
         # [kv_heads, tokens, group, key_dim]
         block = queries[:, row : row + at_once]
         grouped = block.reshape(len(keys), -1, *block.shape[1:]).transpose(1, 2)
