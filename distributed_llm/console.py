@@ -144,11 +144,11 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
     if status.note:
         _out.print(status.note, style="yellow")
     if status.workers:
-        rows = [summary.worker_row(worker) for worker in status.workers]
+        rows = [summary.worker_row(worker, status.encoder_layers) for worker in status.workers]
         _print_table(_out, summary.WORKER_COLUMNS, rows)
     for line in summary.request_lines(status):
         _out.print(line)
-    for line in summary.fetch_lines(status):
+    for line in (*summary.fetch_lines(status), *summary.kernel_lines(status)):
         _out.print(line)
     for worker in status.workers:
         if worker.note:

@@ -219,9 +219,27 @@ def generate(
         str | None,
         typer.Option(
             metavar="ID|TOKEN",
-            help="First token of an encoder-decoder's answer: 5, or a language, deu_Latn.",
+            help="First token of an encoder-decoder's answer: 5, or as it is written.",
             show_default="the model's, else none",
             rich_help_panel=_BIASES,
+        ),
+    ] = None,
+    source_language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Language of the prompt, for a translator: eng_Latn.",
+            show_default="the tokenizer's",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = None,
+    target_language: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Language to translate to: fra_Latn.",
+            show_default="the model's",
+            rich_help_panel=_ANSWERS,
         ),
     ] = None,
     logit_bias: Annotated[
@@ -259,6 +277,8 @@ def generate(
         "bad_words_ids": _each(bad_words_ids, "--bad-words-ids"),
         "suppress_tokens": _optional_ids(suppress_tokens, "--suppress-tokens"),
         "forced_bos_token_id": _token(forced_bos_token_id),
+        "source_language": source_language,
+        "target_language": target_language,
         "logit_bias": _biases(logit_bias),
         "logprobs": logprobs,
         "n": n,

@@ -81,6 +81,8 @@ def headline(status: ClusterStatus) -> str:
         return what
     if read := sum(pipeline.disk_bytes for pipeline in status.pipelines):
         what += f"; {size_text(read)} of weights are read from disks for every token"
+    if copied := sum(pipeline.ram_bytes for pipeline in status.pipelines):
+        what += f"; {size_text(copied)} of weights are copied to GPUs for every token"
     if status.most_texts:
         room = room_text(status.kv_tokens, status.most_texts)
         return f"{what}; {status.answers_running:,} under way, and room for {room}"
@@ -133,6 +135,13 @@ def fetch_lines(status: ClusterStatus) -> list[str]:
     return lines
 
 
+def kernel_lines(status: ClusterStatus) -> list[str]:
+    """Return by what GPUs multiply weights of integers."""
+    return [
+        f"{worker.name} multiplies {worker.kernels}" for worker in status.workers if worker.kernels
+    ]
+
+
 def event_line(event: EventStatus) -> str:
     """Return what happened, and how often and how long ago if that was several times."""
     if event.times == 1:
@@ -141,14 +150,22 @@ def event_line(event: EventStatus) -> str:
     return f"{event.text} ({times_text(event.times)}, the last time {ago} ago)"
 
 
-def worker_row(worker: WorkerStatus) -> list[str]:
-    """Return the cells of `WORKER_COLUMNS`."""
-    now = str(worker.layers) if worker.layers else "-"
+def worker_row(worker: WorkerStatus, encoder_layers: int = 0) -> list[str]:
+    """Return the cells of `WORKER_COLUMNS`.
+
+    Args:
+        worker: of which they tell.
+        encoder_layers: of the model; 0: it is a decoder alone.
+    """
+    now, then = (
+        stacks_text(layers, encoder_layers) if layers else "-"
+        for layers in (worker.layers, worker.next_layers)
+    )
     return [
         worker.name,
         worker.state,
         str(worker.epoch) if worker.layers else "-",
-        f"{now} -> {worker.next_layers}" if worker.next_layers else now,
+        f"{now} -> {then}" if worker.next_layers else now,
         worker.link or "-",
         size_text(worker.capabilities.memory_bytes),
         size_text(worker.weight_bytes),
@@ -196,20 +213,23 @@ def plan_lines(run: DryRun) -> list[str]:
         f"memory: {size_text(run.cost.workspace_bytes)} of each machine are kept for what it "
         "computes with",
         *([f"without layers: {list_text(idle)}"] if idle else []),
-        *_disk_lines(run),
+        *_away_lines(run),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
     ]
 
 
-def _disk_lines(run: DryRun) -> list[str]:
+def _away_lines(run: DryRun) -> list[str]:
     return [
-        f"{stage.worker}: {size_text(stage.disk_bytes)} of "
-        f"{size_text(run.cost.weight_bytes(stage.layers))} fit into no memory and are read from "
-        "its disk for every token"
+        f"{stage.worker}: {size_text(nbytes)} of "
+        f"{size_text(run.cost.weight_bytes(stage.layers))} {how} for every token"
         for plan in run.plans
         for stage in plan
-        if stage.from_disk
+        for nbytes, how in (
+            (stage.ram_bytes, "do not fit on its GPU and are copied there from memory"),
+            (stage.disk_bytes, "fit into no memory and are read from its disk"),
+        )
+        if nbytes
     ]
 
 

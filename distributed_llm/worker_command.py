@@ -40,7 +40,8 @@ MaxMemory = Annotated[
 Offload = Annotated[
     str | None,
     typer.Option(
-        help="Disk for layers that fit nowhere else, read for every token.", show_default="none"
+        help="Room for layers that fit nowhere else: beside a GPU in memory, then on the disk.",
+        show_default="none",
     ),
 ]
 Slowdown = Annotated[

@@ -49,6 +49,23 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
     },
     "deepseek_v3": {**ROUTED, **LATENT, "first_k_dense_replace": 1},
     "minimax_m2": {**EXPERTS, "head_dim": 16, "rotary_dim": 8, "use_qk_norm": True},
+    "minimax_m3_vl_text": {
+        **EXPERTS,
+        "head_dim": 16,
+        "dense_intermediate_size": 40,
+        "shared_intermediate_size": 24,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": DENSE_FIRST,
+        "index_n_heads": 2,
+        "index_head_dim": 11,
+        "index_block_size": 3,
+        "index_topk_blocks": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "ernie4_5_moe": {
         "moe_num_experts": 4,
         "moe_k": 2,

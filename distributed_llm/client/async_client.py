@@ -1,6 +1,5 @@
 """The client: generates, chats, and asks the coordinator whatever it may be asked."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -23,9 +22,10 @@ from distributed_llm.client.prompts import (
     encode_prompt,
     encode_token_ids,
 )
-from distributed_llm.client.session import Frames, Question, Reply, Session, new_request_id
+from distributed_llm.client.session import Frames, Question, Reply, new_request_id
+from distributed_llm.client.shared_session import SharedSession
 from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
-from distributed_llm.common.errors import CoordinatorLost, DistributedLLMError, InvalidRequest
+from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
@@ -87,12 +87,10 @@ class AsyncDistributedClient:
         except ValueError as exc:
             raise InvalidRequest(f"{coordinator_address!r} is no address: {exc}.") from exc
         self._address = coordinator_address
-        self._find_login = _finder(key, insecure)
-        self._connect_timeout_s = connect_timeout_s
-        self._session: Session | None = None
-        self._connecting = asyncio.Lock()
-        self._tries = 0  # to connect
-        self._why_not: DistributedLLMError | None = None  # what became of the last one
+        self._timeout_s = connect_timeout_s
+        self._session = SharedSession(
+            coordinator_address, _finder(key, insecure), connect_timeout_s
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -107,9 +105,7 @@ class AsyncDistributedClient:
 
     async def close(self) -> None:
         """Close the connection, which cancels all requests."""
-        if self._session and self._session.is_here():  # else it is for others to close
-            self._session.close()
-        self._session = None
+        self._session.close()
 
     @overload
     async def generate(
@@ -304,7 +300,7 @@ class AsyncDistributedClient:
             NotAllowed: the coordinator does not know its key.
             ConnectionFailed: the coordinator cannot be reached, or was lost.
         """
-        welcome = (await self._connected()).welcome
+        welcome = (await self._session.get()).welcome
         return Identity(welcome.name, welcome.role, welcome.model)
 
     async def status(self) -> ClusterStatus:
@@ -313,8 +309,8 @@ class AsyncDistributedClient:
         Raises:
             ConnectionFailed: the coordinator cannot be reached, or was lost.
         """
-        session = await self._connected()
-        return await session.status(self._connect_timeout_s)
+        session = await self._session.get()
+        return await session.status(self._timeout_s)
 
     async def model(self) -> ModelInfo:
         """Return what is served: sizes, special tokens, the chat template.
@@ -322,8 +318,8 @@ class AsyncDistributedClient:
         Raises:
             ConnectionFailed: the coordinator cannot be reached, or was lost.
         """
-        session = await self._connected()
-        return await session.model(self._connect_timeout_s)
+        session = await self._session.get()
+        return await session.model(self._timeout_s)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
         """Return the token ids of a text, as a prompt of `generate` has them.
@@ -428,7 +424,7 @@ class AsyncDistributedClient:
             raise InvalidRequest(
                 f"{name!r:.100} is no worker's name. `dllm status` shows the names."
             ) from exc
-        session = await self._connected()
+        session = await self._session.get()
         await session.drain(name)
 
     async def members(self) -> ClusterMembers:
@@ -459,7 +455,7 @@ class AsyncDistributedClient:
         members = await self._administer(
             CreateToken(key=keys.public, role=role, uses=uses, lifetime_s=lifetime_s)
         )
-        session = await self._connected()
+        session = await self._session.get()
         assert session.server is not None
         address = (*members.addresses, self._address)[0]
         line = str(JoinLine(address, session.server, keys.secret))
@@ -498,35 +494,8 @@ class AsyncDistributedClient:
     async def _administer(
         self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine
     ) -> ClusterMembers:
-        session = await self._connected()
-        return await session.administer(message, self._connect_timeout_s)
-
-    async def _connected(self) -> Session:
-        if self._session and not self._session.is_here():
-            raise CoordinatorLost(
-                "This client is connected from another event loop, or from the process that this "
-                "one was forked from. Make a new client here."
-            )
-        tries = self._tries
-        async with self._connecting:
-            if self._session and self._session.error:
-                self._session.close()
-                self._session = None
-            if self._session is None:
-                if self._why_not and self._tries > tries:
-                    raise self._why_not  # else all who waited would try one after the other
-                self._session = await self._connect()
-            return self._session
-
-    async def _connect(self) -> Session:
-        self._why_not = None
-        try:
-            return await Session.open(self._address, self._find_login, self._connect_timeout_s)
-        except DistributedLLMError as exc:
-            self._why_not = exc
-            raise
-        finally:
-            self._tries += 1
+        session = await self._session.get()
+        return await session.administer(message, self._timeout_s)
 
     async def _tokenize(self, prompt: EncodedPrompt, special: bool) -> TokenizedPrompt:
         assert prompt.kind != "token_ids"
@@ -554,7 +523,7 @@ class AsyncDistributedClient:
 
     async def _ask(self, message: Question, frames: Frames) -> tuple[Reply, Frames]:
         """Return the answer to a question, and its tensors."""
-        session = await self._connected()
+        session = await self._session.get()
         async with aclosing(session.request(message, frames)) as replies:
             return await anext(replies)
 
@@ -565,7 +534,7 @@ class AsyncDistributedClient:
     async def _stream(
         self, prompt: EncodedPrompt, sampling: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:
-        session = await self._connected()
+        session = await self._session.get()
         message = Generate(
             request_id=new_request_id(),
             prompt=prompt.kind,

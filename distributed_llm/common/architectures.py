@@ -11,8 +11,10 @@ from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
+from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
+from distributed_llm.common.ngrams import ngram_layers
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -110,6 +112,7 @@ VERIFIED: frozenset[str] = frozenset(
         "mamba2",
         "minimax",
         "minimax_m2",
+        "minimax_m3_vl_text",
         "ministral",
         "ministral3",
         "mistral",
@@ -142,8 +145,10 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rembert",
+        "rwkv",
         "seed_oss",
         "smollm3",
         "solar_open",
@@ -151,6 +156,7 @@ VERIFIED: frozenset[str] = frozenset(
         "starcoder2",
         "vaultgemma",
         "xglm",
+        "xlstm",
         "youtu",
         "zamba",
         "zamba2",
@@ -161,7 +167,7 @@ VERIFIED: frozenset[str] = frozenset(
 EXCEEDS_FLOAT16: frozenset[str] = frozenset(
     {
         *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"),
-        *("mt5", "t5", "t5gemma", "umt5"),
+        *("mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
     }
 )
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
@@ -174,6 +180,15 @@ _OWN_STATE = (
     "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
+_ENCODER_IN_BLOCKS = "its encoder attends in blocks or windows of the text"
+_TWO_VOCABULARIES = "its encoder and its decoder have vocabularies of different sizes"
+_OWN_PROMPTS = "its attention sees prompts of its own before the text (use_prompt in config.json)"
+_ANY_STACKS = "its encoder and its decoder are models of any types"
+_SEVERAL_STREAMS = "its decoder computes several streams, one for each of the next tokens"
+_EXPERTS_ARE_FULL = (
+    "its experts take so many tokens of a step and no more, so that what others ask at the same "
+    "time would change an answer"
+)
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
 _PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
@@ -187,7 +202,12 @@ _UNMASKED = "its tokens see those after them, which are not there yet when gener
 _ENCODES = f"without is_decoder = true in config.json, {_UNMASKED}"
 _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
+_WRITES_SOUND = "its tokens are sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
+_NO_CONVOLUTION = (
+    "its convolution of n-grams is of one token (ple_conv_kernel_size), with which transformers "
+    "does not generate"
+)
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -198,14 +218,17 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: (
-        "qwen4_exp_text",
-        "rwkv",
-        "xlstm",
-        "zaya",
+    _OWN_STATE: ("zaya",),
+    _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
+    _TWO_VOCABULARIES: ("fsmt",),
+    _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
+    _ANY_STACKS: ("encoder-decoder",),
+    _EXPERTS_ARE_FULL: ("nllb-moe",),
+    _WRITES_SOUND: ("musicgen", "musicgen_melody"),
+    _READS_PICTURES: (
+        *("mllama", "mllama_text_model", "moshi", "git"),
+        *("seamless_m4t", "seamless_m4t_v2", "trocr", "whisper"),
     ),
-    _ENCODER: ("whisper", "trocr", "musicgen", "musicgen_melody"),
-    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git"),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
@@ -314,8 +337,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
-    if is_encoder_decoder(config) and len(set(_widths(config))) > 1:
-        yield "its encoder and its decoder have hidden states of different sizes"
+    if config.get("model_type") == "mvp" and _flag(config, "use_prompt"):
+        yield _OWN_PROMPTS
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -334,16 +357,11 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         positive(config, "attention_chunk_size")
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
+    if ngram_layers(config) and config.get("ple_conv_kernel_size") == 1:
+        yield _NO_CONVOLUTION
     # Short texts, as in a check, would not show it.
-    if config.get("model_type") not in INDEXED and any(map(config.get, _SPARSE)):
+    if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
         yield _PICKS
-
-
-def _widths(config: Mapping[str, Any]) -> Iterator[object]:
-    """Yield the sizes of the hidden states of both stacks, where each is described by itself."""
-    for part in ("encoder", "decoder"):
-        if isinstance(own := config.get(part), Mapping):
-            yield own.get("hidden_size")
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:

@@ -21,11 +21,13 @@ _KEPT = re.compile(
     r"(^|[._])(router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
     r"|(^|[._])(dt_proj|conv\w*(?!\.(in|out)_proj\.))(\.|$)"
     r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj|weights_proj)(\.|$)"
+    r"|(^|\.)block_inject_weight(\.|$)"
     r"|rotary|\bssm_|_bias$|\.bias$"
 )
 """Names of what is no matrix of a linear layer, decides where tokens go (routers), what they attend
-to (indexers) or how fast a state fades, or is multiplied by in several ways (`kv_b_proj`: latent
-attention multiplies queries by a part of it, and attended latents by the rest)."""
+to (indexers), which residual streams a layer adds to or how fast a state fades, or is multiplied by
+in several ways (`kv_b_proj`: latent attention multiplies queries by a part of it, and attended
+latents by the rest)."""
 
 
 def form_in_memory(
@@ -63,7 +65,7 @@ def int4_form(shape: tuple[int, ...]) -> WeightForm:
 def bytes_in_memory(weight: StoredWeight, form: WeightForm | None, dtype: DtypeName) -> int:
     """Return the bytes of a weight in this form, of which floating-point numbers are `dtype`."""
     if form is not None:
-        return form.nbytes(weight.shape)
+        return form.nbytes(weight.shape, dtype)
     parts = weight.parts.values()
     if weight.scheme is None and any(not part.dtype.startswith(("F", "BF")) for part in parts):
         return sum(part.nbytes for part in parts)  # a buffer of integers stays what it is

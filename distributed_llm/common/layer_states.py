@@ -13,14 +13,19 @@ from distributed_llm.common.encoder_decoders import (
     encoder_layers,
     is_encoder_decoder,
 )
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.model_sizes import hidden_size, num_layers, positive
+from distributed_llm.common.ngrams import ngram_windows
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
 
 HELD_STATES = 2
 """States that a stage keeps of a sequence, beside snapshots: the latest, and the one before."""
+
+_LARGEST_PART = 1024
+"""Far more times the hidden size than any width is."""
 
 _RECURRENT_BYTES = ITEM_BYTES["float32"]
 """Of a number of a recurrence; it sums up the whole text, so it is kept in float32."""
@@ -79,7 +84,9 @@ def state_bytes(config: Config, dtype: DtypeName) -> tuple[int, ...]:
     item_bytes = ITEM_BYTES[dtype]
     of_recurrence = item_bytes if config["model_type"] in _RECURRENT_IN_DTYPE else _RECURRENT_BYTES
     nbytes = mixer.window * item_bytes + mixer.recurrent * of_recurrence
-    return tuple(nbytes * (kind in ("state", "both")) for kind in kinds)
+    of_mixers = (nbytes * (kind in ("state", "both")) for kind in kinds)
+    windows = ngram_windows(config, len(kinds))
+    return tuple(own + window * item_bytes for own, window in zip(of_mixers, windows, strict=True))
 
 
 def mixer_sizes(config: Config) -> MixerSizes | None:
@@ -170,6 +177,41 @@ def _griffin(config: Config) -> MixerSizes:
     return MixerSizes(width * ((_told(config, "conv1d_width") or 4) - 1), width, 1, 1)
 
 
+def _rwkv(config: Config) -> MixerSizes:
+    width = _told(config, "attention_hidden_size") or hidden_size(config)
+    return MixerSizes(2 * hidden_size(config), width, 3, 1)
+
+
+def _xlstm(config: Config) -> MixerSizes:
+    heads = positive({"num_heads": 8, **config}, "num_heads")
+    keys, values = (width // heads for width in xlstm_widths(config))
+    return MixerSizes(0, heads, keys * (values + 1) + 1, 1)
+
+
+def xlstm_widths(config: Config) -> tuple[int, int]:
+    """Return the numbers of all keys of a token in a layer of xLSTM, and of all values.
+
+    Raises:
+        CheckpointError: they are no possible numbers.
+    """
+    return _part(config, "qk_dim_factor", 0.5), _part(config, "v_dim_factor", 1.0)
+
+
+def _part(config: Config, name: str, default: float) -> int:
+    """Return a width that config.json tells as a part of the hidden size.
+
+    Raises:
+        CheckpointError: it is no possible part.
+    """
+    told = config.get(name, default)
+    if type(told) not in (int, float) or not 0 < told <= _LARGEST_PART:
+        raise CheckpointError(
+            f"config.json has {name} = {told!r}; it must be a number above 0. Copy that of the "
+            "original model."
+        )
+    return int(hidden_size(config) * told)
+
+
 def _told(config: Config, name: str) -> int | None:
     """Return a size that config.json need not have, None if it has not."""
     return None if config.get(name) is None else positive(config, name)
@@ -179,7 +221,9 @@ def _size(config: Config, *names: str) -> int:
     return positive(config, *names)
 
 
-DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
+DELTA_NETS = frozenset(
+    {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"}
+)
 """Model types whose state fades by a number per head."""
 
 MAMBA = frozenset({"jamba", "mamba", "falcon_mamba", "zamba"})
@@ -197,6 +241,8 @@ _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     **dict.fromkeys(MAMBA, _mamba),
     "minimax": _lightning,
     "recurrent_gemma": _griffin,
+    "rwkv": _rwkv,
+    "xlstm": _xlstm,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

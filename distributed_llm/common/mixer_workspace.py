@@ -11,6 +11,7 @@ from distributed_llm.common.layer_states import (
     Config,
     MixerSizes,
     mixer_sizes,
+    xlstm_widths,
 )
 from distributed_llm.common.model_sizes import positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
@@ -29,6 +30,12 @@ _PIECE_OF_MAMBA2 = 256
 
 _RECURRENT_COPIES = 10
 """RecurrentGemma: numbers of the width of a recurrence for every token."""
+
+_RWKV_COPIES = 6
+"""RWKV: numbers of that width for every token; and as many hidden states."""
+
+_XLSTM_COPIES, _XLSTM_PAIRS = 8, 6
+"""xLSTM: numbers of all keys and values for every token; and of each pair of tokens of a piece."""
 
 _STEP_COPIES = 7
 """Copies of the states of a batch of single tokens: joined, taken, fading, added to, and read."""
@@ -52,8 +59,8 @@ def mixer_bytes(config: Config, dtype: DtypeName, *, tokens: int, rows: int) -> 
     mixer = mixer_sizes(config)
     if mixer is None:
         return 0
-    in_mamba = config["model_type"] in MAMBA | MAMBA2
-    copies = _STEP_COPIES if in_mamba else _STEP_COPIES_OF_DELTA
+    made_anew = config["model_type"] in MAMBA | MAMBA2 | {"rwkv"}
+    copies = _STEP_COPIES if made_anew else _STEP_COPIES_OF_DELTA
     single = min(rows, tokens) * copies * mixer.recurrent * _FLOAT
     return max(single, _chunk_bytes(config, mixer, tokens, ITEM_BYTES[dtype]))
 
@@ -77,6 +84,13 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             piece, numbers = _PIECE, (3 * _PIECE + 12) * keys
         case "recurrent_gemma":
             return tokens * values * _RECURRENT_COPIES * item_bytes
+        case "rwkv":  # its window is two hidden states
+            return tokens * _RWKV_COPIES * (values + mixer.window // 2) * item_bytes
+        case "xlstm":
+            piece = min(tokens, positive({"chunk_size": _PIECE, **config}, "chunk_size"))
+            numbers = _XLSTM_COPIES * sum(xlstm_widths(config)) + _XLSTM_PAIRS * mixer.heads * piece
+            states = 2 * (tokens // piece + 1) * mixer.recurrent
+            return (tokens * numbers + states) * _FLOAT
         case _:
             return 0
     padded = -(-tokens // piece) * piece

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
+    as_decoder,
+    check_heads,
     decoder_layers,
     encoder_layers,
     is_encoder_decoder,
@@ -53,14 +55,15 @@ _SIZES = (
 
 _ANY_SIZE = re.compile(
     r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
-    r"|channels)(_|$)"
+    r"|channels|multiple|blocks)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
 _ROPE = ("rope_parameters", "rope_scaling")
 """Names of parameters of rotary positions."""
 
-_ROPE_BASES = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_ROTATED = "partial_rotary_factor"
+_ROPE_BASES = ("rope_theta", "rope_local_base_freq", _ROTATED)
 _ROPE_NUMBERS = frozenset(
     {
         *(*_ROPE_BASES, "factor", "attention_factor", "original_max_position_embeddings"),
@@ -82,7 +85,11 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
-_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+_STREAMS: Mapping[str, str] = {
+    "gemma3n_text": "altup_num_inputs",
+    "hy_v4": "hc_mult",
+    "qwen4_exp_text": "hc_count",
+}
 """Model types with several hidden states between layers, and how config.json calls their number."""
 
 _TWICE = frozenset({"longcat_flash"})
@@ -100,6 +107,10 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    streams(config)
+    source_size(config)
+    if is_encoder_decoder(config):
+        check_heads(config)
     config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")
@@ -140,9 +151,11 @@ def _check_rope(config: Config) -> None:
             is_type, is_number = name in ("rope_type", "type"), name in _ROPE_NUMBERS
             if value is None or not (is_type or is_number):
                 continue
-            right = isinstance(value, str) if is_type else _is_number(value)
+            most = 1.0 if name == _ROTATED else math.inf
+            right = isinstance(value, str) if is_type else _is_number(value) and value <= most
             if not right:
                 wanted = "a name" if is_type else "a number from 0 on"
+                wanted = "a number from 0 to 1" if name == _ROTATED else wanted
                 raise CheckpointError(
                     f"config.json has {name} = {value!r:.60} among its rotary positions; it must "
                     f"be {wanted}. Copy that of the original model."
@@ -165,6 +178,8 @@ def num_layers(config: Config) -> int:
         return encoder_layers(config) + decoder_layers(config)
     if config.get("model_type") in _TWICE:  # transformers calls twice as many hidden layers
         return positive(config, "num_layers", most=_MAX_LAYERS)
+    if config.get("model_type") == "xlstm":
+        return positive(config, "num_blocks", *_LAYERS, most=_MAX_LAYERS)
     if config.get("num_hidden_layers") is None:  # Nemotron-H's lists its layers
         name = next((one for one in _LISTS if config.get(one)), _LISTS[0])
         listed = config.get(name)
@@ -185,7 +200,12 @@ def attentions_per_layer(config: Config) -> int:
 
 def hidden_size(config: Config) -> int:
     """Return the width of the hidden states between layers, of each of their streams."""
-    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model")
+    return positive(of_decoder(config), "hidden_size", "n_embd", "d_model", "embedding_dim")
+
+
+def source_size(config: Config) -> int:
+    """Return the width of hidden states between an encoder's layers, and of what it gives."""
+    return hidden_size(as_decoder(config) if is_encoder_decoder(config) else config)
 
 
 def streams(config: Config) -> int:
@@ -217,9 +237,9 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     """Return the bytes of KV cache that one position takes in each layer.
 
     Of latent attention (DeepSeek) that is the latent, and the part of the keys that all heads
-    share, with an indexer's key behind it; of model types whose attention keeps its latents for
-    itself, keys and values for every head of the queries. Layers that read the keys and values of
-    others keep none.
+    share, with an indexer's key behind it; such a key lies behind the keys of heads as well, in
+    parts. Of model types whose attention keeps its latents for itself, keys and values for every
+    head of the queries. Layers that read the keys and values of others keep none.
     """
     usual, item_bytes = head_sizes(config), ITEM_BYTES[dtype]
     if is_encoder_decoder(config):
@@ -233,7 +253,8 @@ def layer_kv_bytes(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto")
     kinds, index_dims, sizes = layer_types(config, count), index_key_dims(config, count), []
     for layer, lender in enumerate(kv_lenders(config, count)):
         heads = _heads_of_layer(config, usual, layer, kinds[layer])
-        dims = (heads.key_dim + index_dims[layer], heads.value_dim)
+        beside = -(-index_dims[layer] // heads.kv_heads)  # the heads have a part of it each
+        dims = (heads.key_dim + beside, heads.value_dim)
         one = heads.kv_heads * sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in dims)
         sizes.append(one * attentions_per_layer(config) if lender is None else 0)
     return tuple(sizes)

@@ -23,6 +23,9 @@ MAX_SEQUENCE_BIASES = 64
 MAX_TOKEN_CHARS = 256
 """Characters of a token that is given by how it is written, at most."""
 
+MAX_LANGUAGE_CHARS = 32
+"""Characters of the name of a language, at most."""
+
 MAX_WORD_TOKENS = 8
 """Tokens of one bad word, or of one biased sequence, at most."""
 
@@ -46,6 +49,7 @@ _Eos = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS)]
 _StopTokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)]
 _Ends = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS + MAX_STOP_TOKENS)]
 _WrittenToken = Annotated[str, Meta(min_length=1, max_length=MAX_TOKEN_CHARS)]
+_Language = Annotated[str, Meta(min_length=1, max_length=MAX_LANGUAGE_CHARS)]
 _NgramSize = Annotated[int, Meta(ge=0, le=64)]
 _Word = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_WORD_TOKENS)]
 _BadWords = Annotated[tuple[_Word, ...], Meta(max_length=MAX_BAD_WORDS)]
@@ -79,6 +83,9 @@ class SamplingParams(
         forced_bos_token_id: the first token of an encoder-decoder's answer, such as that of the
             language to translate to; its id, or how it is written ("deu_Latn"). Of other models,
             only after a prompt of a single token.
+        source_language: that a text is in, by the name that the model's tokenizer has for it
+            ("eng_Latn" for NLLB, "en" for M2M100, "en_XX" for mBART); default: the tokenizer's.
+        target_language: to translate to, by such a name: its token is the first of the answer.
         logit_bias: by token id, a number to add to the logit.
         logprobs: number of likeliest tokens to report at each position, besides the sampled one;
             default: report no log-probabilities at all.
@@ -110,6 +117,8 @@ class SamplingParams(
     bad_words_ids: _BadWords | None = None
     suppress_tokens: _Suppressed | None = None
     forced_bos_token_id: TokenId | _WrittenToken | None = None
+    source_language: _Language | None = None
+    target_language: _Language | None = None
     logit_bias: Annotated[dict[TokenId, _Bias], Meta(max_length=MAX_LOGIT_BIASES)] = {}
     logprobs: _NumLogprobs | None = None
     n: Annotated[int, Meta(ge=1, le=64)] = 1
@@ -170,6 +179,8 @@ _WANTED: Mapping[str, str] = {
     "forced_bos_token_id": (
         f"a token id, or a token as it is written, of 1 to {MAX_TOKEN_CHARS} characters"
     ),
+    "source_language": f"the name of a language, of 1 to {MAX_LANGUAGE_CHARS} characters",
+    "target_language": f"the name of a language, of 1 to {MAX_LANGUAGE_CHARS} characters",
     "logit_bias": f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -1000 to 1000",
     "logprobs": "a whole number from 0 (only the token that was picked) to 20",
     "n": "a whole number from 1 to 64",

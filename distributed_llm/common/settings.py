@@ -374,8 +374,9 @@ class WorkerSettings(_Section):
     )
     offload: Size = Field(
         default=None,
-        description="Room on the disk for layers that fit into no worker's memory, such as 20GiB: "
-        "they are read for every token, which is slow; CPU only; empty: none.",
+        description="Room for layers that fit into no worker's memory, such as 20GiB: on the disk, "
+        "and beside an NVIDIA or AMD GPU first in this machine's memory; they are brought for "
+        "every token, which is slow; for each GPU, where there are several; empty: none.",
     )
     slowdown: Factor = Field(
         default=1.0, ge=1, le=1000, description="For tests: look this many times slower; 1: off."

@@ -35,6 +35,8 @@ class TextRules(msgspec.Struct, frozen=True):
         grammar: that the text has to follow; None if there is none.
         ends: tokens that may be sampled where the grammar is complete, and end the answer there.
         first: how the first token is written, where its id is wanted; else empty.
+        source: name of the language that the prompt is in; empty: the tokenizer's usual one.
+        target: name of the language whose token is the first one; else empty.
     """
 
     stop_strings: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class TextRules(msgspec.Struct, frozen=True):
     grammar: Grammar | None = None
     ends: tuple[TokenId, ...] = ()
     first: str = ""
+    source: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Tokenized:
 
     Attributes:
         mask: which token may be the first of an answer, as in `Task`; empty without a grammar.
-        first: id of the token that `TextRules.first` is; None if it names none.
+        first: id of the token that `TextRules` name as the first; None if they name none.
     """
 
     key: RequestKey

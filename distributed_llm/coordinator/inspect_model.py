@@ -12,6 +12,7 @@ from distributed_llm.common.layer_sharing import uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
+from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
@@ -72,6 +73,7 @@ def served_model(
         exceeds_float16=checkpoint.model_type in EXCEEDS_FLOAT16,
         formats={one.quantize: formats_of(checkpoint, dtype, one.quantize) for one in costs},
         hidden_size=checkpoint.hidden_size,
+        source_size=checkpoint.source_size if costs[0].encoder_layers else 0,
         defaults=defaults,
         digest=lambda layers: checkpoint.digest(layers, prints),
         model_type=checkpoint.model_type,
@@ -98,29 +100,31 @@ def model_cost(
         CheckpointError: tensors of some layers are missing.
     """
     num_layers = checkpoint.num_layers
-    layers, beside = [0] * num_layers, {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
+    layers, tables = [0] * num_layers, [0] * num_layers
+    beside = {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
     for weight in checkpoint.weights.values():
         layer = checkpoint.layer_of(weight.name)
         size = checkpoint.weight_bytes(weight, dtype, quantize)
         whose = _whose(checkpoint, weight.name) if layer is None else layer
         if isinstance(whose, int):
             layers[whose] += size
+            tables[whose] += size if table_part(weight.name) else 0
         else:
             beside[whose] += size
-    table_bytes = beside["tables"] // num_layers
+    of_each = beside["tables"] // num_layers
     return ModelCost(
-        layer_bytes=tuple(own + table_bytes for own in layers),
+        layer_bytes=tuple(own + of_each for own in layers),
         first_bytes=beside["first"],
         last_bytes=beside["last"],
         shared_bytes=beside["shared"],
         each_bytes=beside["each"],
-        table_bytes=table_bytes,
+        table_bytes=tuple(own + of_each for own in tables),
         uncut=uncut(checkpoint.config, num_layers),
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,
         windows=layer_windows(checkpoint.config, num_layers),
         layer_state_bytes=checkpoint.layer_state_bytes(dtype),
-        shared_by=checkpoint.embedding_users if checkpoint.stacks else (),
+        shared_by=checkpoint.outer.embedding_users if checkpoint.stacks else (),
         encoder_layers=encoder_layers(checkpoint.config),
     )
 
@@ -130,10 +134,10 @@ def _whose(checkpoint: Checkpoint, name: str) -> str | int:
 
     A number: those with that layer.
     """
-    if checkpoint.is_of_every_stage(name):
-        return "tables" if checkpoint.is_cut(name) else "each"
-    users = checkpoint.users_of(name)
-    if checkpoint.is_tied(name) or len(users) > 1:
+    if checkpoint.outer.is_of_every_stage(name):
+        return "tables" if checkpoint.outer.is_cut(name) else "each"
+    users = checkpoint.outer.users_of(name)
+    if checkpoint.outer.is_tied(name) or len(users) > 1:
         return "shared"
     (user,) = users
     return {0: "first", checkpoint.num_layers - 1: "last"}.get(user, user)

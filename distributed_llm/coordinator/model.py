@@ -75,6 +75,7 @@ class ServedModel:
         exceeds_float16: whether numbers in it are known to be larger than any of float16.
         formats: how its weights stand in files and memory, by what they are quantized to.
         hidden_size: numbers per token between stages.
+        source_size: likewise of what an encoder reads; 0: there is none.
         defaults: of generation.
         digest: returns a digest of the weights of a layer range.
         model_type: the architecture's name in transformers.
@@ -98,6 +99,7 @@ class ServedModel:
     smaller: tuple[ModelCost, ...] = ()
     may_shrink: bool = False
     kv_dtype: KVDtype = "auto"
+    source_size: int = 0
     exceeds_float16: bool = False
     formats: Mapping[Quantize, WeightFormats] = field(default_factory=dict)
 
@@ -125,13 +127,15 @@ class ServedModel:
         room_bytes = max(0, machine.memory_bytes - self.workspace_on(machine)) // wider
         if wider == 1:
             return msgspec.structs.replace(machine, memory_bytes=room_bytes)
-        disk_bytes_per_s = machine.disk_bytes_per_s
+        disk, ram = machine.disk_bytes_per_s, machine.ram_bytes_per_s
         return msgspec.structs.replace(
             machine,
             memory_bytes=room_bytes,
             memory_bandwidth_bytes_per_s=machine.memory_bandwidth_bytes_per_s / wider,
             offload_bytes=machine.offload_bytes // wider,
-            disk_bytes_per_s=disk_bytes_per_s and disk_bytes_per_s / wider,
+            disk_bytes_per_s=disk and disk / wider,
+            ram_bytes=machine.ram_bytes // wider,
+            ram_bytes_per_s=ram and ram / wider,
         )
 
     def _widening(self, machine: Capabilities) -> int:
@@ -171,7 +175,20 @@ class ServedModel:
             tool_template=self.tokenizer.tool_template,
         )
 
+    def width(self, *, source: bool) -> int:
+        """Return the numbers of a token between stages.
+
+        Args:
+            source: whether it is of what an encoder reads.
+        """
+        return self.source_size if source else self.hidden_size
+
     @property
     def activation_bytes(self) -> int:
-        """Bytes that one token takes between stages."""
+        """Bytes that one token takes between stages; of an encoder-decoder, one of an answer."""
         return self.hidden_size * ITEM_BYTES[self.wire_dtype]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that one token of a source takes between stages."""
+        return self.source_size * ITEM_BYTES[self.wire_dtype]

@@ -14,6 +14,7 @@ from typing import Any
 
 from distributed_llm.common.errors import NotEnoughMemory
 from distributed_llm.common.layer_states import HELD_STATES
+from distributed_llm.common.offloading import away, layers_away, most_in_ram
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text, size_text
@@ -34,10 +35,12 @@ class PlannedStage:
     Attributes:
         kv_tokens: positions of KV cache that fit into the memory left by the weights; `ANY_TOKENS`
             if all layers are an encoder's, which keep nothing of sequences.
-        weight_bytes: that are in memory.
+        weight_bytes: that are in the memory of the worker's device.
         quantize: what floating-point weights become while they are loaded; the same on all stages.
         from_disk: number of layers that do not fit, and stay on the worker's disk.
         disk_bytes: of these layers, which are read in every step.
+        from_ram: of those that stay in the machine's memory, beside a GPU.
+        ram_bytes: of these, which are copied in every step.
     """
 
     worker: WorkerId
@@ -47,6 +50,13 @@ class PlannedStage:
     quantize: Quantize = "none"
     from_disk: int = 0
     disk_bytes: int = 0
+    from_ram: int = 0
+    ram_bytes: int = 0
+
+    @property
+    def is_away(self) -> bool:
+        """Whether layers have no room on the worker's device."""
+        return bool(self.from_disk or self.from_ram)
 
 
 Plan = tuple[PlannedStage, ...]
@@ -59,12 +69,14 @@ class PipelineStage:
 
     Attributes:
         shares: stands for the cores that the worker shares with others; empty: it shares none.
+        away_s: seconds that a step is expected to take for weights that are not on its device.
     """
 
     peer: PeerId
     worker: WorkerId
     layers: LayerRange
     shares: str = ""
+    away_s: float = 0.0
 
 
 def num_machines(stages: Sequence[PipelineStage]) -> int:
@@ -110,41 +122,60 @@ def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], layer_map: LayerMap
     return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in layer_map)
 
 
-def offloaded(plan: Plan, cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> Plan:
-    """Return a plan in which as few layers as possible stay on disks, so that the rest fits.
+def offloaded(
+    plan: Plan,
+    cost: ModelCost,
+    memory: Mapping[WorkerId, int],
+    ram: Mapping[WorkerId, int],
+    kv_tokens: int,
+) -> Plan:
+    """Return a plan in which as few layers as possible are away, so that the rest fits.
 
     Args:
         plan: with more on a worker than its memory has room for.
         cost: of the model.
         memory: bytes of each worker, for weights and KV cache.
+        ram: bytes beside the GPUs of some, for layers that are away; others are on disks.
         kv_tokens: positions of KV cache that every stage must have room for.
 
     Raises:
         NotEnoughMemory: a worker has no room for what has to be in memory.
     """
-    return tuple(_offloaded(stage, cost, memory[stage.worker], kv_tokens) for stage in plan)
+    return tuple(
+        _offloaded(stage, cost, memory[stage.worker], ram.get(stage.worker, 0), kv_tokens)
+        for stage in plan
+    )
 
 
 def _offloaded(
-    stage: PlannedStage, cost: ModelCost, memory_bytes: int, kv_tokens: int
+    stage: PlannedStage, cost: ModelCost, memory_bytes: int, ram_bytes: int, kv_tokens: int
 ) -> PlannedStage:
     layers, kv_bytes = stage.layers, cost.kv_bytes(stage.layers)
     wanted = kv_bytes * kv_tokens + HELD_STATES * cost.state_bytes(layers)
     for count in range(len(layers) + 1):
-        held = cost.bytes_in_memory(layers, count)
+        held = cost.bytes_on_device(layers, count)
         if held + wanted <= memory_bytes:
+            from_ram = most_in_ram(cost.sizes_away(layers_away(layers, count)), ram_bytes)
+            gone = away(layers, from_ram, count - from_ram)
             return replace(
                 stage,
                 weight_bytes=held,
                 kv_tokens=_kv_tokens(cost, layers, memory_bytes - held),
-                from_disk=count,
-                disk_bytes=cost.bytes_from_disk(layers, count),
+                from_disk=len(gone.on_disk),
+                disk_bytes=sum(cost.sizes_away(gone.on_disk)),
+                from_ram=len(gone.in_ram),
+                ram_bytes=sum(cost.sizes_away(gone.in_ram)),
             )
     raise NotEnoughMemory(
         f"Worker {stage.worker} has {size_text(memory_bytes)}, but {layers_text(layers)} take "
-        f"{size_text(held + wanted)} even if they are read from its disk in every "
-        "step. Raise its --max-memory."
+        f"{size_text(held + wanted)} even if all of them are away and brought in every step. "
+        "Raise its --max-memory."
     )
+
+
+def seconds_from(nbytes: int, bytes_per_s: float | None) -> float:
+    """Return the seconds that bytes take to come from a place, 0 if its rate is unknown."""
+    return nbytes / bytes_per_s if bytes_per_s else 0.0
 
 
 def layer_map_of(plan: Plan) -> LayerMap:
@@ -163,6 +194,7 @@ def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
             "kv_bytes_per_token": cost.kv_bytes(stage.layers),
             "quantize": stage.quantize,
             "disk_bytes": stage.disk_bytes,
+            "ram_bytes": stage.ram_bytes,
         }
         for stage in plan
     ]

@@ -154,6 +154,7 @@ class Reporting:
             lineage=pipeline.lineage,
             quantize=pipeline.quantize,
             disk_bytes=pipeline.disk_bytes,
+            ram_bytes=pipeline.ram_bytes,
             kv_dtype=self._cluster.model.kv_dtype,
             memory=formats.memory if formats else "",
             exact=formats.exact if formats else True,
@@ -171,10 +172,8 @@ class Reporting:
                 for at, stage in enumerate(pipeline.stages)
             ),
             links=tuple(
-                self._link(pipeline, sender, receiver, tokens)
-                for (sender, receiver), tokens in zip(
-                    pairwise(pipeline.stages), meter.tokens, strict=False
-                )
+                self._link(pipeline, sender, receiver, meter.tokens[at], meter.source_tokens[at])
+                for at, (sender, receiver) in enumerate(pairwise(pipeline.stages))
             ),
             move=_move(move, now) if move and move.old is pipeline else None,
             kv_tokens=pipeline.kv_tokens,
@@ -197,8 +196,15 @@ class Reporting:
         )
 
     def _link(
-        self, pipeline: Pipeline, sender: PipelineStage, receiver: PipelineStage, tokens: int
+        self,
+        pipeline: Pipeline,
+        sender: PipelineStage,
+        receiver: PipelineStage,
+        tokens: int,
+        source_tokens: int,
     ) -> LinkStatus:
+        model = self._cluster.model
+        bytes_sent = (tokens - source_tokens) * model.activation_bytes
         measured = self._cluster.measurements.link(sender.worker, receiver.worker)
         latency_s, bytes_per_s = measured or (None, None)
         return LinkStatus(
@@ -207,7 +213,7 @@ class Reporting:
             how=pipeline.link_of(sender.peer),
             latency_s=latency_s,
             bytes_per_s=bytes_per_s,
-            bytes_sent=tokens * self._cluster.model.activation_bytes,
+            bytes_sent=bytes_sent + source_tokens * model.source_bytes,
         )
 
     def _forecast(self, pipeline: Pipeline) -> ForecastStatus | None:

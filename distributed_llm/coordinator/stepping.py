@@ -172,7 +172,9 @@ class Stepping:
 
     def _count(self, pipeline: Pipeline, done: StepDone) -> None:
         hops, step = len(done.timings) - 1, done.step
-        sent_bytes = hops * len(step.token_ids) * self._cluster.model.activation_bytes
+        model = self._cluster.model
+        each_bytes = model.source_bytes if step.is_source else model.activation_bytes
+        sent_bytes = hops * len(step.token_ids) * each_bytes
         self._book.totals.count_step(sent_bytes, decodes=step.decodes)
         tokens = len(step.slices) if step.decodes else 0
         for stage, timing in zip(pipeline.stages[done.first :], done.timings, strict=True):

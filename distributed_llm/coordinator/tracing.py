@@ -50,10 +50,11 @@ def trace_step(cluster: Cluster, pipeline: Pipeline, done: StepDone, *, now: flo
 
 
 def _hops(cluster: Cluster, pipeline: Pipeline, done: StepDone) -> tuple[StageHop, ...]:
-    tokens = len(done.step.token_ids)
+    tokens, model = len(done.step.token_ids), cluster.model
+    each_bytes = model.source_bytes if done.step.is_source else model.activation_bytes
     hops, before = [], None
     for stage, timing in zip(pipeline.stages[done.first :], done.timings, strict=True):
-        item_bytes = _TOKEN_ID_BYTES if before is None else cluster.model.activation_bytes
+        item_bytes = _TOKEN_ID_BYTES if before is None else each_bytes
         bytes_in = tokens * item_bytes
         hops.append(
             StageHop(

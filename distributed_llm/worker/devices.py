@@ -7,6 +7,7 @@ import ctypes
 import sys
 from contextlib import suppress
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,19 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return capability(device) >= (8, 0)
     return True
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return NVIDIA's number for what a GPU of theirs can do, major and minor."""
+    return torch.cuda.get_device_capability(device)
+
+
+def architecture(device: torch.device) -> str:
+    """Return AMD's name for the architecture of a GPU of theirs ("gfx90a")."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return str(properties.gcnArchName).partition(":")[0]
 
 
 def own_memory(device: torch.device) -> tuple[int, int] | None:

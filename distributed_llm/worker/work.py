@@ -5,6 +5,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
+import torch
 
 from distributed_llm.common.addresses import (
     addresses_for_others,
@@ -20,10 +21,13 @@ from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.worker import devices
+from distributed_llm.worker.compute.copies import measure_copies
 from distributed_llm.worker.compute.disk import measure_disk
-from distributed_llm.worker.compute.probe import measure
+from distributed_llm.worker.compute.probe import measure, usable_memory_bytes
 from distributed_llm.worker.cores import own_cores
 from distributed_llm.worker.links import bind_for
+from distributed_llm.worker.model.device_copies import copies_to
 from distributed_llm.worker.model.kernels.kept_choices import settle
 from distributed_llm.worker.service import Worker
 from distributed_llm.worker.way_in import WayIn
@@ -96,25 +100,46 @@ def name_of(settings: WorkerSettings) -> str:
     return settings.name or enrolled_name(settings.coordinator) or machine_name()
 
 
-def _with_disk(capabilities: Capabilities, offload_bytes: int) -> Capabilities:
-    """Measure the disk that layers may stay on.
+def _with_offload(capabilities: Capabilities, offload_bytes: int) -> Capabilities:
+    """Measure where layers may stay: beside a GPU in the machine's memory, else on the disk.
 
     Raises:
-        ConfigError: the device is no CPU, or the disk has too little room.
+        ConfigError: the device can use neither, or the disk has too little room.
     """
-    if capabilities.device != "cpu":
-        raise ConfigError(
-            f"offload is set, but this worker computes on {capabilities.device}, which cannot read "
-            "weights from a disk. Leave it out, or start a worker with --device cpu beside."
+    made = msgspec.structs.replace(capabilities, offload_bytes=offload_bytes)
+    device = torch.device(capabilities.device)
+    if device.type != "cpu":
+        copies = copies_to(device)
+        if copies is None:
+            raise ConfigError(
+                f"offload is set, but this worker computes on {capabilities.device}, which is not "
+                "sent weights in every step: only NVIDIA's and AMD's GPUs are. Leave it out, or "
+                "start a worker with --device cpu beside."
+            )
+        made = _with_ram(made, device, measure_copies(copies, device))
+    if (on_disk := offload_bytes - made.ram_bytes) > 0:
+        rate = measure_disk(offload_folder(), on_disk)
+        logger.info(
+            "Layers that fit nowhere else may stay on the disk: %s in %s, read at %.1f GB/s",
+            *(size_text(on_disk), offload_folder(), rate / 1e9),
         )
-    rate = measure_disk(offload_folder(), offload_bytes)
+        made = msgspec.structs.replace(made, disk_bytes_per_s=rate)
+    return made
+
+
+def _with_ram(capabilities: Capabilities, device: torch.device, bytes_per_s: float) -> Capabilities:
+    """Note how much of the room for layers is in the machine's memory.
+
+    That is at most a GPU's share of what is free: the others of the machine may have workers, too.
+    """
+    gpus = sum(torch.device(name).type == device.type for name in devices.present())
+    usable = usable_memory_bytes(torch.device("cpu")) // max(1, gpus)
+    ram_bytes = min(capabilities.offload_bytes, usable)
     logger.info(
-        "Layers that fit nowhere else may stay on the disk: %s in %s, read at %.1f GB/s",
-        size_text(offload_bytes),
-        offload_folder(),
-        rate / 1e9,
+        "Layers that do not fit on the GPU may stay in memory: %s, copied at %.1f GB/s",
+        *(size_text(ram_bytes), bytes_per_s / 1e9),
     )
-    return msgspec.structs.replace(capabilities, offload_bytes=offload_bytes, disk_bytes_per_s=rate)
+    return msgspec.structs.replace(capabilities, ram_bytes=ram_bytes, ram_bytes_per_s=bytes_per_s)
 
 
 async def others_reach(coordinator: str) -> bool:
@@ -146,7 +171,7 @@ def _measure(settings: WorkerSettings, threads: int, shares: str) -> Capabilitie
         if capabilities.device == "cpu":
             settle(cache_folder() / "kernels", capabilities.device_name)
         if settings.offload:
-            return _with_disk(capabilities, settings.offload)
+            return _with_offload(capabilities, settings.offload)
         return capabilities
 
     with ThreadPoolExecutor(1) as thread:

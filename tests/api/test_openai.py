@@ -210,6 +210,8 @@ CHAT_ERRORS: list[tuple[dict[str, Any], str, str]] = [
     ({"forced_bos_token_id": 9999}, "forced_bos_token_id", "invalid_value"),
     ({"forced_bos_token_id": "no token"}, "forced_bos_token_id", "invalid_value"),
     ({"forced_bos_token_id": -1}, "forced_bos_token_id", "invalid_value"),
+    ({"target_language": "fra_Latn"}, "target_language", "invalid_value"),
+    ({"source_language": "eng_Latn"}, "source_language", "invalid_value"),
     ({"seed": 2**128}, "seed", "invalid_value"),
     ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "invalid_value"),

@@ -39,6 +39,11 @@ def test_a_translator_is_told_the_language(tmp_path: Path) -> None:
         first = tokenizer.convert_tokens_to_ids("fr_XX")
         chunks = client.stream(TEXT, forced_bos_token_id=first, **HOW)
         assert "".join(chunk.text for chunk in chunks) == translated("fr_XX")
+        tokenizer.src_lang = "fr_XX"
+        languages: dict[str, Any] = {"source_language": "fr_XX", "target_language": "de_DE"}
+        assert client.generate(TEXT, **languages, **HOW) == translated("de_DE") != wanted
+        with pytest.raises(InvalidRequest, match="no language 'Klingon', which target_language"):
+            client.generate(TEXT, target_language="Klingon")
         with pytest.raises(InvalidRequest, match="no token 'Klingon'"):
             client.generate(TEXT, forced_bos_token_id="Klingon")
         with pytest.raises(InvalidRequest, match="no embeddings here"):

@@ -15,6 +15,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.model.sampler import sample
 
+ONE_BY_ONE = {"rwkv"}
+"""Model types of which transformers mixes up the texts of a batch."""
+
 ROUNDING = 1e-4
 """By how much log-probabilities in float32 may differ between a cluster and transformers."""
 
@@ -89,6 +92,15 @@ def answers_of_transformers(
         samplings: of the answers.
         new_tokens: that each of them gets.
     """
+    if model.config.model_type in ONE_BY_ONE and len(prompts) > 1:
+        each = [
+            answers_of_transformers(model, prompt[None], [sampling], new_tokens)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+        before, token_ids, logits = (
+            torch.cat(parts) for parts in list(zip(*each, strict=True))[:3]
+        )
+        return Expected(before, token_ids, logits, samplings)
     scale = 1.0
     if hasattr(model.config, "text_config"):  # which the class for the whole model leaves out
         scale = getattr(model.config.text_config, "logit_scale", scale)

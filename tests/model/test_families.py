@@ -207,8 +207,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     ("family", "settings"),
     [
         ("llama", {"alibi": True}),
-        ("xlstm", {}),
-        ("rwkv", {}),
+        ("zaya", {}),
         ("whisper", {}),
         ("mllama", {}),
         ("gemma", {"part_of": "paligemma"}),

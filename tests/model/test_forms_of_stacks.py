@@ -19,6 +19,8 @@ FORMS: list[tuple[DtypeName, Quantize, float]] = [
     ("bfloat16", "none", 0.2),
     ("float32", "int8", 0.2),
     ("float16", "int8", 0.2),
+    ("float32", "int4", 1.0),
+    ("bfloat16", "int4", 1.0),
 ]
 """And how far a logarithm of a probability may be off."""
 
@@ -40,7 +42,6 @@ def test_narrow_weights_are_near_transformers(tmp_path: Path, model_type: str) -
         assert pipeline.latest.logprobs is not None
         found = float(pipeline.latest.logprobs[0, 0])
         assert found == pytest.approx(float(wanted[token]), abs=apart), f"{dtype}, {quantize}"
-        if quantize == "none":
-            cost = model_cost(checkpoint, dtype)
-            for stage in pipeline.stages:
-                assert stage.weight_bytes == cost.weight_bytes(stage.layers), stage.layers
+        cost = model_cost(checkpoint, dtype, quantize)
+        for stage in pipeline.stages:
+            assert stage.weight_bytes == cost.weight_bytes(stage.layers), stage.layers

@@ -22,6 +22,7 @@ from distributed_llm.worker.model.kernels import (
     packed_nbytes,
 )
 from distributed_llm.worker.model.kernels.choice import ROWS
+from distributed_llm.worker.model.kernels.memory import new_memory
 from distributed_llm.worker.model.kernels.packed import CopiedLinear, FloatLinear, RowLinear
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
@@ -100,6 +101,19 @@ def test_states_that_are_not_contiguous_are_read_rightly(dtype: torch.dtype) -> 
     linear = nn.Linear(32, 16, dtype=dtype).requires_grad_(False)
     states = torch.randn(1, 32, 10).to(dtype).transpose(1, 2)[:, ::2]
     assert_near(PackedLinear(linear)(states), linear(states), dtype)
+
+
+def test_a_weight_that_was_read_into_memory_of_its_own_stays_there() -> None:
+    rows, columns = 513, 1024  # a part is large too
+    read = new_memory(rows * columns * 2).view(torch.bfloat16).view(rows, columns)
+    read.copy_(torch.randn(rows, columns))
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    for weight, stays in ((read, True), (read[1:], False), (read.clone(), False)):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        own = CopiedLinear(linear).weight
+        assert (own.data_ptr() == weight.data_ptr()) == stays
+        assert torch.equal(own, weight)
+        assert own.data_ptr() % 4096 == 0  # in pages of its own, which may be large ones
 
 
 # ------------------------------------------------------------------ a model's layers
@@ -203,8 +217,8 @@ def test_packed_stages_give_what_others_give(
 
 def _keep(stage: Stage, kept: list[Tensor]) -> Any:
     def hook(*_: Any) -> None:
-        assert stage._forward._hooks.outgoing is not None
-        kept.append(stage._forward._hooks.outgoing[0])
+        assert stage._forward.hooks.outgoing is not None
+        kept.append(stage._forward.hooks.outgoing[0])
 
     return hook
 

@@ -33,7 +33,7 @@ def test_every_type_is_split_or_refused_or_tried() -> None:
     assert SCRIPT["WHOLES"] == tested | {"phi4_multimodal", "gemma3n"}
     assert states["qwen3"] == "yes"
     assert states["bart"] == "yes, encoder and decoder"
-    assert "encoder-decoder" in states["whisper"]
+    assert "pictures or sound" in states["whisper"]
     assert "picks some of the positions" in states["deepseek_v4"]
 
 

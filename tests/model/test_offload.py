@@ -9,10 +9,11 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import NotEnoughMemory
-from distributed_llm.common.offloading import layers_on_disk
+from distributed_llm.common.offloading import Away, away, layers_away, most_in_ram
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.worker.model.offload import LayerFile, file_of, read_nbytes
+from distributed_llm.worker.model.away_layers import away_nbytes
+from distributed_llm.worker.model.offload import LayerFile, file_of
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Load, Loaded
 from tests.checkpoints import make_checkpoint
@@ -141,21 +142,48 @@ def test_a_full_disk_is_told(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyP
         load(checkpoint, 1)
 
 
+def on_disk(layers: LayerRange, count: int) -> tuple[int, ...]:
+    return away(layers, 0, count).on_disk
+
+
 def test_layers_on_the_disk_lie_apart() -> None:
-    assert layers_on_disk(LayerRange(4, 10), 0) == ()
-    assert layers_on_disk(LayerRange(4, 10), 1) == (7,)
-    assert layers_on_disk(LayerRange(4, 10), 3) == (5, 7, 9)
+    assert on_disk(LayerRange(4, 10), 0) == ()
+    assert on_disk(LayerRange(4, 10), 1) == (7,)
+    assert on_disk(LayerRange(4, 10), 3) == (5, 7, 9)
     for count in range(7):
-        chosen = layers_on_disk(LayerRange(4, 10), count)
+        chosen = on_disk(LayerRange(4, 10), count)
         assert len(set(chosen)) == count
         assert all(4 <= layer < 10 for layer in chosen)
     with pytest.raises(ValueError, match="7 of 6"):
-        layers_on_disk(LayerRange(4, 10), 7)
+        on_disk(LayerRange(4, 10), 7)
+
+
+def test_layers_in_memory_and_on_the_disk_take_turns() -> None:
+    layers = LayerRange(4, 10)
+    assert away(layers, 0, 0) == Away()
+    assert away(layers, 3, 0) == Away(in_ram=(5, 7, 9))
+    assert away(layers, 2, 1) == Away(in_ram=(5, 9), on_disk=(7,))
+    assert away(layers, 4, 2) == Away(in_ram=(4, 6, 7, 9), on_disk=(5, 8))
+    for count in range(7):
+        for from_disk in range(count + 1):
+            found = away(layers, count - from_disk, from_disk)
+            assert sorted((*found.in_ram, *found.on_disk)) == [*layers_away(layers, count)]
+    with pytest.raises(ValueError, match="7 of 6"):
+        away(layers, 3, 4)
+
+
+def test_as_many_layers_stay_in_memory_as_there_is_room_for() -> None:
+    assert most_in_ram([], 100) == 0
+    assert most_in_ram([10] * 5, 49) == 4
+    assert most_in_ram([10] * 5, 50) == 5
+    assert most_in_ram([10] * 5, 9) == 0
+    assert most_in_ram([50, 10, 10], 30) == 1  # the first goes to the disk with another
+    assert most_in_ram([10, 50, 10], 30) == 2
 
 
 def test_bytes_that_are_read_are_known(checkpoint: Checkpoint) -> None:
     layers = load(checkpoint, 6)._held.layers
-    assert read_nbytes(layers) == sum(file.nbytes for file in map(file_of, layers) if file) > 0
+    assert away_nbytes(layers) == sum(file.nbytes for file in map(file_of, layers) if file) > 0
 
 
 def test_workers_do_as_they_are_told(checkpoint: Checkpoint) -> None:

@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
 }
-WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba")
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def load(

@@ -16,6 +16,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.workspace import workspace_bytes
 from distributed_llm.worker.model import sampled_rows
+from distributed_llm.worker.model.kernels.native import recurrences
 from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
 from distributed_llm.worker.model.sampler import RowsFailed
 from distributed_llm.worker.model.stage import Stage
@@ -44,6 +45,17 @@ _LATENTS = {
     "v_head_dim": 64,
     "max_position_embeddings": 2 * TOKENS,
 }
+_PICKED = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "index_head_dim": 64,
+    "index_block_size": 16,
+    "index_topk_blocks": 8,
+    "layer_types": ["minimax_m3_sparse"],
+    "max_position_embeddings": 2 * TOKENS,
+    "num_local_experts": 4,
+}
 FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "llama": (1.5, {}),
     "qwen3_moe": (1.6, {"moe_intermediate_size": 384}),
@@ -52,6 +64,15 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "deepseek_v3": (1.7, {**_LATENTS, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "minicpm3": (1.7, {**_LATENTS, "kv_lora_rank": 32}),  # all attend to latents as they are
     "deepseek_v32": (1.7, {**_LATENTS, "index_topk": 128, "index_head_dim": 64}),
+    "qwen4_exp_text": (
+        1.5,
+        {
+            **{"num_attention_heads": 8, "head_dim": 64, "layer_types": ["full_attention"]},
+            **{"ple_layer_ids": None, "indexer_head_dim": 64, "indexer_n_heads": 4},
+            **{"indexer_budget": 128, "indexer_compress_ratio": 16},
+        },
+    ),
+    "minimax_m3_vl_text": (1.3, _PICKED),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""
@@ -66,8 +87,17 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     "mamba": (1.1, {"intermediate_size": 512, "state_size": 16}),
     "mamba2": (1.3, {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128}),
     "qwen3_next": (1.2, _DELTA_NET),
+    "qwen4_exp_text": (
+        1.5,
+        {
+            **_DELTA_NET,
+            **{"layer_types": ["linear_attention"], "hc_count": 6, "ple_embed_dim": 256},
+        },
+    ),
     "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
+    "xlstm": (1.2, {"num_heads": 4, "chunk_size": 64}),
+    "rwkv": (1.2, {"attention_hidden_size": 1024}),
 }
 """The same for models whose layers with a state take most, with what they have beside."""
 
@@ -152,12 +182,16 @@ def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begins", [False, True])
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next"])
-def test_single_tokens_in_layers_with_a_state(family: str, begins: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next", "rwkv"])
+def test_single_tokens_in_layers_with_a_state(
+    family: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the states that sequences keep, which the latest step has made anew.
 
-    Those that begin are computed one by one, and need not be planned for.
+    Those that begin are computed one by one, and need not be planned for. Where the C library makes
+    the states, it needs less.
     """
+    monkeypatch.setattr(recurrences, "can_compute", lambda states: False)
     given = {"hidden_size": 256, "intermediate_size": 512, **MIXERS[family][1]}
     folder = make_checkpoint(tmp_path / "model", family, num_layers=2, **given)
     kept = 32 * sum(open_checkpoint(folder).layer_state_bytes("bfloat16"))

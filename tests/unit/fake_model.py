@@ -100,7 +100,13 @@ def with_sources(model: ServedModel) -> ServedModel:
         for cost in (model.cost, *model.smaller)
     ]
     defaults = replace(model.defaults, decoder_start=DECODER_START)
-    return replace(model, cost=costs[0], smaller=tuple(costs[1:]), defaults=defaults)
+    return replace(
+        model,
+        cost=costs[0],
+        smaller=tuple(costs[1:]),
+        defaults=defaults,
+        source_size=model.hidden_size,
+    )
 
 
 _TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}

@@ -316,7 +316,7 @@ def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
         worker.fail_assemblies = 1 if message is UndoMove else 0
     world.faults.append(Fault(message, "drop"))
     assert world.run(world.all_ended)
-    world.run(for_s=1000.0)
+    world.run(for_s=200.0)
     finish(world, *answers)
     assert world.core.status(now=world.now).requests_failed == 0
 

@@ -32,7 +32,7 @@ def cluster() -> tuple[World, SimClient, SimWorker]:
         worker.max_positions = 500
     client = world.client()
     assert world.run(lambda: world.state == "serving")
-    keep_busy(world, client, 60.0)
+    keep_busy(world, client, 30.0)
     assert busy(world) == ["fast"], world.logs
     return world, client, worker
 
@@ -75,7 +75,7 @@ def test_a_worker_that_was_slow_for_a_while_is_taken_back(after_s: float) -> Non
     while busy(world) != ["fast"]:
         assert world.now < changed_at + 25.0, world.logs[-9:]
         keep_busy(world, client, 1.0)
-    keep_busy(world, client, 60.0)
+    keep_busy(world, client, 30.0)
     assert busy(world) == ["fast"]
     assert moves(world) - before <= 2
 
@@ -86,8 +86,8 @@ def test_a_worker_that_stays_slow_is_left_alone(noise: float, seed: int) -> None
     draw, before = random.Random(seed), moves(world)
     fast.probe_noise = lambda: 1.0 + draw.uniform(-noise, noise)
     probes = fast.num_probes
-    keep_busy(world, client, 300.0)
-    assert fast.num_probes - probes == pytest.approx(30, abs=1)
+    keep_busy(world, client, 120.0)
+    assert fast.num_probes - probes == pytest.approx(12, abs=1)
     assert moves(world) == before
     assert "fast" not in busy(world)
 
@@ -101,7 +101,7 @@ def test_noisy_probes_of_a_worker_that_is_as_fast_as_the_others_move_nothing() -
     fast.layer_s = LAYER_S
     keep_busy(world, client, 60.0)
     before = moves(world)
-    keep_busy(world, client, 300.0)
+    keep_busy(world, client, 120.0)
     assert moves(world) == before
 
 

@@ -40,6 +40,8 @@ def test_matrices_of_linear_layers_become_integers(name: str) -> None:
         ("mlp.gate.weight", (64, 128)),
         ("block_sparse_moe.router.layer.weight", (64, 128)),
         ("mlp.shared_expert_gate.weight", (64, 128)),
+        ("mlp_hyper_connection.block_inject_weight.weight", (4, 8192)),
+        ("ple.ple_embedding.ngram_embedding.shard_3.weight", (4096, 64)),
         ("linear_attn.conv1d.weight", (2048, 1, 4)),
         ("self_attn.q_norm.weight", (32, 128)),
         ("input_layernorm.weight", (4096,)),
@@ -69,8 +71,12 @@ def test_groups_divide_the_inputs() -> None:
 def test_bytes() -> None:
     weight = stored(LAYER + "mlp.up_proj.weight", (64, 128))
     assert bytes_in_memory(weight, None, "float32") == 64 * 128 * 4
-    assert bytes_in_memory(weight, INT8, "float32") == 64 * 128 + 64 * 4
-    assert bytes_in_memory(weight, WeightForm(4, 64), "float32") == 64 * 64 + 64 * 2 * 4
+    assert bytes_in_memory(weight, INT8, "float32") == 64 * 128 + 64 * 6
+    assert bytes_in_memory(weight, WeightForm(4, 64), "float32") == 64 * 64 + 64 * 2 * 8
+    assert bytes_in_memory(weight, WeightForm(4, 64), "bfloat16") == 64 * 64 + 64 * 2 * 4
+    large = stored(LAYER + "mlp.up_proj.weight", (512, 128))
+    assert bytes_in_memory(large, INT8, "float32") == 512 * 128 + 512 * 4
+    assert bytes_in_memory(large, WeightForm(4, 64), "float32") == 512 * 64 + 512 * 2 * 4
     assert bytes_in_memory(stored("position_ids", (512,), "I64"), None, "bfloat16") == 99
 
 

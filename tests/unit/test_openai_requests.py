@@ -272,10 +272,17 @@ def test_what_the_coordinator_says_is_told_in_the_names_of_the_request(
     assert told in error.message
 
 
-def test_a_prompt_that_is_too_long_is_told_by_its_code() -> None:
-    error = error_of(ContextLengthExceeded("Lower max_new_tokens."), NAMES, "prompt", {})
-    assert error.param == "prompt"
-    assert (error.code, error.message) == ("context_length_exceeded", "Lower max_tokens.")
+@pytest.mark.parametrize(
+    ("message", "param", "told"),
+    [
+        ("The prompt has 9 tokens: lower max_new_tokens.", "prompt", "prompt has 9 tokens: lower"),
+        ("The decoder starts with 1: lower max_new_tokens.", "max_tokens", "starts with 1: lower"),
+    ],
+)
+def test_what_is_too_long_is_told_by_its_code(message: str, param: str, told: str) -> None:
+    error = error_of(ContextLengthExceeded(message), NAMES, "prompt", {})
+    assert (error.param, error.code) == (param, "context_length_exceeded")
+    assert error.message.endswith(f"{told} max_tokens.")
 
 
 @pytest.mark.parametrize(

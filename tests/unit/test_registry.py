@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.registry import CLIENT_SILENCE_S, Registry
 from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
+from tests.unit.coordinator_parts import ready
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
 CAPABILITIES = Capabilities(
@@ -141,6 +143,13 @@ def status_of(worker: Worker, *, now: float) -> WorkerStatus:
         kv_room_bytes=4,
         now=now,
     )
+
+
+def test_what_it_multiplies_by_is_kept_and_shown(registry: Registry) -> None:
+    worker = join(registry, A)
+    told = msgspec.structs.replace(ready(1), kernels="int8 by blocks")
+    worker.learn_load(LayerRange(0, 2), told, 0)
+    assert status_of(worker, now=0.0).kernels == "int8 by blocks"
 
 
 def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:

@@ -22,7 +22,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
-from distributed_llm.coordinator.events import TextRules
+from distributed_llm.coordinator.events import PromptKind, TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
@@ -355,6 +355,23 @@ def test_other_tensors_than_prompt_and_grammar_are_refused(message: Generate, wh
     wrong = wrong_inputs(message, 100)
     assert wrong is not None
     assert why in str(wrong)
+
+
+def test_languages_that_something_else_says_are_refused() -> None:
+    def why(prompt: PromptKind, **given: object) -> str:
+        params = params_of(**given)
+        message = Generate(request_id="r", prompt=prompt, params=params, tensors=())
+        return str(wrong_inputs(message, 100) or "")
+
+    assert why("text", source_language="de", target_language="fr") == ""
+    assert why("token_ids", target_language="fr") == ""
+    assert "the prompt is token ids" in why("token_ids", source_language="de")
+    assert "the prompt is a conversation" in why("chat", source_language="de")
+    both = why("text", target_language="fr", forced_bos_token_id=3)
+    assert both.startswith("target_language and forced_bos_token_id both")
+    said = params_of(target_language="fr", forced_bos_token_id=3)  # the tokenizer put it there
+    with pytest.raises(InvalidRequest, match="target_language and a grammar both say"):
+        resolve(said, PLAIN, prompt_tokens=1, kv_tokens=1024, seed=1, constrained=True)
 
 
 def test_what_ends_an_answer_may_come_where_its_grammar_is_complete() -> None:

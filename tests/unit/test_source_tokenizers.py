@@ -5,6 +5,7 @@ Whatever transformers' `AutoTokenizer` makes of the same files is right.
 
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.grammars import Grammars
-from distributed_llm.coordinator.text.messages import AnswerTokens, Encoded, Prompt, Tokens
+from distributed_llm.coordinator.text.messages import (
+    Answered,
+    AnswerTokens,
+    Encoded,
+    Failed,
+    Prompt,
+    Tokens,
+)
 from distributed_llm.coordinator.text.source_tokenizers import class_name
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.coordinator.text.work import TextWork
@@ -92,7 +100,8 @@ def test_the_class_is_that_of_transformers(kind: str) -> None:
 @pytest.mark.parametrize("model_type", sorted(ENCODER_DECODERS))
 def test_the_usual_class_is_that_of_transformers(model_type: str) -> None:
     usual = getattr(transformers, class_name({"model_type": model_type}, {}))
-    assert usual is getattr(transformers, str(TOKENIZER_MAPPING_NAMES[model_type]))
+    wanted = TOKENIZER_MAPPING_NAMES.get(model_type, "GemmaTokenizer")  # T5Gemma 2's files name it
+    assert usual is getattr(transformers, str(wanted))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,50 @@ def test_languages_of_the_source_are_those_of_the_files() -> None:
     tokenizer, _ = opened("m2m_100")
     ids = tokenizer.encode("hello")
     assert [tokenizer.special_name(token) for token in (ids[0], ids[-1])] == ["__en__", "</s>"]
+
+
+@every_kind
+def test_languages_are_those_of_transformers(kind: str) -> None:
+    """Of a source and of an answer, as in its translation pipeline; where there are none, so."""
+    tokenizer, _ = opened(kind)
+    work = TextWork(tokenizer, 200)
+    reference: Any = AutoTokenizer.from_pretrained(folder_of(kind))
+    languages = LANGUAGES.get(kind.partition(",")[0])
+    if languages is None:
+        assert not hasattr(reference, "_build_translation_inputs")
+        told = did(work, TextRules(source="de"))
+        assert isinstance(told, Failed)
+        assert "no languages to choose from, so source_language" in told.message
+        return
+    for source, target in pairwise(languages):
+        wanted = reference._build_translation_inputs(
+            TEXTS[0], return_tensors=None, src_lang=source, tgt_lang=target
+        )
+        found = did(work, TextRules(source=source, target=target))
+        assert isinstance(found, Encoded)
+        assert token_ids_of_frame(found.token_ids) == wanted["input_ids"]
+        assert found.first == wanted["forced_bos_token_id"] != reference.unk_token_id
+    told = did(work, TextRules(target="Klingon"))
+    assert isinstance(told, Failed)
+    assert "no language 'Klingon', which target_language names. Among its" in told.message
+    assert languages[-1] in told.message
+
+
+LANGUAGES = {
+    "mbart": ("de_DE", "en_XX", "ro_RO", "ar_AR"),
+    "mbart50": ("en_XX", "xh_ZA", "ar_AR"),
+    "plbart": ("en_XX", "python", "java"),
+    "m2m_100": ("zu", "en", "af"),
+    "nllb": ("eng_Latn", "fra_Latn", "deu_Latn"),
+}
+"""Some of those of a kind; the last is among those that an error lists."""
+
+
+def did(work: TextWork, rules: TextRules) -> Encoded | Answered | Failed:
+    """Return what becomes of the first of `TEXTS`."""
+    prompt = Prompt(request=1, kind="text", payload=TEXTS[0].encode(), num_choices=1, rules=rules)
+    work.put(prompt)
+    return work.do(work.take())
 
 
 def test_the_language_of_the_answer_is_given_as_it_is_written() -> None:

@@ -126,8 +126,9 @@ def test_an_ended_answer_leaves_its_source_to_others() -> None:
 
 # ------------------------------------------------------------------ steps on their way
 
-ENCODER_ALONE = replace(with_sources(MODEL), wire_dtype="bfloat16")
-"""Its first two layers are the encoder's: those of the first two of three stages."""
+SOURCE_SIZE = HIDDEN + 1
+ENCODER_ALONE = replace(with_sources(MODEL), wire_dtype="bfloat16", source_size=SOURCE_SIZE)
+"""Its first two layers are the encoder's, which are wider: those of the first of three stages."""
 
 
 def line(credits: int = 4) -> StepsInFlight:
@@ -144,7 +145,8 @@ def result(task: SendTask, stage: int, first: int) -> TaskResult:
     count = sum(part.num_tokens for part in task.task.sequences)
     last = stage == len(PEERS) - 1
     samples = any(part.sample for part in task.task.sequences)
-    spec = frame_of_token_ids([1])[0] if last else TensorSpec("bfloat16", (count, HIDDEN))
+    width = SOURCE_SIZE if task.task.sequences[0].is_source else HIDDEN
+    spec = frame_of_token_ids([1])[0] if last else TensorSpec("bfloat16", (count, width))
     return TaskResult(
         epoch=task.task.epoch,
         step=task.task.step,
@@ -180,7 +182,7 @@ def test_answers_begin_at_the_first_stage_with_decoder_layers() -> None:
 def test_a_step_that_begins_later_overtakes_nothing() -> None:
     _, steps, reading, writing = both()
     for stage in (0, 1):
-        states = b"\0" * 9 * HIDDEN * 2
+        states = b"\0" * 9 * SOURCE_SIZE * 2
         relayed = steps.result(PEERS[stage], result(reading, stage, first=0), (states,), now=0.5)
         assert isinstance(relayed, SendTask)
     frames = (frame_of_token_ids([1])[1],)

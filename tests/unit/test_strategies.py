@@ -393,6 +393,7 @@ def test_describe() -> None:
             "kv_bytes_per_token": 4,
             "quantize": "none",
             "disk_bytes": 0,
+            "ram_bytes": 0,
         },
         {
             "worker": "w1",
@@ -402,6 +403,7 @@ def test_describe() -> None:
             "kv_bytes_per_token": 4,
             "quantize": "none",
             "disk_bytes": 0,
+            "ram_bytes": 0,
         },
     ]
     assert kv_tokens_of(found) == 45

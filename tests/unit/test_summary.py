@@ -45,6 +45,11 @@ def test_a_context_that_is_kept_in_few_bits() -> None:
     assert summary.headline(shown).endswith("65,536 tokens of context in use, kept in int8")
 
 
+def test_by_what_gpus_multiply() -> None:
+    shown = status(worker("a"), worker("b", kernels="int8 by int8pack and blocks"))
+    assert summary.kernel_lines(shown) == ["b multiplies int8 by int8pack and blocks"]
+
+
 def test_nothing_is_said_of_plans_where_none_is_loaded() -> None:
     waiting = status(worker("a", state="unfit"), state="waiting", epoch=7)
     assert summary.headline(waiting) == "Qwen/Qwen3-8B (36 layers): waiting"

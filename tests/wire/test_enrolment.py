@@ -228,8 +228,8 @@ async def test_a_machine_that_breaks_the_protocol_is_kept_out_until_it_is_readmi
             for _ in range(MOST_FAULTS):
                 async with AsyncDistributedClient(address) as client:
                     assert (await client.status()).quarantined == ()  # until now it is let in
-                    assert client._session is not None
-                    client._session._connection.send([b"noise"])
+                    session = await client._session.get()
+                    session._connection.send([b"noise"])
                     with pytest.raises(DistributedLLMError):
                         await client.status()
             with pytest.raises(Quarantined, match="pc is quarantined: it broke the protocol"):

@@ -154,6 +154,7 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
     flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
     flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
     flags += ["--stop-token-ids", "9", "--show-special-tokens", "--forced-bos-token-id", "de_DE"]
+    flags += ["--source-language", "en_XX", "--target-language", "de_DE"]
     done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
     arrived = msgspec.to_builtins(coordinator.requests[0].params)
@@ -166,6 +167,8 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
         "bad_words_ids": ((5, 9), (4,)),
         "suppress_tokens": (1, 2),
         "forced_bos_token_id": "de_DE",
+        "source_language": "en_XX",
+        "target_language": "de_DE",
         "logit_bias": {5: -1.5, 6: 2.0},
         "eos_token_id": (3, 8),
         "stop_token_ids": (9,),
@@ -258,6 +261,7 @@ STATUS = msgspec.structs.replace(
     kv_tokens=4096,
     kv_tokens_used=1234,
     most_texts=0,
+    encoder_layers=6,
     prefix_hit_tokens=777,
     preemptions=5,
     workers=(
@@ -283,8 +287,8 @@ def test_status_shows_memory_links_and_plans() -> None:
     }
     assert rows == {
         "worker": ["plan", "layers", "link"],
-        "pc": ["11", "1-4", "direct"],
-        "mac": ["12", "5-8", "relayed"],
+        "pc": ["11", "encoder 1-4", "direct"],
+        "mac": ["12", "encoder 5-6, decoder 1-2", "relayed"],
         "spare": ["-", "-", "-"],
     }
     assert (document["kv_tokens_used"], document["prefix_hit_tokens"]) == (1234, 777)

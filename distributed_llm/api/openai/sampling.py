@@ -22,6 +22,7 @@ _Integers = Annotated[
 _Texts = Annotated[
     Any, WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "string"}})
 ]
+_Name = Annotated[Any, WithJsonSchema({"type": ["string", "null"]})]
 _Token = Annotated[Any, WithJsonSchema({"type": ["integer", "string", "null"]})]
 _Biases = Annotated[
     Any, WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}})
@@ -52,6 +53,8 @@ class SamplingFields(Body):
     repetition_penalty: _Number = None
     no_repeat_ngram_size: Integer = None
     forced_bos_token_id: _Token = None
+    source_language: _Name = None
+    target_language: _Name = None
     logit_bias: _Biases = None
     max_tokens: Integer = None
     min_tokens: Integer = None
@@ -69,7 +72,7 @@ NAMES: Mapping[str, str] = {
             *("n", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"),
             *("presence_penalty", "frequency_penalty", "repetition_penalty"),
             *("no_repeat_ngram_size", "logit_bias", "stop_token_ids", "ignore_eos"),
-            *("skip_special_tokens", "forced_bos_token_id"),
+            *("skip_special_tokens", "forced_bos_token_id", "source_language", "target_language"),
         )
     },
     "stop": "stop_strings",
@@ -143,8 +146,11 @@ def error_of(
         given: values by the request's names.
     """
     message = str(exc)
+    code = "invalid_value"
     if isinstance(exc, ContextLengthExceeded):
-        return _renamed(exc, names, prompt, exc.code)
+        if "prompt" in message:
+            return _renamed(exc, names, prompt, exc.code)
+        code = exc.code  # of an encoder-decoder, whose answer alone may be too long
     if "grammar" in message:
         fields = (*GRAMMAR_FIELDS, "text.format")
         asked = next((name for name in fields if given.get(name) is not None), "tools")
@@ -156,7 +162,7 @@ def error_of(
         (name for name in wire if re.search(rf"\b{name}\b", message) and len(name) > 1), None
     )
     param = next((name for name in names if names[name] == named), None)
-    return _renamed(exc, names, param or _subject(message, prompt), "invalid_value")
+    return _renamed(exc, names, param or _subject(message, prompt), code)
 
 
 def _place_of(token: int, given: Mapping[str, Any]) -> str | None:

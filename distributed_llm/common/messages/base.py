@@ -8,7 +8,7 @@ from msgspec import Meta
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count
 
-PROTOCOL_VERSION = 15
+PROTOCOL_VERSION = 16
 MAX_TENSORS = 8
 MAX_STAGES = 256
 
@@ -52,8 +52,11 @@ class Capabilities(Value, frozen=True, kw_only=True):
             if the worker computes on another device, or if that cannot be known.
         memory_bandwidth_bytes_per_s: measured while reading weights.
         flops_per_s: measured while multiplying matrices.
-        offload_bytes: room on its disk for layers without room in memory.
+        offload_bytes: room for layers without room in memory: on its disk, and of a GPU first in
+            the machine's memory.
         disk_bytes_per_s: measured while reading from that disk; nothing if it has no room.
+        ram_bytes: the part of `offload_bytes` that is in the memory of a GPU's machine.
+        ram_bytes_per_s: measured while copying from there to the GPU; nothing if that has no room.
         bfloat16: whether the device computes in bfloat16; else it does in float16 or float32.
     """
 
@@ -68,6 +71,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
     shares: Label = ""
     offload_bytes: Count = 0
     disk_bytes_per_s: Bandwidth | None = None
+    ram_bytes: Count = 0
+    ram_bytes_per_s: Bandwidth | None = None
     bfloat16: bool = True
 
 

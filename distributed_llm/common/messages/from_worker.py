@@ -96,6 +96,8 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
         fetched_bytes: of weights that came from other machines.
         fetch_s: how long the worker waited for them.
         gives_weights: whether it can give the weights of these layers to other workers.
+        kernels: by what its GPU multiplies weights of integers, for people; empty if there are none
+            there.
     """
 
     epoch: Epoch
@@ -110,6 +112,7 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     fetched_bytes: Count = 0
     fetch_s: Seconds = 0.0
     gives_weights: bool = False
+    kernels: Text = ""
 
 
 class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):

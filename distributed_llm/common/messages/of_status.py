@@ -160,6 +160,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         epoch: of its plan.
         quantize: what floating-point weights became while they were loaded.
         disk_bytes: of weights that do not fit into memory, and are read in every step.
+        ram_bytes: of weights that do not fit on GPUs, and are copied there in every step.
         kv_dtype: how keys and values are kept.
         memory: form of its weights in memory ("int4 (groups of 32) and int8"); empty if unknown.
         exact: whether these are the numbers of the files, but for rounding to the dtype.
@@ -194,6 +195,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     lineage: Epoch
     quantize: Quantize = "none"
     disk_bytes: Count = 0
+    ram_bytes: Count = 0
     kv_dtype: KVDtype = "auto"
     memory: Label = ""
     exact: bool = True
@@ -313,6 +315,8 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         load_bytes_per_s: at which it loaded weights from its disk last; None if not measured.
         fetch: how far the weights that it loads have arrived; None if it needs none from others.
+        kernels: by what its GPU multiplies weights of integers, for people; empty if there are none
+            there.
     """
 
     name: Name
@@ -338,6 +342,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     progress_age_s: Seconds = 0.0
     load_bytes_per_s: _BytesPerS | None = None
     fetch: FetchProgress | None = None
+    kernels: Text = ""
 
 
 class ClusterStatus(Value, frozen=True, kw_only=True):

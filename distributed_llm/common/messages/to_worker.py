@@ -115,7 +115,8 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         quantize: what floating-point matrices of the layers become while they are loaded.
         kv_dtype: how keys and values are kept.
         context_length: positions of the longest text that is served; 0: as many as the model can.
-        from_disk: layers that stay on the disk; which ones, `layers_on_disk` says.
+        from_disk: layers that stay on the disk; which ones, `offloading.away` says.
+        from_ram: of those that stay in the machine's memory, beside a GPU.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
         workspace_bytes: that a step may take beside weights and KV cache.
@@ -138,6 +139,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     kv_dtype: KVDtype = "auto"
     context_length: Count = 0
     from_disk: Count = 0
+    from_ram: Count = 0
     digest: Label
     kv_tokens: Count
     workspace_bytes: Count = 0

@@ -114,6 +114,7 @@ class Worker:
         load_bytes_per_s: at which it loaded weights from its disk last; None before that was
             measured.
         stock: weights on its disk that came from other machines.
+        kernels: by what its GPU multiplies weights of integers, for people.
     """
 
     peer: PeerId
@@ -142,6 +143,7 @@ class Worker:
     seconds_per_token: float | None = None
     load_bytes_per_s: float | None = None
     stock: WeightStock = field(default_factory=WeightStock)
+    kernels: str = ""
     key: PublicKey = NOBODY
     _state: WorkerState = field(default=WORKER_STATES.initial)
     _load: tuple[Epoch, int] = (NO_EPOCH, 0)  # the one that is waited for, and its progress
@@ -226,6 +228,7 @@ class Worker:
     def learn_load(self, layers: LayerRange, ready: StageReady, added_bytes: int) -> None:
         """Learn from a load of `layers` that read `added_bytes` of weights."""
         self.stock.loaded(layers, ready)
+        self.kernels = ready.kernels
         load_s = ready.load_s - ready.fetch_s
         if added_bytes >= _LEAST_LOADED_BYTES and load_s > 0.0:
             self.load_bytes_per_s = min(added_bytes / load_s, _FASTEST_LOAD)
@@ -301,4 +304,5 @@ class Worker:
             progress_age_s=self.progress_age_s,
             load_bytes_per_s=self.load_bytes_per_s,
             fetch=self.stock.progress,
+            kernels=self.kernels,
         )

@@ -50,9 +50,10 @@ from distributed_llm.coordinator.partition.tables import (
     Partition,
     PartitionObjective,
     Tables,
-    bytes_from_disk,
+    bytes_away,
     make_tables,
     mean_layers,
+    seconds_away,
 )
 from distributed_llm.coordinator.plan import LayerMap
 
@@ -108,10 +109,10 @@ def times_of(
     lengths, source_lengths = mean_layers(cost)
     stages = []
     for worker, layers in layer_map:
-        times, disk_s = by_worker[worker].times, _disk_s(cost, by_worker[worker], layers)
+        times, away_s = by_worker[worker].times, _away_s(cost, by_worker[worker], layers)
         last = layers.stop == cost.num_layers
         length = float(lengths[layers.start, layers.stop])
-        taken = times.task_s + times.layer_s * length + times.last_s * last + disk_s
+        taken = times.task_s + times.layer_s * length + times.last_s * last + away_s
         if cost.encoder_layers:
             taken += times.source_s * float(source_lengths[layers.start, layers.stop])
             taken += times.answer_s * (layers.stop > cost.encoder_layers)
@@ -123,12 +124,13 @@ def times_of(
     return stages, hops
 
 
-def _disk_s(cost: ModelCost, candidate: Candidate, layers: LayerRange) -> float:
-    """Return the seconds in which a stage reads from the disk what does not fit into memory."""
-    if (disk := candidate.offload) is None:
+def _away_s(cost: ModelCost, candidate: Candidate, layers: LayerRange) -> float:
+    """Return the seconds in which a stage brings what does not fit on its device."""
+    if (own := candidate.offload) is None:
         return 0.0
-    needed, memory = cost.weight_bytes(layers), candidate.memory_bytes - disk.room_bytes
-    return disk.seconds_per_byte * float(bytes_from_disk(cost, np.array(needed), np.array(memory)))
+    needed, memory = cost.weight_bytes(layers), candidate.memory_bytes - own.room_bytes
+    away = bytes_away(cost, np.array(needed), np.array(memory))
+    return float(seconds_away(away, own.seconds_per_byte, own.ram_bytes, own.seconds_per_ram_byte))
 
 
 def best_partition(

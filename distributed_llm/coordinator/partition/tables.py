@@ -52,15 +52,19 @@ class WorkerTimes:
 
 @dataclass(frozen=True)
 class Offload:
-    """The part of a worker's memory that is room on its disk.
+    """The part of a worker's memory that is room elsewhere: in RAM beside a GPU, then on a disk.
 
     Attributes:
-        room_bytes: on the disk.
-        seconds_per_byte: that a step takes to read what is there.
+        room_bytes: there.
+        seconds_per_byte: that a step takes to read what is on the disk.
+        ram_bytes: that are brought from RAM at most; all others are read from the disk.
+        seconds_per_ram_byte: that a step takes for these.
     """
 
     room_bytes: int
     seconds_per_byte: float
+    ram_bytes: int = 0
+    seconds_per_ram_byte: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,9 @@ class Candidate:
     """A worker that may serve layers.
 
     Attributes:
-        memory_bytes: for weights and KV cache, with room on the disk.
+        memory_bytes: for weights and KV cache, with `offload`.
         shares: stands for the cores that it shares with others; empty: it shares none.
-        offload: room on the disk, if there is some.
+        offload: the part of it that is elsewhere, if there is some.
     """
 
     worker: WorkerId
@@ -157,8 +161,7 @@ class Tables:
         busy: busy_s of each hop, likewise.
         source_delays: as `delays`, before the first decoder layer of an encoder-decoder.
         source_busy: as `busy`, likewise.
-        disks: bytes of `memory` that are on a disk, and seconds to read one of them, float64
-            [2, W].
+        offloads: of `Offload`, in the order of its attributes, float64 [4, W].
     """
 
     cost: ModelCost
@@ -170,7 +173,7 @@ class Tables:
     busy: Floats
     source_delays: Floats
     source_busy: Floats
-    disks: Floats
+    offloads: Floats
 
     @property
     def num_layers(self) -> int:
@@ -206,9 +209,9 @@ class Tables:
             taken += source * self.source_lengths[start, stop]
             taken += answer * (stop > self.cost.encoder_layers)
         sizes, memory = self.sizes[start, stop], self.memory.reshape(shape)
-        if self.disks.any():
-            room, byte_s = (each.reshape(shape) for each in self.disks)
-            taken += byte_s * bytes_from_disk(self.cost, sizes, memory - room)
+        if self.offloads.any():
+            room, *rates = (each.reshape(shape) for each in self.offloads)
+            taken += seconds_away(bytes_away(self.cost, sizes, memory - room), *rates)
         fits = sizes <= memory
         result: Floats = np.where(fits, taken, np.inf)
         return result
@@ -259,7 +262,7 @@ class Tables:
             busy=self.busy[np.ix_(index, index)],
             source_delays=self.source_delays[np.ix_(index, index)],
             source_busy=self.source_busy[np.ix_(index, index)],
-            disks=self.disks[:, index],
+            offloads=self.offloads[:, index],
         )
 
     def alike(self, layer_bytes: int, kv_bytes: int) -> "Tables":
@@ -275,6 +278,7 @@ class Tables:
         cost = replace(
             self.cost,
             layer_bytes=(layer_bytes,) * every,
+            table_bytes=(),
             layer_kv_bytes=(kv_bytes,) * every,
             layer_state_bytes=(),
             uncut=(),
@@ -334,7 +338,7 @@ def make_tables(
         busy=busy,
         source_delays=source_delays,
         source_busy=source_busy,
-        disks=np.array([_disk(candidate) for candidate in candidates]).T,
+        offloads=np.array([_offload(candidate) for candidate in candidates]).T,
     )
 
 
@@ -357,18 +361,38 @@ def _hop_tables(
     return delays, busy
 
 
-def _disk(candidate: Candidate) -> tuple[float, float]:
-    disk = candidate.offload
-    return (float(disk.room_bytes), disk.seconds_per_byte) if disk else (0.0, 0.0)
+def _offload(candidate: Candidate) -> tuple[float, float, float, float]:
+    own = candidate.offload or Offload(0, 0.0)
+    ram = float(own.ram_bytes), own.seconds_per_ram_byte
+    return (float(own.room_bytes), own.seconds_per_byte, *ram)
 
 
-def bytes_from_disk(cost: ModelCost, needed: Floats, memory: Floats) -> Floats:
-    """Return about how many bytes are read from a disk in every step.
+def seconds_away(
+    away: Floats, byte_s: Floats | float, ram: Floats | float, ram_byte_s: Floats | float
+) -> Floats:
+    """Return the seconds in which a step brings weights to the devices of its stages.
+
+    They count beside what the stages compute: the next layer is brought while one computes, but
+    that is short where it is a few tokens, and bringing weights long.
+
+    Args:
+        away: bytes of them, `bytes_away`.
+        byte_s: to read one from the disk.
+        ram: bytes that are in RAM at most.
+        ram_byte_s: to bring one from there.
+    """
+    in_ram = np.minimum(away, ram)
+    taken: Floats = in_ram * ram_byte_s + (away - in_ram) * byte_s
+    return taken
+
+
+def bytes_away(cost: ModelCost, needed: Floats, memory: Floats) -> Floats:
+    """Return about how many bytes are brought to a device in every step.
 
     Args:
         cost: of the model.
         needed: bytes of stages.
-        memory: bytes that their workers have beside the disk.
+        memory: bytes that the devices of their workers have.
     """
     missing = needed - memory
     at_once = LAYERS_AT_ONCE * cost.all_layer_bytes / cost.num_layers
@@ -414,11 +438,11 @@ def mean_layers(cost: ModelCost) -> tuple[Floats, Floats]:
         The lengths for steps that decode, with any prompts; and those for steps in which an
         encoder-decoder reads sources.
     """
-    if not sum(cost.layer_bytes):
-        cost = replace(cost, layer_bytes=(1,) * cost.num_layers)
+    if not sum(cost.read_bytes):
+        cost = replace(cost, layer_bytes=(1,) * cost.num_layers, table_bytes=())
     tables = []
     for sizes in (cost.answer_bytes, cost.source_bytes):
-        lengths: Floats = _range_sums(sizes) * cost.num_layers / sum(cost.layer_bytes)
+        lengths: Floats = _range_sums(sizes) * cost.num_layers / sum(cost.read_bytes)
         lengths.flags.writeable = False
         tables.append(lengths)
     return tables[0], tables[1]

@@ -38,6 +38,12 @@ _LEAST_BYTES = 1024
 _DISK_BYTES_PER_S = 1e9
 """Assumed rate at which a disk is read: an ordinary SSD's."""
 
+_RAM_BYTES_PER_S = 12e9
+"""Assumed rate at which a GPU is sent weights: 8 lanes of PCIe 4, or 16 of PCIe 3."""
+
+_RAM = "ram:"
+"""Begins the memory beside a GPU in the text of a machine."""
+
 _FLOPS_PER_BYTE = 25.0
 """Assumed operations per byte that memory delivers, if none are given."""
 
@@ -194,8 +200,7 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
     try:
         if name:
             msgspec.convert(name, Name)
-        memory, _, disk = size.partition("+")
-        memory_bytes, offload_bytes = parse_size(memory), parse_size(disk) or 0
+        memory_bytes, ram_bytes, disk_bytes = _rooms(size)
         bytes_per_s = parse_rate(speeds[0]) if speeds else _MEMORY_BYTES_PER_S
         flops_per_s = parse_flops(speeds[1]) if speeds[1:] else _FLOPS_PER_BYTE * bytes_per_s
     except msgspec.ValidationError as exc:
@@ -207,8 +212,9 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         raise ConfigError(f"--worker {text}: {exc}.") from exc
     if not memory_bytes or speeds[2:]:
         raise ConfigError(
-            f"--worker {text}: write [NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]], such as 512MiB, "
-            "mac=2GiB or pc=8GiB,40GB/s,1.5TFLOPS; DISK is room for layers that do not fit."
+            f"--worker {text}: write [NAME=]SIZE[+ram:RAM][+DISK][,BANDWIDTH[,FLOPS]], such as "
+            "512MiB, mac=2GiB or pc=8GiB,40GB/s,1.5TFLOPS; DISK is room for layers that do not "
+            "fit, and RAM that of a GPU's machine."
         )
     if memory_bytes < _LEAST_BYTES:
         raise ConfigError(
@@ -225,15 +231,34 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         threads=1,
         memory_bandwidth_bytes_per_s=bytes_per_s,
         flops_per_s=flops_per_s,
-        offload_bytes=offload_bytes,
-        disk_bytes_per_s=_DISK_BYTES_PER_S,
+        offload_bytes=ram_bytes + disk_bytes,
+        disk_bytes_per_s=_DISK_BYTES_PER_S if disk_bytes else None,
+        ram_bytes=ram_bytes,
+        ram_bytes_per_s=_RAM_BYTES_PER_S if ram_bytes else None,
     )
     return worker, capabilities
 
 
+def _rooms(text: str) -> tuple[int, int, int]:
+    """Return the bytes of memory, of RAM beside a GPU, and of disk in "8GiB+ram:30GiB+100GiB".
+
+    Raises:
+        ValueError: a part is no size.
+    """
+    memory, _, more = text.partition("+")
+    first, _, rest = more.partition("+")
+    if not first.startswith(_RAM):
+        first, rest = "", more
+    sizes = (parse_size(part) for part in (memory, first.removeprefix(_RAM), rest))
+    memory_bytes, ram_bytes, disk_bytes = (size or 0 for size in sizes)
+    return memory_bytes, ram_bytes, disk_bytes
+
+
 def _assumed(workers: Sequence[str]) -> tuple[str, ...]:
     links = "links of 1 Gbit/s and 0.5 ms"
-    if any("+" in text for text in workers):
+    if any(_RAM in text for text in workers):
+        links = f"{links}, GPUs that are sent {_RAM_BYTES_PER_S / 1e9:.0f} GB/s"
+    if any("+" in text.replace(f"+{_RAM}", "") for text in workers):
         links = f"{links}, disks of {_DISK_BYTES_PER_S / 1e9:.0f} GB/s"
     if all(text.count(",") == 0 for text in workers):
         return ("workers that are all alike, 20 GB/s and 0.5 TFLOPS", links)

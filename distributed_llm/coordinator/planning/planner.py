@@ -41,7 +41,7 @@ class Planner:
         smaller: costs of the same model with fewer bits per weight, most bits first.
         may_shrink: machines that cannot hold `cost` get a plan with the first of `smaller` that
             they can; otherwise the error says that they could.
-        may_offload: layers may stay on the disks of workers that offer room there, if the machines
+        may_offload: layers may stay where workers offer room beside their devices, if the machines
             can hold the model in no other way.
         strategy: how layers are divided.
         objective: what plans by strategy "speed" are best for before there is demand; see
@@ -134,7 +134,7 @@ class Planner:
         if not memory:
             raise NotReady("No worker is there. Start one with `dllm worker`.")
         if self.strategy == "speed":
-            if machines.offloads:  # a larger KV cache would leave more layers on disks
+            if machines.offloads:  # a larger KV cache would leave more layers away
                 return self._by_speed(machines, self.least_kv_tokens)
             try:
                 return self._by_speed(machines, max(used_tokens, self.kv_tokens(memory)))
@@ -151,7 +151,7 @@ class Planner:
     def _first_that_fits(
         self, machines: Machines, make: Callable[["Planner", Machines], list[Plan]]
     ) -> list[Plan]:
-        """Return plans in memory if there are any, else some with layers on disks.
+        """Return plans on the devices alone if there are any, else some with layers away.
 
         Raises:
             NotEnoughMemory: nothing fits.
@@ -163,19 +163,20 @@ class Planner:
         if not self.may_offload:
             raise error
         planner = self.only(self.smaller[-1].quantize) if self._may_offload_smaller else self
-        with_disks = machines.offloading(planner.cost, planner.least_kv_tokens)
-        if with_disks is None:
+        with_more = machines.offloading(planner.cost, planner.least_kv_tokens)
+        if with_more is None:
             raise error
+        ram = {worker: own.ram_bytes for worker, own in with_more.overflows.items()}
         try:
-            plans = make(planner, with_disks)
+            plans = make(planner, with_more)
             memory, tokens = machines.memory_bytes, planner.least_kv_tokens
-            return [offloaded(plan, planner.cost, memory, tokens) for plan in plans]
+            return [offloaded(plan, planner.cost, memory, ram, tokens) for plan in plans]
         except NotEnoughMemory:
             raise error from None
 
     @property
     def _may_offload_smaller(self) -> bool:
-        """Whether weights become as small as they may before any stay on disks."""
+        """Whether weights become as small as they may before any are away."""
         return self.may_shrink and bool(self.smaller)
 
     def _in_memory(self, make: Callable[["Planner"], list[Plan]]) -> list[Plan]:
@@ -229,8 +230,8 @@ class Planner:
         return [self._plan(machines)]
 
     def machines_of(self, plans: Sequence[Plan], machines: Machines) -> Machines:
-        """Return the machines as `plans` use them: with their disks if layers stay on some."""
-        if not any(stage.from_disk for plan in plans for stage in plan):
+        """Return the machines as `plans` use them: with their overflows if layers are in some."""
+        if not any(stage.is_away for plan in plans for stage in plan):
             return machines
         return machines.offloading(self.cost, self.least_kv_tokens) or machines
 

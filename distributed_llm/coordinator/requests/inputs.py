@@ -4,14 +4,16 @@ from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.grammar import MAX_GRAMMAR_BYTES, Grammar, decode_grammar
 from distributed_llm.common.messages import Embed, Generate
 from distributed_llm.common.tensors import Frame
-from distributed_llm.coordinator.requests.parameters import wrong_prompt
+from distributed_llm.coordinator.requests.parameters import wrong_languages, wrong_prompt
 
 
 def wrong_inputs(message: Generate | Embed, context_length: int) -> InvalidRequest | None:
-    """Return an error if a tensor has a wrong dtype, is too long, or one too many."""
+    """Return an error if tensors are wrong or one too many, or languages make no sense."""
     most = 1 + (isinstance(message, Generate) and message.grammar is not None)
     if len(message.tensors) > most:
         return InvalidRequest(f"The request has {len(message.tensors)} tensors, not {most}.")
+    if isinstance(message, Generate) and (wrong := wrong_languages(message.prompt, message.params)):
+        return wrong
     if isinstance(message, Embed) or not _has_grammar_text(message):
         return wrong_prompt(message.prompt, message.tensors, context_length)
     *others, text = message.tensors or (None,)

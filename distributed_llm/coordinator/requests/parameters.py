@@ -66,6 +66,22 @@ def wrong_prompt(
     return None
 
 
+def wrong_languages(kind: PromptKind, params: SamplingParams) -> InvalidRequest | None:
+    """Return an error if languages are given where something else says what they do."""
+    if params.source_language is not None and kind != "text":
+        what = "token ids" if kind == "token_ids" else "a conversation"
+        return InvalidRequest(
+            f"source_language says with which tokens a text begins and ends, and the prompt is "
+            f"{what}. Give a text, or leave it out."
+        )
+    if params.target_language is not None and params.forced_bos_token_id is not None:
+        return InvalidRequest(
+            "target_language and forced_bos_token_id both say what an answer begins with. Give "
+            "one of them."
+        )
+    return None
+
+
 def unknown_token(
     prompt: Sequence[int], params: SamplingParams, vocab_size: int
 ) -> InvalidRequest | None:
@@ -98,7 +114,13 @@ def text_rules(
     ends = () if grammar is None or params.ignore_eos else eos
     first = params.forced_bos_token_id
     return TextRules(
-        params.stop_strings, hidden, grammar, ends, first if isinstance(first, str) else ""
+        params.stop_strings,
+        hidden,
+        grammar,
+        ends,
+        first=first if isinstance(first, str) else "",
+        source=params.source_language or "",
+        target=params.target_language or "",
     )
 
 
@@ -115,7 +137,8 @@ def resolve(
     """Return the parameters of a request after defaults.
 
     Args:
-        params: the parameters that the user gave; of `forced_bos_token_id`, the id.
+        params: the parameters that the user gave; of `forced_bos_token_id`, the id;
+            of `target_language`, it stands there.
         defaults: the checkpoint's defaults.
         prompt_tokens: length of the prompt; of an encoder-decoder, tokens that its decoder starts
             with. Positions in the result count from there.
@@ -135,9 +158,9 @@ def resolve(
     if source_tokens > defaults.context_length:
         raise ContextLengthExceeded(too_long_text(source_tokens, defaults.context_length))
     if constrained and params.forced_bos_token_id is not None:
+        name = "target_language" if params.target_language else "forced_bos_token_id"
         raise InvalidRequest(
-            "forced_bos_token_id and a grammar both say what an answer begins with. Give one of "
-            "them."
+            f"{name} and a grammar both say what an answer begins with. Give one of them."
         )
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens - source_tokens) - prompt_tokens

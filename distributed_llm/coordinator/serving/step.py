@@ -93,7 +93,7 @@ def embedding_sums(step: Step, frames: Sequence[Frame]) -> list[FloatVector]:
 
 def wrong_activations(step: Step, specs: Sequence[TensorSpec], model: ServedModel) -> str:
     """Return what is wrong with the result of another stage, or an empty text."""
-    wanted = TensorSpec(model.wire_dtype, (len(step.token_ids), model.hidden_size))
+    wanted = TensorSpec(model.wire_dtype, (len(step.token_ids), model.width(source=step.is_source)))
     return "" if tuple(specs) == (wanted,) else f"activations {_text(specs)}, expected {wanted}"
 
 

@@ -27,6 +27,7 @@ class StepMeter:
         step_tokens: mean tokens of a step.
         compute_s: time that each stage has computed in all.
         tokens: of all steps, by stage.
+        source_tokens: likewise, of those that an encoder reads.
     """
 
     def __init__(self, num_stages: int) -> None:
@@ -38,6 +39,7 @@ class StepMeter:
         self.step_tokens: float | None = None
         self.compute_s = [0.0] * num_stages
         self.tokens = [0] * num_stages
+        self.source_tokens = [0] * num_stages
         self._num_stages = num_stages
         self._weight = 0.0
         self._decoded_at = 0.0
@@ -70,6 +72,7 @@ class StepMeter:
         for stage in range(done.first, self._num_stages):
             self.compute_s[stage] += compute_s[stage]
             self.tokens[stage] += len(done.step.token_ids)
+            self.source_tokens[stage] += len(done.step.token_ids) * done.step.is_source
         self._observe_bubbles(sum(compute_s), done.round_trip_s, now)
         if done.step.decodes:
             self._observe_decode(done, compute_s, predicted_s, now)

@@ -11,7 +11,7 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
-from distributed_llm.coordinator.speeds.machines import Disk, Machines
+from distributed_llm.coordinator.speeds.machines import Machines, Overflow
 from distributed_llm.coordinator.speeds.work import Work, work_of
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
@@ -37,10 +37,10 @@ class Measurements:
     def __init__(self, cost: ModelCost, *, item_bytes: int, bytes_per_token: int) -> None:
         self._cost = cost
         self._item_bytes = item_bytes
-        self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
+        self._mean_bytes = sum(cost.read_bytes) / cost.num_layers
         self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
-        self._disks: dict[WorkerId, Disk] = {}
+        self._overflows: dict[WorkerId, Overflow] = {}
         self._shares: dict[WorkerId, str] = {}  # what stands for the cores that they share
         self._lengths: dict[tuple[LayerRange, bool], float] = {}  # see `_length`
         self._network = LinkSpeeds(bytes_per_token)
@@ -52,9 +52,9 @@ class Measurements:
         self._probes[worker] = _ProbeHistory(WorkerSpeed(prior))
         self._speeds[worker] = self._probes[worker].add(prior)
         self._shares[worker] = probe.shares
-        self._disks.pop(worker, None)
-        if probe.offload_bytes and probe.disk_bytes_per_s:
-            self._disks[worker] = Disk(probe.offload_bytes, probe.disk_bytes_per_s)
+        self._overflows.pop(worker, None)
+        if (overflow := Overflow.of(probe)) is not None:
+            self._overflows[worker] = overflow
 
     def remeasured(self, worker: WorkerId, probe: Capabilities) -> None:
         """Learn from a new probe of a worker without layers.
@@ -75,9 +75,23 @@ class Measurements:
         return speed is not None and not speed.measured
 
     def tried(
-        self, worker: WorkerId, held: LayerRange, trials: Sequence[StageTrial], *, now: float
+        self,
+        worker: WorkerId,
+        held: LayerRange,
+        trials: Sequence[StageTrial],
+        *,
+        now: float,
+        away_s: float = 0.0,
     ) -> None:
-        """Learn from the trials of a worker on its new layers."""
+        """Learn from the trials of a worker on its new layers.
+
+        Args:
+            worker: that tried them.
+            held: its layers.
+            trials: none if it has tried nothing.
+            now: clock seconds.
+            away_s: see `PipelineStage`.
+        """
         speed = self._speeds.get(worker)
         if speed is None or not trials:
             return
@@ -88,6 +102,7 @@ class Measurements:
             source_layers=self._length(held, reading=True),
             is_last=held.stop == self._cost.num_layers,
             now=now,
+            away_s=away_s,
         )
 
     def left(self, worker: WorkerId) -> None:
@@ -95,7 +110,7 @@ class Measurements:
         self._speeds.pop(worker, None)
         self._probes.pop(worker, None)
         self._shares.pop(worker, None)
-        self._disks.pop(worker, None)
+        self._overflows.pop(worker, None)
         self._network.forget(worker)
 
     def observe(
@@ -137,6 +152,7 @@ class Measurements:
             layers_s=timing.layers_us / 1e6,
             other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
             now=now,
+            away_s=stage.away_s,
         )
 
     def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:
@@ -174,9 +190,11 @@ class Measurements:
         speeds = {worker: self._speeds[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
         shares = {worker: self._shares.get(worker, "") for worker in memory_bytes}
-        disks = {worker: disk for worker, disk in self._disks.items() if worker in memory_bytes}
+        overflows = {
+            worker: own for worker, own in self._overflows.items() if worker in memory_bytes
+        }
         overhead_s = self._overhead.value or 0.0
-        return Machines(dict(memory_bytes), speeds, links, overhead_s, shares, disks)
+        return Machines(dict(memory_bytes), speeds, links, overhead_s, shares, overflows)
 
     def _length(self, layers: LayerRange, *, reading: bool = False) -> float:
         """Return how many layers of mean size have to do with a step.

@@ -16,6 +16,7 @@ from distributed_llm.coordinator.text.chat_template import (
     render_chat,
     tool_template,
 )
+from distributed_llm.coordinator.text.languages import Languages
 from distributed_llm.coordinator.text.python_backend import WORD_GOES_ON, PythonBackend
 from distributed_llm.coordinator.text.source_tokenizers import source_config
 from distributed_llm.coordinator.text.spaces import without_spaces
@@ -41,6 +42,7 @@ class Tokenizer:
         takes_spaces_out: whether spaces before punctuation are no part of a text, although
             `decode` leaves them in.
         ends_unsettled: what a decoded text may end with that the next token changes.
+        languages: that sources may be in, and answers.
         has_own_spaces: whether each token says by itself where spaces are, as a grammar needs it.
     """
 
@@ -56,6 +58,7 @@ class Tokenizer:
         self._hugging_face = hugging_face
         self._why_no_chat = why_no_chat
         self._backend: Any = None
+        self.languages = Languages(hugging_face)
         self.has_source = has_source
         self.takes_spaces_out = has_source and _takes_spaces_out(hugging_face)
         self.ends_unsettled: tuple[str, ...] = (UNFINISHED,)

@@ -18,6 +18,7 @@ from distributed_llm.common.errors import (
     TextError,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
+from distributed_llm.common.types import TokenId
 from distributed_llm.common.wording import too_long_text
 from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
@@ -126,7 +127,7 @@ class TextWork:
                 token_ids=ids,
                 context=context,
                 mask=mask,
-                first=self._tokenizer.id_of(prompt.rules.first) if prompt.rules.first else None,
+                first=self._first(prompt.rules),
             )
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))
@@ -232,13 +233,25 @@ class TextWork:
         if prompt.kind == "token_ids":
             token_ids = token_ids_of_frame(prompt.payload)
         else:
-            token_ids = self._ids_of(prompt.kind, prompt.payload)
+            language = prompt.rules.source
+            token_ids = self._ids_of(prompt.kind, prompt.payload, language=language)
         if len(token_ids) > self._context_length:
             raise ContextLengthExceeded(too_long_text(len(token_ids), self._context_length))
         return token_ids
 
+    def _first(self, rules: TextRules) -> TokenId | None:
+        """Return the token that is to be the first of an answer; None: any may be."""
+        if rules.target:
+            return self._tokenizer.languages.token_of(rules.target, "target_language")
+        return self._tokenizer.id_of(rules.first) if rules.first else None
+
     def _ids_of(
-        self, kind: Literal["text", "chat"], payload: bytes, *, special: bool = True
+        self,
+        kind: Literal["text", "chat"],
+        payload: bytes,
+        *,
+        special: bool = True,
+        language: str = "",
     ) -> list[int]:
         """Return the token ids of a text or a conversation, however many."""
         if kind == "chat":
@@ -251,7 +264,10 @@ class TextWork:
             text = payload.decode()
         except UnicodeDecodeError as exc:
             raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
-        return self._tokenizer.encode(text, special=special)
+        if not language:
+            return self._tokenizer.encode(text, special=special)
+        bare = self._tokenizer.encode(text, special=False)
+        return self._tokenizer.languages.surround(bare, language)
 
 
 def _first_mask(answer: _Answer) -> bytes:

@@ -28,6 +28,7 @@ from distributed_llm.worker.compute.loading import (
     NewStage,
     PreparedStage,
     admit_beside,
+    ensure_ram,
     importers_for,
     limit_kv,
     load_beside,
@@ -38,6 +39,7 @@ from distributed_llm.worker.compute.loading import (
 )
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.devices import give_memory_back
+from distributed_llm.worker.model.kernels.gpu_check import used_text
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Event, Load, Loaded, LoadFailed
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -245,6 +247,7 @@ class HeldStages:
         with self._weights_for(load) as weights:
             threads = num_threads(weights.checkpoint, order, self._capabilities.threads)
             use_threads(threads)
+            ensure_ram(weights.checkpoint, order)
             stage = Stage.load(
                 weights.checkpoint.limited_to(order.context_length),
                 order.layers,
@@ -255,6 +258,7 @@ class HeldStages:
                 locate=weights.locate,
                 on_read=self._progress.add,
                 from_disk=order.from_disk,
+                from_ram=order.from_ram,
             )
         stage.progress = self._layer_done
         return NewStage(stage, threads, weights)
@@ -345,6 +349,7 @@ class HeldStages:
             fetched_bytes=weights.fetched_bytes if weights else 0,
             fetch_s=weights.waited_s if weights else 0.0,
             gives_weights=weights is not None and weights.fetch is not None,
+            kernels=used_text(),
         )
         self._post(loaded)
 

@@ -12,6 +12,7 @@ import torch
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import Capabilities, LoadStage
+from distributed_llm.common.offloading import Away, away
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.compute.finding import Weights
@@ -119,9 +120,39 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
     sizes = (
         checkpoint.weight_bytes(weight, order.dtype, order.quantize)
         for weight in checkpoint.weights_of(order.layers)
-        if not checkpoint.is_embedding(weight.name)
+        if not checkpoint.outer.is_embedding(weight.name)
     )
     return available if max(sizes, default=0) >= _MIN_PARALLEL_BYTES else 1
+
+
+def ensure_ram(checkpoint: Checkpoint, order: LoadStage, held: LayerRange | None = None) -> None:
+    """Refuse an order for which the machine has too little memory beside its GPU.
+
+    Args:
+        checkpoint: of the layers.
+        order: perhaps with layers that stay in the machine's memory.
+        held: layers that need not be loaded.
+
+    Raises:
+        NotEnoughMemory: it is taken meanwhile.
+    """
+    start, stop = (held.start, held.stop) if held else (0, 0)
+    gone = {layer for layer in _away(order).in_ram if not start <= layer < stop}
+    if not gone:
+        return
+    needed = sum(
+        checkpoint.weight_bytes(weight, order.dtype, order.quantize)
+        for weight in checkpoint.weights_of(order.layers)
+        if checkpoint.layer_of(weight.name) in gone
+    )
+    memory = Memory(torch.device("cpu"), 0, free_memory_bytes(torch.device("cpu")))
+    if needed > memory.free_bytes - memory.reserve_bytes:
+        raise NotEnoughMemory(
+            f"{size_text(needed)} of {layers_text(order.layers)} are to stay in this machine's "
+            f"memory beside its GPU, but {size_text(memory.free_bytes)} are free there, of which "
+            f"{size_text(memory.reserve_bytes)} are left to others. End other programs there, or "
+            "give this worker a smaller --offload."
+        )
 
 
 def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int = 0) -> int:
@@ -210,12 +241,16 @@ def admit_beside(
 
 def same_layers(served: LoadStage, order: LoadStage) -> bool:
     """Return whether both orders name the same layers with the same weights in the same form."""
-    return (served.layers, served.digest, served.from_disk, _form(served)) == (
+    return (served.layers, served.digest, _away(served), _form(served)) == (
         order.layers,
         order.digest,
-        order.from_disk,
+        _away(order),
         _form(order),
     )
+
+
+def _away(order: LoadStage) -> Away:
+    return away(order.layers, order.from_ram, order.from_disk)
 
 
 def _form(order: LoadStage) -> tuple[str, str, str, int]:
@@ -250,6 +285,7 @@ def load_beside(
         missing = _missing_bytes(checkpoint, order, served.order.layers)
         memory = memory_now(device, capabilities.memory_bytes, order)
         _bytes_left_beside(order, served, missing, memory, loaded=False)
+    ensure_ram(checkpoint, order, served.order.layers if served else None)
     stage = Stage.load(
         checkpoint.limited_to(order.context_length),
         order.layers,
@@ -261,6 +297,7 @@ def load_beside(
         locate=weights.locate,
         on_read=on_read,
         from_disk=order.from_disk,
+        from_ram=order.from_ram,
     )
     return NewStage(stage, num_threads(checkpoint, order, capabilities.threads), weights)
 
@@ -292,7 +329,7 @@ def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange)
     held = {weight.name for weight in checkpoint.weights_of(served)}
     missing = 0
     for weight in checkpoint.weights_of(order.layers):
-        is_cut = checkpoint.is_cut(weight.name)
+        is_cut = checkpoint.outer.is_cut(weight.name)
         if weight.name in held and not (is_cut and served != order.layers):
             continue
         size = checkpoint.weight_bytes(weight, order.dtype, order.quantize)

@@ -108,8 +108,7 @@ def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> P
     device = torch.device(capabilities.device)
     shape = _read_shape(device, _READ_ROWS[device.type] // 2)
     bandwidth, flops = _speeds(device, capabilities.threads, shape, _SHORT_BUDGET_S)
-    usable_bytes = int(free_memory_bytes(device) * _USABLE_SHARE)
-    memory_bytes = min(capabilities.memory_bytes, usable_bytes)
+    memory_bytes = min(capabilities.memory_bytes, usable_memory_bytes(device))
     return Probed(order.session, bandwidth / slowdown, flops / slowdown, memory_bytes)
 
 
@@ -146,6 +145,11 @@ def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
             "all. Set it between 1 byte and that, or leave it out to use 80 % of what is free."
         )
     return min(usable, max_memory_bytes)
+
+
+def usable_memory_bytes(device: torch.device) -> int:
+    """Return how many bytes a worker uses of a device's free memory if no limit is set."""
+    return int(free_memory_bytes(device) * _USABLE_SHARE)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.block_attention import BlockChoice, attend_blocks
+from distributed_llm.worker.model.block_indexers import BlockMeansChoice
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.indexers import Choice
 from distributed_llm.worker.model.latent_attention import attend_latents
@@ -31,7 +33,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMeansChoice | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -39,6 +41,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
     indices: Choice | None = None,
+    block_indices: BlockChoice | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of each packed sequence over its cached positions and its new tokens.
@@ -50,7 +53,8 @@ def packed_attention(
             (`latents`), the part of all heads' keys, [1, 1, tokens, shared_dim].
         value: [1, kv_heads, tokens, value_dim]; appended to the cache. Of latent attention, the
             latents, [1, 1, tokens, rank].
-        attention_mask: has to be None, unless there are indices, which include it.
+        attention_mask: has to be None, unless there are indices, which include it; or by what the
+            tokens choose blocks of positions.
         scaling: factor of the scores; default 1 / sqrt(head_dim).
         sliding_window: number of positions that a token attends to, itself included; default all.
         softcap: scores become softcap * tanh(score / softcap).
@@ -58,6 +62,8 @@ def packed_attention(
         slopes: [heads], as in `Scoring`.
         indices: by what the tokens choose the positions that they attend to, or have chosen them in
             an earlier layer; None: they attend to all.
+        block_indices: by what the tokens choose the blocks of positions that they attend to; None:
+            they attend to all.
         kwargs: for other attention implementations; ignored, except for `position_bias`.
 
     Returns:
@@ -67,6 +73,8 @@ def packed_attention(
         NotImplementedError: the model has a mask or a position bias of its own.
     """
     masked = attention_mask is not None and indices is None
+    if isinstance(attention_mask, BlockMeansChoice):
+        block_indices, masked = attention_mask, False
     if masked or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} brings its own mask or position bias")
     step = running_step()
@@ -78,13 +86,16 @@ def packed_attention(
     section = step.sections[layer] if step.sections else 0
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
+    if block_indices is not None:
+        own = (query[0], key[0], value[0])
+        return attend_blocks(step, layer, *own, scoring, block_indices)[None], None
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])
         if indices is not None:
             chooses = getattr(module, "indexer", None) is not None
-            told = (indices, chooses)
-            return attend_chosen(step, layer, *own, scoring, expansion, *told)[None], None
+            chosen = (indices, chooses)
+            return attend_chosen(step, layer, *own, scoring, expansion, *chosen)[None], None
         return attend_latents(step, layer, *own, scoring, expansion)[None], None
     if not step.chunks and slopes is None:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None

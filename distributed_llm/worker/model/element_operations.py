@@ -168,6 +168,7 @@ _CONVERTERS: Mapping[Any, Callable[[TorchCall], list[Elements] | None]] = {
     _ATEN.mul.Tensor: _combined(Kind.MULTIPLY),
     _ATEN.neg.default: _negated,
     _ATEN.cat.default: _joined,
+    _ATEN.concatenate.default: _joined,
     **dict.fromkeys(
         (_ATEN.clone.default, _ATEN.contiguous.default, _ATEN.reshape.default), _copied
     ),

@@ -29,12 +29,15 @@ from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.config_faults import refused
 from distributed_llm.worker.model.fixed_rope import fix_rope
 from distributed_llm.worker.model.idle_experts import leave_out_idle_experts
+from distributed_llm.worker.model.ngram_layers import derive_from_config
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
+from distributed_llm.worker.model.rwkv_blocks import use_layers_with_caches
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
 from distributed_llm.worker.model.stacks.attention import STACK_ATTENTION
 from distributed_llm.worker.model.stacks.joined import join_stacks
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
+from distributed_llm.worker.model.xlstm_blocks import use_xlstm_with_caches
 
 _DTYPES = ("dtype", "torch_dtype")
 
@@ -167,6 +170,9 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         use_packed_attention(model)
     if stacks:
         join_stacks(model)
+    derive_from_config(model)
     tell_positions(model)
+    use_layers_with_caches(model)
+    use_xlstm_with_caches(model)
     tell_of_sorted_experts(model)
     return model

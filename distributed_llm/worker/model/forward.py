@@ -1,19 +1,22 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from distributed_llm.common.block_indexers import BLOCK_INDEXED, BlockSizes
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
+from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.block_indexers import block_starts
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION
 from distributed_llm.worker.model.packed_step import PackedStep, running
-from distributed_llm.worker.model.recorded_layers import record_layers
+from distributed_llm.worker.model.recorded_layers import Kept, record_layers
 from distributed_llm.worker.model.shared_weights import StageModel
 
 
@@ -28,8 +31,10 @@ class Forward:
         keeps_kv: whether each of the layers appends keys and values in every step.
         attentions: how many times it does so.
         keeps_state: whether each of them makes a new state of its own.
+        blocks: sizes of the blocks of positions that attention picks, if it does.
 
     Attributes:
+        hooks: on the layers, for progress after each and the time that they took.
         sums: of the last hidden states, on the last stage.
     """
 
@@ -43,6 +48,7 @@ class Forward:
         keeps_kv: Sequence[bool],
         attentions: int,
         keeps_state: Sequence[bool],
+        blocks: BlockSizes | None,
     ) -> None:
         self._model = stage_model.model
         self._decoder = stage_model.decoder
@@ -51,10 +57,11 @@ class Forward:
         config = stage_model.model.config
         self._streams = getattr(config, "altup_num_inputs", getattr(config, "hc_mult", 1))
         self._streams_first = hasattr(config, "altup_num_inputs")
+        self._blocks = blocks
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
-        self._hooks = LayerHooks(
+        self.hooks = LayerHooks(
             stage_model.layers,
             first=stage_model.numbers.start == 0,
             last=stage_model.numbers.stop == num_layers,
@@ -64,7 +71,7 @@ class Forward:
         record_layers(
             stage_model.layers,
             [
-                kv and not state and attentions == 1 and self._calls_attention_plainly()
+                Kept(kv, state) if attentions == 1 and self._calls_attention_plainly() else None
                 for kv, state in zip(keeps_kv, keeps_state, strict=True)
             ],
             *(device, dtype),
@@ -77,21 +84,8 @@ class Forward:
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION | INDEXED
-
-    @property
-    def progress(self) -> Callable[[], None] | None:
-        """A function that is called after each layer, in the thread of `run`."""
-        return self._hooks.after_layer
-
-    @progress.setter
-    def progress(self, listener: Callable[[], None] | None) -> None:
-        self._hooks.after_layer = listener
-
-    @property
-    def layers_s(self) -> float:
-        """Seconds that the layers took in the latest complete pass; see `LayerHooks.seconds`."""
-        return self._hooks.seconds
+        of_code = OWN_ATTENTION | INDEXED | BLOCK_INDEXED | PICKS_BLOCKS
+        return not shares and config.model_type not in of_code
 
     @torch.inference_mode()
     def run(
@@ -120,6 +114,9 @@ class Forward:
                 one new state if it keeps any.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
+        if self._blocks is not None:  # to turn their keys, as `PackedBlockIndexer` expects it
+            starts = block_starts(step.slices, self._blocks)
+            positions.insert(0, torch.tensor(starts, dtype=torch.int64))
         inputs = {
             "input_ids": sent(token_ids.to(torch.int64), self._device)[None],
             "position_ids": sent(torch.cat(positions), self._device)[None],
@@ -127,7 +124,7 @@ class Forward:
         }
         if hidden_states is not None:
             incoming = sent(hidden_states, self._device).to(self._dtype)
-            self._hooks.incoming = self._in_streams(incoming)
+            self.hooks.incoming = self._in_streams(incoming)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -136,9 +133,9 @@ class Forward:
                     output = self._model(**inputs, logits_to_keep=kept).logits
                 else:
                     self._decoder(**inputs)
-                    output = self._hooks.outgoing
+                    output = self.hooks.outgoing
         finally:
-            self._hooks.forget()
+            self.hooks.forget()
             self.sums.spans = ()
         self._check_every_layer_ran(step)
         if output is None:

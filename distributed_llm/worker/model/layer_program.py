@@ -6,28 +6,40 @@ as follow one another in one call; all others by torch, as they were recorded.
 """
 
 import ctypes
-import itertools
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed_llm.worker.model.element_operations import elements_of, new_operation
-from distributed_llm.worker.model.kernels import OpaqueWeights
 from distributed_llm.worker.model.kernels.native.calls import (
+    NO_PLACES,
     AttentionCall,
+    ConvolutionCall,
     ExpertsCall,
     NativeCall,
     NormCall,
     Places,
     ProductsCall,
+    RecurrenceCall,
 )
 from distributed_llm.worker.model.kernels.native.replay import Kind, Operation, Operations
-from distributed_llm.worker.model.recording import Recording, TorchCall, made_by, tensors_in
-
-_ALIGNMENT = 64
+from distributed_llm.worker.model.program_memory import (
+    Constants,
+    ProgramMemory,
+    Unrecordable,
+    Workspace,
+)
+from distributed_llm.worker.model.recording import (
+    Recording,
+    TorchCall,
+    changed_by,
+    made_by,
+    tensors_in,
+)
 
 _PRODUCTS = {
     "int8_products": Kind.INT8_PRODUCTS,
@@ -35,53 +47,29 @@ _PRODUCTS = {
     "row_products": Kind.ROW_PRODUCTS,
 }
 
-
-class Unrecordable(Exception):
-    """A step cannot be made a program of."""
-
-
-class Workspace:
-    """Memory that all layers of a stage compute in, one after another.
-
-    Args:
-        most_rows: for which there is room.
-    """
-
-    def __init__(self, most_rows: int) -> None:
-        self._most_rows = most_rows
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, nbytes: int, rows: int) -> Tensor:
-        """Return memory for a step of so many rows, uint8 [at least nbytes]."""
-        if self._memory.nbytes < nbytes:
-            room = -(-nbytes // rows) * self._most_rows
-            self._memory = torch.empty(room, dtype=torch.uint8)
-        return self._memory
-
-
-@dataclass(slots=True)
-class _Region:
-    """Where the recorded step had something, and where the program has it, as addresses."""
-
-    start: int
-    stop: int
-    moved: int
-    used: bool = False
+_RECURRENCES = {
+    "delta_rule": Kind.DELTA_RULE,
+    "selective_update": Kind.SELECTIVE_UPDATE,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _TorchStep:
-    """An operation that torch carries out; what it makes is copied to where others expect it."""
+    """An operation that torch carries out; what it makes is copied to where others expect it.
+
+    Attributes:
+        outputs: where that is; none if the operation changes a tensor.
+    """
 
     function: Any
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     outputs: Sequence[Tensor]
 
-    def run(self, inputs: int, places: Places) -> None:
-        made = tensors_in(self.function(*self.args, **self.kwargs))
-        for output, own in zip(self.outputs, made, strict=True):
-            if output is not own:  # it was changed where it lies
+    def run(self, given: int, places: Places) -> None:
+        made = self.function(*self.args, **self.kwargs)
+        if self.outputs:
+            for output, own in zip(self.outputs, tensors_in(made), strict=True):
                 output.copy_(own)
 
 
@@ -91,15 +79,14 @@ class LayerProgram:
     Args:
         recording: of the layer.
         inputs: tensors that were given to it.
-        output: that it returned.
+        outputs: that it made of them.
         constants: tensors that stay as they are.
         workspace: to compute in.
         rows: of the step.
+        attentions: that the layer has, 0 or 1.
 
     Attributes:
-        inputs: numbers of those inputs that are read.
-        key: memory of the keys, [kv_heads, rows, dim].
-        value: likewise.
+        inputs: numbers of those inputs that are read, in ascending order.
 
     Raises:
         Unrecordable: with the reason.
@@ -109,34 +96,53 @@ class LayerProgram:
         self,
         recording: Recording,
         inputs: Sequence[Tensor],
-        output: Tensor,
+        outputs: Sequence[Tensor],
         constants: Iterable[Tensor],
         workspace: Workspace,
         rows: int,
+        attentions: int,
     ) -> None:
         if recording.failure:
             raise Unrecordable(recording.failure)
         attention = [call for call in recording.calls if isinstance(call, AttentionCall)]
-        if len(attention) != 1:
+        if len(attention) != attentions:
             raise Unrecordable("it has another kind of attention")
-        self._recorded = recording
-        self._constants = _Constants(constants)
-        self._held: list[object] = []
-        self._lay_out(inputs, workspace, rows)
-        steps = [step for call in recording.calls for step in self._steps(call)]
-        if not self._is_moved(output) or not output.is_contiguous():
-            raise Unrecordable("it returns what it did not make")
-        self.key, self.value = self._moved(attention[0].key), self._moved(attention[0].value)
-        self._output = self._moved(output)
-        self.inputs = [n for n, region in enumerate(self._regions[: len(inputs)]) if region.used]
+        constant = Constants(constants)
+        self._calls = constant.folded(recording.calls)
+        recurrences = [call for call in self._calls if isinstance(call, RecurrenceCall)]
+        elsewhere = {t.data_ptr() for call in recurrences for t in (call.state, call.made)}
+        self._memory = ProgramMemory(
+            [tensor for tensor in inputs if tensor.data_ptr() not in elsewhere],
+            [t for call in self._calls for t in made_by(call) if t.data_ptr() not in elsewhere],
+            *(constant, workspace, rows),
+        )
+        # What lies elsewhere is found by the numbers of what is given and made.
+        self._numbers = {tensor.data_ptr(): n for n, tensor in enumerate([*inputs, *outputs])}
+        self._held: list[object] = [constant]
+        steps = [step for call in self._calls for step in self._steps(call)]
+        self._outputs = [
+            output.shape if output.data_ptr() in elsewhere else self._own(output)
+            for output in outputs
+        ]
+        self._attended = [tuple(map(self._memory.moved, (c.key, c.value))) for c in attention]
+        in_memory = [n for n, tensor in enumerate(inputs) if self._memory.is_read(tensor)]
+        given = [n for n, tensor in enumerate(inputs) if tensor.data_ptr() in elsewhere]
+        self.inputs = sorted([*in_memory, *given])
         self._shapes = [inputs[number].shape for number in self.inputs]
-        self._addresses = (ctypes.c_void_p * len(self.inputs))()
-        copies = [self._copied(at, inputs[number]) for at, number in enumerate(self.inputs)]
-        self._calls = _in_calls([*copies, *steps])
-        self._places = attention[0].places
+        self._given = (ctypes.c_void_p * (len(inputs) + len(outputs)))()
+        self._first_output = len(inputs)
+        copies = [self._copied(number, inputs[number]) for number in in_memory]
+        self._steps_in_calls = _in_calls([*copies, *steps])
+        self._places = attention[0].places if attention else NO_PLACES
 
-    def run(self, inputs: Sequence[Tensor], places: Places) -> Tensor | None:
-        """Return what the layer returns; None if it cannot be computed so.
+    @property
+    def key_and_value(self) -> tuple[Tensor, Tensor]:
+        """Memory of what attention appends, [kv_heads, rows, dim] each."""
+        ((key, value),) = self._attended
+        return key, value
+
+    def run(self, inputs: Sequence[Tensor], places: Places) -> list[Tensor] | None:
+        """Return what the layer makes; None if it cannot be computed so.
 
         Args:
             inputs: those that are read.
@@ -145,14 +151,21 @@ class LayerProgram:
         Raises:
             MemoryError: there is none for what is made on the way.
         """
-        for at, (tensor, shape) in enumerate(zip(inputs, self._shapes, strict=True)):
+        for number, tensor, shape in zip(self.inputs, inputs, self._shapes, strict=True):
             if tensor.shape != shape or not tensor.is_contiguous():
                 return None
-            self._addresses[at] = tensor.data_ptr()
-        address = ctypes.addressof(self._addresses)
-        for step in self._calls:
+            self._given[number] = tensor.data_ptr()
+        made = [
+            each if isinstance(each, Tensor) else torch.empty(each, dtype=torch.float32)
+            for each in self._outputs
+        ]
+        for number, tensor in enumerate(made, start=self._first_output):
+            self._given[number] = tensor.data_ptr()
+        address = ctypes.addressof(self._given)
+        for step in self._steps_in_calls:
             step.run(address, places)
-        return self._output.clone()
+        kept = zip(made, self._outputs, strict=True)
+        return [tensor.clone() if tensor is own else tensor for tensor, own in kept]
 
     def check(self, inputs: Sequence[Tensor]) -> None:
         """Compute what was recorded again, and forget the recording.
@@ -163,63 +176,24 @@ class LayerProgram:
         Raises:
             Unrecordable: some number is another one.
         """
-        self.run(inputs, self._places)
-        for call in self._recorded.calls:
-            if not all(_same(made, self._moved(made)) for made in made_by(call)):
-                raise Unrecordable(f"{call} gives something else")
-        del self._recorded, self._regions
+        outputs = self.run(inputs, self._places)
+        if outputs is None:
+            raise Unrecordable("what it is given lies in pieces")
+        for call in self._calls:
+            for made in made_by(call):
+                if isinstance(call, RecurrenceCall) and made is call.made:
+                    again = outputs[self._numbers[made.data_ptr()] - self._first_output]
+                else:
+                    again = self._memory.moved(made)
+                if not _same(made, again):
+                    raise Unrecordable(f"{call} gives something else")
+        del self._calls, self._numbers
 
-    # ------------------------------------------------------------------ memory
-
-    def _lay_out(self, inputs: Sequence[Tensor], workspace: Workspace, rows: int) -> None:
-        """Give a place to all that is given to the layer, and to all that it makes."""
-        spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in inputs]
-        for made in itertools.chain.from_iterable(map(made_by, self._recorded.calls)):
-            storage = made.untyped_storage()
-            spans.append((storage.data_ptr(), storage.nbytes()))
-        offsets, size = [], 0
-        for _, nbytes in spans:
-            offsets.append(size)
-            size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._memory = workspace.of(size, rows)
-        base = self._memory.data_ptr()
-        self._regions = [
-            _Region(start, start + nbytes, base + offset)
-            for (start, nbytes), offset in zip(spans, offsets, strict=True)
-        ]
-
-    def _region(self, tensor: Tensor) -> _Region | None:
-        address = tensor.data_ptr()
-        for region in self._regions:
-            if region.start <= address < region.stop:
-                region.used = True
-                return region
-        return None
-
-    def _is_moved(self, tensor: Tensor) -> bool:
-        return tensor.layout == torch.strided and self._region(tensor) is not None
-
-    def _address(self, tensor: Tensor | None) -> int:
-        """Return where the program has a tensor; 0 for None."""
-        if tensor is None:
-            return 0
-        region = self._region(tensor)
-        if region is not None:
-            return region.moved + tensor.data_ptr() - region.start
-        return self._constants.checked(tensor).data_ptr()
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """Return the program's own tensor for one that was recorded."""
-        if not self._is_moved(tensor):
-            return self._constants.checked(tensor)
-        start = self._address(tensor) - self._memory.data_ptr()
-        numbers = self._memory[start - start % _ALIGNMENT :]
-        itemsize = tensor.element_size()
-        whole = numbers[: numbers.nbytes // itemsize * itemsize].view(tensor.dtype)
-        offset = whole.storage_offset() + start % _ALIGNMENT // itemsize
-        return whole.as_strided(tensor.shape, tensor.stride(), offset)
-
-    # ------------------------------------------------------------------ operations
+    def _own(self, output: Tensor) -> Tensor:
+        """Return the program's own tensor for one that the layer returned."""
+        if not (self._memory.is_moved(output) and output.is_contiguous()):
+            raise Unrecordable("it returns what it did not make")
+        return self._memory.moved(output)
 
     def _steps(self, call: TorchCall | NativeCall) -> list["Operation | _TorchStep"]:
         """Return what computes again what a call did."""
@@ -236,16 +210,20 @@ class LayerProgram:
                 return [self._experts(call)]
             case AttentionCall():
                 return [self._attention(call)]
+            case ConvolutionCall():
+                return [self._convolution(call)]
+            case RecurrenceCall():
+                return [self._recurrence(call)]
         found = elements_of(call)
         if found is None:
             return [self._by_torch(call)]
         operations = []
         for kind, output, first, second, more in found:
             operation = new_operation(kind, output, first, second)
-            operation.output = self._address(output)
-            operation.first = self._address(first)
+            operation.output = self._memory.address(output)
+            operation.first = self._memory.address(first)
             if isinstance(second, Tensor):
-                operation.second = self._address(second)
+                operation.second = self._memory.address(second)
             if more is not None:
                 self._held.append(more)
                 operation.places[0] = more.data_ptr()
@@ -261,8 +239,11 @@ class LayerProgram:
         sizes: Sequence[int] = (),
     ) -> Operation:
         operation = Operation(kind=kind)
-        operation.output, operation.first = self._address(output), self._address(first)
-        operation.second = self._address(second)
+        operation.output, operation.first = (
+            self._memory.address(output),
+            self._memory.address(first),
+        )
+        operation.second = self._memory.address(second)
         operation.sizes[: len(sizes)] = sizes
         return operation
 
@@ -281,17 +262,42 @@ class LayerProgram:
         sizes = choices, choices // rows, inputs, call.group, call.instructions
         operation = self._operation(Kind.EXPERT_PRODUCTS, call.output, call.states, None, sizes)
         operation.second = call.weights.buffer_info()[0]
-        operation.places[0] = self._address(call.chosen)
+        operation.places[0] = self._memory.address(call.chosen)
         operation.number, operation.other = call.count, call.form
         self._held.append(call.weights)
         return operation
 
     def _attention(self, call: AttentionCall) -> Operation:
         operation = self._operation(Kind.ATTENTION, call.output, call.query, call.key, [call.kept])
-        held = self._address(call.sinks), self._rotation(call.rotation), call.sizes.buffer_info()[0]
-        operation.places[:] = [self._address(call.value), *held]
+        held = (
+            self._memory.address(call.sinks),
+            self._rotation(call.rotation),
+            call.sizes.buffer_info()[0],
+        )
+        operation.places[:] = [self._memory.address(call.value), *held]
         operation.number, operation.other = call.scale, call.softcap
         self._held.append(call.sizes)
+        return operation
+
+    def _convolution(self, call: ConvolutionCall) -> Operation:
+        sizes = [int(call.silu)]
+        operation = self._operation(Kind.CONVOLUTION, call.output, call.column, call.window, sizes)
+        weights = map(self._memory.address, (call.weight, call.bias))
+        operation.places[:3] = [*weights, call.sizes.buffer_info()[0]]
+        self._held.append(call.sizes)
+        return operation
+
+    def _recurrence(self, call: RecurrenceCall) -> Operation:
+        operation = Operation(kind=_RECURRENCES[call.function])
+        operation.output = self._memory.address(call.output)
+        read = array("q", map(self._memory.address, call.read))
+        operation.first, operation.second = (each.buffer_info()[0] for each in (read, call.sizes))
+        for at, state in enumerate((call.state, call.made)):
+            number = self._numbers.get(state.data_ptr())
+            if number is None:
+                raise Unrecordable("it goes on from a state that it is not given")
+            operation.sizes[at] = number
+        self._held += [read, call.sizes]
         return operation
 
     def _rotation(self, rotation: Tensor | None) -> int:
@@ -300,61 +306,22 @@ class LayerProgram:
         return 0 if rotation is None else rotation.data_ptr()
 
     def _copied(self, at: int, tensor: Tensor) -> Operation:
-        operation = Operation(kind=Kind.INPUT, output=self._address(tensor))
+        operation = Operation(kind=Kind.INPUT, output=self._memory.address(tensor))
         operation.sizes[:2] = [tensor.nbytes, at]
         return operation
 
     def _by_torch(self, call: TorchCall) -> _TorchStep:
         kwargs = {name: self._replaced(value) for name, value in call.kwargs.items()}
         args = [self._replaced(value) for value in call.args]
-        return _TorchStep(call.function, args, kwargs, list(map(self._moved, made_by(call))))
+        made = () if changed_by(call) else made_by(call)
+        return _TorchStep(call.function, args, kwargs, list(map(self._memory.moved, made)))
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._moved(value)
+            return self._memory.moved(value)
         if isinstance(value, list | tuple):
             return [self._replaced(each) for each in value]
         return value
-
-
-class _Constants:
-    """Tensors that stay as they are.
-
-    Args:
-        tensors: all of them.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._ids: set[int] = set()
-        self._places: set[int] = set()
-        for tensor in tensors:
-            self._ids.add(id(tensor))
-            if tensor.layout == torch.strided:
-                self._places.add(tensor.untyped_storage().data_ptr())
-
-    def checked(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that is one of them, or a view of one.
-
-        Raises:
-            Unrecordable: it is not.
-        """
-        strided = tensor.layout == torch.strided
-        if id(tensor) in self._ids:
-            return tensor
-        if strided and tensor.untyped_storage().data_ptr() in self._places:
-            return tensor
-        raise Unrecordable(
-            f"it reads a tensor {list(tensor.shape)} that it neither has nor is given"
-        )
-
-
-def constants_of(layer: nn.Module) -> Iterable[Tensor]:
-    """Yield the tensors that a layer's modules hold."""
-    for module in layer.modules():
-        yield from module.parameters(recurse=False)
-        yield from module.buffers(recurse=False)
-        if isinstance(module, OpaqueWeights):
-            yield from tensors_in(module.tensors())
 
 
 def _in_calls(steps: Sequence["Operation | _TorchStep"]) -> list["Operations | _TorchStep"]:

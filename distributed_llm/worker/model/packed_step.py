@@ -47,10 +47,18 @@ class StateGroup:
     parts: tuple[PackedSlice, ...]
     begun: tuple[SequenceState, ...] | None
     made: list[StateTensors]
+    _latest: tuple[int, StateTensors] | None = field(default=None, init=False)
 
     def given(self, layer: int) -> StateTensors | None:
-        """Return the states before the step in one layer, not to be written."""
-        return None if self.begun is None else joined(self.begun, layer)
+        """Return the states before the step in one layer, not to be written.
+
+        They are the same tensors until another layer asks.
+        """
+        if self.begun is None:
+            return None
+        if self._latest is None or self._latest[0] != layer:
+            self._latest = layer, joined(self.begun, layer)
+        return self._latest[1]
 
 
 @dataclass(slots=True)

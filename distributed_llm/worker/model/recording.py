@@ -5,6 +5,7 @@ a layer does anything else (looks at numbers, or changes tensors), the recording
 no use.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed_llm.worker.model.kernels.native.calls import NativeCall
+from distributed_llm.worker.model.kernels.native.calls import (
+    ConvolutionCall,
+    NativeCall,
+    RecurrenceCall,
+)
 
 _ATEN = torch.ops.aten
 
@@ -40,13 +45,17 @@ _PURE = frozenset(
         *(_ATEN.linear.default, _ATEN.mm.default, _ATEN.addmm.default, _ATEN.matmul.default),
         *(_ATEN.softmax.int, _ATEN.topk.default, _ATEN.sum.dim_IntList, _ATEN.gather.default),
         *(_ATEN.zeros_like.default, _ATEN.masked_fill.Scalar, _ATEN.bitwise_not.default),
-        *(_ATEN.clamp.default, _ATEN.exp.default),
+        *(_ATEN.clamp.default, _ATEN.exp.default, _ATEN.softplus.default, _ATEN.log.default),
+        *(_ATEN.sin.default, _ATEN.cos.default, _ATEN.sqrt.default, _ATEN.rsub.Scalar),
+        *(_ATEN.concatenate.default, _ATEN.where.self, _ATEN.gt.Scalar, _ATEN.maximum.default),
+        _ATEN.baddbmm.default,
     }
 )
 
 _CHANGES = frozenset(
     {
         *(_ATEN.div_.Tensor, _ATEN.mul_.Tensor, _ATEN.add_.Tensor, _ATEN.scatter_.value),
+        *(_ATEN.copy_.default, _ATEN.addcmul_.default, _ATEN.sigmoid_.default),
     }
 )
 """Change their first argument, and nothing else."""
@@ -76,6 +85,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[TorchCall | NativeCall] = []
+        self._rooms: list[Tensor] = []
         self.paused = False
         self.failure: str | None = None
 
@@ -93,7 +103,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Carry out one of torch's operations, and record it."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if not self.paused and func not in _MAKE_ROOM and not _is_view(func, args, output):
+        if func in _MAKE_ROOM:
+            self._rooms.append(output)
+        elif not self.paused and not _is_view(func, args, output):
             made = list(tensors_in(output))
             if made and (_is_pure(func) or (func in _CHANGES and self._made(args[0]))):
                 self.calls.append(TorchCall(func, args, kwargs, made[0], made[1:]))
@@ -102,18 +114,28 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
     def _made(self, tensor: Tensor) -> bool:
-        """Return whether a tensor lies in memory that a recorded call has made."""
+        """Return whether a tensor lies in memory that was made in what is recorded."""
         place = tensor.untyped_storage().data_ptr()
-        return any(
-            made.untyped_storage().data_ptr() == place
-            for call in self.calls
-            for made in made_by(call)
-        )
+        made = itertools.chain(self._rooms, *map(made_by, self.calls))
+        return any(each.untyped_storage().data_ptr() == place for each in made)
 
 
 def made_by(call: TorchCall | NativeCall) -> Sequence[Tensor]:
     """Return the tensors that a call has made."""
-    return (call.output, *call.others) if isinstance(call, TorchCall) else (call.output,)
+    match call:
+        case TorchCall():
+            return (call.output, *call.others)
+        case RecurrenceCall():
+            return (call.output, call.made)
+    return (call.output,)
+
+
+def changed_by(call: TorchCall | NativeCall) -> Sequence[Tensor]:
+    """Return the tensors that a call has changed."""
+    if isinstance(call, ConvolutionCall):
+        return (call.window,)
+    is_change = isinstance(call, TorchCall) and call.function in _CHANGES
+    return (call.output,) if is_change else ()
 
 
 def _is_pure(func: Any) -> bool:

@@ -96,6 +96,11 @@ def share_blocks(
                 setattr(layer, name, SharedBlock(block, number))
 
 
+def block_of(layer: nn.Module) -> nn.Module | None:
+    """Return the block of a layer that others may call as well; None if it has none."""
+    return next((getattr(layer, name) for name in _NAMES if hasattr(layer, name)), None)
+
+
 def _name_of(layer: nn.Module) -> str:
     return next(name for name in _NAMES if hasattr(layer, name))
 

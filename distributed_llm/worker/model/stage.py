@@ -6,6 +6,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import StageError
@@ -15,7 +16,7 @@ from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.model_sizes import attentions_per_layer
-from distributed_llm.common.offloading import layers_on_disk
+from distributed_llm.common.offloading import away
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
@@ -70,7 +71,13 @@ class Stage:
         self._held = stage_model
         self._last = layers.stop == checkpoint.num_layers
         encoders = encoder_layers(checkpoint.config)
-        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size, encoders)
+        self.inputs = TaskInputs(
+            layers,
+            checkpoint.hidden_size,
+            checkpoint.vocab_size,
+            checkpoint.source_size,
+            encoders,
+        )
         self._device = device
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
@@ -97,6 +104,7 @@ class Stage:
                 keeps_kv=keeps_kv(checkpoint.config)[own],
                 attentions=self._attentions,
                 keeps_state=[nbytes > 0 for nbytes in of_states],
+                blocks=block_sizes(checkpoint.config),
             )
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size
@@ -118,6 +126,7 @@ class Stage:
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
         from_disk: int = 0,
+        from_ram: int = 0,
     ) -> "Stage":
         """Load a stage, ready to run.
 
@@ -133,10 +142,11 @@ class Stage:
                 either may be dropped.
             locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
             on_read: called with bytes of tensors when they were read, in any thread.
-            from_disk: number of layers whose weights stay on the disk; see `layers_on_disk`.
+            from_disk: number of layers whose weights stay on the disk; see `away`.
+            from_ram: of those that stay in the machine's memory, beside a GPU.
 
         Raises:
-            NotEnoughMemory: the disk is full.
+            NotEnoughMemory: the disk is full, or memory cannot be locked.
             CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
             CheckpointError: the files lack tensors that the layers need, or these are not finite;
                 or config.json has a value with which nothing can be computed.
@@ -155,6 +165,7 @@ class Stage:
             locate=locate,
             on_read=on_read,
             from_disk=from_disk,
+            from_ram=from_ram,
         )
 
     @classmethod
@@ -191,6 +202,7 @@ class Stage:
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
         from_disk: int = 0,
+        from_ram: int = 0,
     ) -> "Stage":
         """Load a stage as `load` does, without checking the architecture."""
         if donor and (donor._device, donor._dtype) != (device, dtype):
@@ -204,18 +216,18 @@ class Stage:
             donor=donor._held if donor else None,
             locate=locate,
             on_read=on_read,
-            on_disk=layers_on_disk(layers, from_disk),
+            gone=away(layers, from_ram, from_disk),
         )
         return cls(stage_model, checkpoint, device, dtype, kv_dtype)
 
     @property
     def progress(self) -> Callable[[], None] | None:
         """A function that is called after each layer, in the thread of `run`."""
-        return self._forward.progress
+        return self._forward.hooks.after_layer
 
     @progress.setter
     def progress(self, listener: Callable[[], None] | None) -> None:
-        self._forward.progress = listener
+        self._forward.hooks.after_layer = listener
 
     @property
     def weight_bytes(self) -> int:
@@ -234,7 +246,7 @@ class Stage:
         Embedding, norm, head and sampling do not count. On a GPU read it after the result was
         copied to the CPU, or it waits for the layers.
         """
-        return self._forward.layers_s
+        return self._forward.hooks.seconds
 
     @property
     def kv_bytes(self) -> int:

@@ -22,6 +22,11 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.states import StateTensors
 from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
 from distributed_llm.worker.model.packed_step import StateGroup, running_step
+from distributed_llm.worker.model.recurrent_steps import (
+    RECURRENT_STEPS,
+    lending,
+    lent_dimensions,
+)
 from distributed_llm.worker.model.selective_scan import (
     going_on_from,
     scan_from_states,
@@ -83,16 +88,24 @@ class StateLayer(nn.Module):
             )
         found = forward.__globals__
         ours = {name: made(found[name]) for name, made in _SCANS.items() if name in found}
+        called = [name for name in RECURRENT_STEPS if name in forward.__code__.co_names]
+        steps = {name: RECURRENT_STEPS[name](found[name]) for name in called}
+        self._lent_dimensions = lent_dimensions(called)
         self._elsewhere = _with_globals(forward, ours)
-        self._on_cpu = _with_globals(forward, {**ours, **_CONVOLUTIONS})
+        self._on_cpu = _with_globals(forward, {**ours, **steps, **_CONVOLUTIONS})
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *beside: object, **kwargs: Any) -> Any:
         """Return what the mixer makes of the packed hidden states [1, tokens, hidden_size].
+
+        Args:
+            hidden_states: of the step.
+            beside: what would be a mask or a state; None each.
+            kwargs: for the mixer.
 
         Raises:
             StageError: the model has a mask of its own.
         """
-        if kwargs.get("attention_mask") is not None:
+        if any(one is not None for one in (kwargs.get("attention_mask"), *beside)):
             raise StageError(f"{type(self.mixer).__name__} was given a mask of its own")
         step = running_step()
         layer = int(self.mixer.layer_idx) - step.first_layer  # type: ignore[arg-type]
@@ -100,25 +113,28 @@ class StateLayer(nn.Module):
         made: list[tuple[Tensor | slice, Tensor]] = []
         others: tuple[Any, ...] | None = None
         for group in step.groups:
-            rows = _rows_of(group, hidden_states.device)
+            rows = rows_of(group, hidden_states.device)
             taken = hidden_states[0, rows].view(len(group.parts), -1, hidden_states.shape[-1])
             output = self._run(group, layer, taken, kwargs)
             if isinstance(output, tuple):
                 output, *rest = output
                 others = (None,) * len(rest)
             made.append((rows, output.flatten(0, 1)))
-        mixed = _assembled(made, hidden_states.shape[1])[None]
+        mixed = assembled(made, hidden_states.shape[1])[None]
         return mixed if others is None else (mixed, *others)
 
     def _run(self, group: StateGroup, layer: int, states: Tensor, kwargs: dict[str, Any]) -> Any:
         """Compute [sequences, tokens, hidden_size], and keep the new states."""
         given = group.given(layer)
-        compute = self._on_cpu if states.device.type == "cpu" else self._elsewhere
-        cache = MixerCache(given)
+        on_cpu = states.device.type == "cpu"
+        compute = self._on_cpu if on_cpu else self._elsewhere
+        state = given.get(RECURRENCE) if given else None
+        lends = on_cpu and state is not None and state.dim() == self._lent_dimensions
+        cache = MixerCache(given, lends=lends)
         told = {**kwargs, self._cache: cache}
-        with going_on_from(given.get(RECURRENCE) if given else None):
+        with going_on_from(state), lending(cache.take if lends else None):
             output = compute(self.mixer, hidden_states=states, **told)
-        group.made[layer] = cache.made
+        group.made[layer].update(cache.made)
         return output
 
 
@@ -127,13 +143,15 @@ class MixerCache:
 
     Args:
         given: the states before, not to be written; None: the sequences begin here.
+        lends: whether the mixer does not write the state of its first recurrence.
 
     Attributes:
         made: the states after.
     """
 
-    def __init__(self, given: StateTensors | None) -> None:
+    def __init__(self, given: StateTensors | None, *, lends: bool = False) -> None:
         self._given = given or {}
+        self._lends = lends
         self.made: StateTensors = {}
 
     def has_previous_state(
@@ -151,8 +169,17 @@ class MixerCache:
         return self._writable(f"window{state_idx}")
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state of a recurrence, which may be written; None at the beginning."""
+        """Return the state of a recurrence, which may be written if it is not lent.
+
+        None at the beginning.
+        """
+        if self._lends and not state_idx:
+            return self._given[RECURRENCE]
         return self._writable(RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}")
+
+    def take(self, state: Tensor) -> None:
+        """Take the new state of the first recurrence."""
+        self.made[RECURRENCE] = state
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
         """Return the state of a recurrence, as MiniMax's attention asks for it."""
@@ -182,14 +209,15 @@ class MixerCache:
         else:
             size = conv_kernel_size or conv_states.shape[-1]
             columns = nn.functional.pad(conv_states, (max(0, size - conv_states.shape[-1]), 0))
-        self.made[name] = columns[..., -size:].clone()
+        self.made[name] = columns[..., -size:].clone(memory_format=torch.contiguous_format)
         return columns
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
         """Take the new state of a recurrence."""
-        self.made[RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}"] = recurrent_states
+        name = RECURRENCE if not state_idx else f"{RECURRENCE}{state_idx}"
+        self.made[name] = recurrent_states.contiguous()
         return recurrent_states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
@@ -218,7 +246,10 @@ def wrap_mixers(model: nn.Module) -> None:
 def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        if isinstance(forward, FunctionType) and _UPDATES.intersection(forward.__code__.co_names):
+        if not isinstance(forward, FunctionType):
+            continue
+        code = forward.__code__
+        if _UPDATES.intersection(code.co_names) and "hidden_states" in code.co_varnames:
             yield module
 
 
@@ -244,7 +275,7 @@ def _goes_on_with_chunks(code: CodeType) -> bool:
     return _SCAN in code.co_names or not _INITIAL.isdisjoint(names)
 
 
-def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
+def rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     """Return where the tokens of a group are in the packed row."""
     first, last = group.parts[0], group.parts[-1]
     stop = last.row + last.num_tokens
@@ -253,7 +284,7 @@ def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     return sent(torch.tensor([part.row for part in group.parts]), device)
 
 
-def _assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:
+def assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:
     """Return [tokens, hidden_size] of what was made of some rows each."""
     if len(made) == 1:
         return made[0][1]

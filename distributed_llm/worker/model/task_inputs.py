@@ -26,6 +26,7 @@ class TaskInputs:
     Attributes:
         layers: of the stage.
         hidden_size: width of the hidden states.
+        source_size: width of those of what an encoder reads.
         vocab_size: exclusive upper bound of token ids.
         encoder_layers: of the whole model; 0: it is a decoder alone.
     """
@@ -33,6 +34,7 @@ class TaskInputs:
     layers: LayerRange
     hidden_size: int
     vocab_size: int
+    source_size: int = 0
     encoder_layers: int = 0
 
     def begins_with(self, *, source: bool) -> bool:
@@ -58,7 +60,7 @@ class TaskInputs:
         token_ids = torch.randint(self.vocab_size, (total,), generator=draw, dtype=torch.int32)
         if self.begins_with(source=source):
             return token_ids, None
-        return token_ids, torch.randn(total, self.hidden_size, generator=draw)
+        return token_ids, torch.randn(total, self._width(source=source), generator=draw)
 
     def check(
         self,
@@ -83,7 +85,7 @@ class TaskInputs:
         self._check_token_ids(sequences, token_ids)
         source = self._check_kind(sequences)
         if not self.begins_with(source=source):
-            self._check_hidden_states(hidden_states, total)
+            self._check_hidden_states(hidden_states, (total, self._width(source=source)))
         elif hidden_states is not None:
             raise StageError("the first stage was given hidden states")
         _check_masks(sequences, masks)
@@ -126,11 +128,13 @@ class TaskInputs:
         )
         raise SequencesFailed(named, StageError(why))
 
-    def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
-        wanted = f"floats of shape {[total, self.hidden_size]}"
+    def _width(self, *, source: bool) -> int:
+        return self.source_size if source else self.hidden_size
+
+    def _check_hidden_states(self, hidden_states: Tensor | None, shape: tuple[int, int]) -> None:
+        wanted = f"floats of shape {list(shape)}"
         if hidden_states is None:
             raise StageError(f"stage {self.layers} was given no hidden states; it needs {wanted}")
-        shape = (total, self.hidden_size)
         if hidden_states.shape != shape or hidden_states.dtype not in _WIRE_DTYPES:
             raise StageError(
                 f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "

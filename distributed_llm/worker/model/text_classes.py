@@ -36,6 +36,9 @@ Not all without one are here: some generate otherwise than token by token, scale
 gives, or see pictures with other weights, so that a head alone would not make them right.
 """
 
+_NAMED_AS_IN_WHOLE = frozenset({"minimax_m3_vl_text"})
+"""Model types with a head of their own whose tensors have other names in files of the whole."""
+
 _SUFFIX = "_text"
 _LAYERS: Any = MODEL_MAPPING  # typed as if its classes might come in pairs
 
@@ -82,12 +85,15 @@ def class_with_head(kind: Any) -> type[PreTrainedModel]:
 def conversions_of(model: PreTrainedModel) -> Sequence[Any]:
     """Return transformers' conversions from the tensors of files to those of a model.
 
-    Of a text model that has got its head here, they are those of the model that it is a part of.
+    Of a text model that has got its head here, they are those of the model that it is a part of;
+    of some others, these too.
     """
     own = cast(Sequence[Any], get_model_conversion_mapping(model))
     model_type = str(model.config.model_type)
-    if model_type not in WITHOUT_HEAD:
+    if model_type not in WITHOUT_HEAD | _NAMED_AS_IN_WHOLE:
         return own
     mapping: Any = get_checkpoint_conversion_mapping
     of_whole = mapping(model_type.removesuffix(_SUFFIX)) or []
+    if model_type in _NAMED_AS_IN_WHOLE:
+        return [*of_whole, *own]
     return [*(one for one in of_whole if isinstance(one, WeightConverter)), *own]

@@ -9,7 +9,7 @@ stage of the same model holds in this process are shared instead (`shared_weight
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,24 +23,23 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_sizes import attentions_per_layer
+from distributed_llm.common.ngrams import table_part
+from distributed_llm.common.offloading import Away
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
+from distributed_llm.worker.model.away_layers import away_nbytes, place_of
+from distributed_llm.worker.model.device_buffers import bring_one_ahead, move_to_ram
+from distributed_llm.worker.model.device_copies import copies_to
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import only_plain, pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.layer_cuts import LayerCut
 from distributed_llm.worker.model.layer_loading import ModelLoader
-from distributed_llm.worker.model.offload import (
-    file_of,
-    move_to_disk,
-    read_nbytes,
-    read_one_ahead,
-    saved_nbytes,
-)
+from distributed_llm.worker.model.offload import move_to_disk, read_one_ahead
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
 from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.reading_ahead import ReadingAhead
@@ -50,7 +49,7 @@ from distributed_llm.worker.model.shared_blocks import (
     share_blocks,
 )
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
-from distributed_llm.worker.model.stacks.joined import drop_bias, link_stacks
+from distributed_llm.worker.model.stacks.joined import drop_unread, link_stacks
 from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -104,7 +103,7 @@ def load_stage_model(
     quantize: Quantize = "none",
     locate: Locate | None = None,
     on_read: Callable[[int], None] = lambda nbytes: None,
-    on_disk: Collection[int] = (),
+    gone: Away | None = None,
 ) -> StageModel:
     """Load the model of a checkpoint, reduced to some layers.
 
@@ -118,11 +117,11 @@ def load_stage_model(
         quantize: what floating-point matrices of layers become.
         locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
         on_read: called with bytes of tensors when they were read, in any thread.
-        on_disk: numbers of the layers whose weights stay on the disk; those of the donor stay where
-            they are.
+        gone: layers whose weights stay on the disk, or in the machine's memory beside a GPU; those
+            of the donor stay where they are.
 
     Raises:
-        NotEnoughMemory: the disk is full.
+        NotEnoughMemory: the disk is full, or memory cannot be locked.
         CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
         CheckpointError: tensors are missing, unknown, of the wrong shape, or unreadable.
         UnsupportedModel: the architecture cannot be divided into stages.
@@ -142,12 +141,13 @@ def load_stage_model(
     )
     _drop_unneeded(model, checkpoint, layers, shared, device)
     if checkpoint.stacks is not None:
-        of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
-        drop_bias(model, unless_in=of_head)
-    cut = LayerCut(checkpoint.per_layer_width, layers)
+        of_head = {name for name in checkpoint.weights if checkpoint.outer.is_used_by(layers, name)}
+        drop_unread(model, unless_in=of_head)
+    cut = LayerCut(checkpoint.outer.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names, holders)
     own = []
+    gone, copies = gone or Away(), copies_to(device)
     with ReadingAhead(locate or checkpoint_place(checkpoint), on_read) as tensors:
         loader = ModelLoader(
             *(model, path, checkpoint),
@@ -158,18 +158,21 @@ def load_stage_model(
         )
         for number, layer, after in zip(numbers, empty_layers, [*numbers, None][1:], strict=True):
             parts = _parts(entries.get(after, []))
-            with only_plain(number in on_disk):
+            with only_plain(number in gone.on_disk):
                 own.append(
                     loader.load_layer(
                         *(layer, number, entries.get(number, [])),
                         when_read=functools.partial(tensors.read_ahead, parts),
                     )
                 )
-            if number in on_disk:
+            if number in gone.on_disk:
                 move_to_disk(own[-1], offload_folder())
+            elif number in gone.in_ram:
+                assert copies is not None  # only of such devices layers stay there
+                move_to_ram(own[-1], copies)
         loader.load_outer(entries.get(None, []), matrices, cut)
     _cut_config(checkpoint, model.config, layers)
-    if not checkpoint.embeds(layers):
+    if not checkpoint.outer.embeds(layers):
         _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
@@ -177,11 +180,10 @@ def load_stage_model(
     kept = cast(nn.ModuleList, model.get_submodule(path))
     share_blocks(dict(enumerate(kept, layers.start)), checkpoint.block_sources, holders)
     if checkpoint.stacks is not None:
-        link_stacks(
-            model, max(0, min(encoder_layers(checkpoint.config), layers.stop) - layers.start)
-        )
-    read_one_ahead(kept)
-    nbytes = _nbytes(model) - saved_nbytes(kept)
+        encoders = min(encoder_layers(checkpoint.config), layers.stop) - layers.start
+        link_stacks(model, max(0, encoders), device)
+    saved = bring_one_ahead(kept, copies) if copies else read_one_ahead(kept)
+    nbytes = _nbytes(model) - saved
     shared_bytes = _shared_in_memory(model, kept, donor) if donor else 0
     return StageModel(whole, model, decoder, kept, layers, nbytes, shared_bytes)
 
@@ -221,7 +223,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     )
     for number, layer in enumerate(empty_layers):
         loader.check_layer(layer, number, entries.get(number, []))
-    loader.load_outer(entries.get(None, []), {}, LayerCut(checkpoint.per_layer_width, layers))
+    loader.load_outer(entries.get(None, []), {}, LayerCut(checkpoint.outer.per_layer_width, layers))
 
 
 def _parts(entries: Iterable[Entry]) -> list[TensorInfo]:
@@ -305,9 +307,9 @@ def _drop_unneeded(
     device: torch.device,
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
-    first, last = checkpoint.embeds(layers), layers.stop == checkpoint.num_layers
+    first, last = checkpoint.outer.embeds(layers), layers.stop == checkpoint.num_layers
     tied = model.all_tied_weights_keys
-    separate = not last or not (first or checkpoint.ties_embeddings)
+    separate = not last or not (first or checkpoint.outer.ties_embeddings)
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
@@ -316,7 +318,7 @@ def _drop_unneeded(
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         if not own or name.startswith(dropped):
             continue
-        needed = checkpoint.is_used_by(layers, own[0])
+        needed = checkpoint.outer.is_used_by(layers, own[0])
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
             _replace(model, name, _absent(module, device, model.config.model_type))
             dropped = (*dropped, f"{name}.")
@@ -363,7 +365,9 @@ class WeightNames:
         path, known = (
             (self._path, target.parameter) if target else (self._checkpoint.layer_prefix, name)
         )
-        return f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        whole = f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        part = table_part(whole)
+        return whole if part is None else part[0]
 
     def parameter(self, name: str) -> str:
         """Return the name of a weight outside the layers for transformers' loader."""
@@ -394,7 +398,7 @@ def _entries(
             layer = holders[block]
         target = names.target(weight.name)
         name = names.name(weight.name, target)
-        if weight.name == checkpoint.lone_head:
+        if weight.name == checkpoint.outer.lone_head:
             name = tied.get(name, name)
         if shared.has(name) if layer is None else shared.has_layer(layer):
             continue
@@ -402,7 +406,8 @@ def _entries(
             matrices[name] = matrix
             continue
         own = pieces.setdefault(layer, {}).setdefault(name, {})
-        own[target.piece if target else 0] = Piece(weight, target)
+        part = table_part(weight.name)
+        own[target.piece if target else part[1] if part else 0] = Piece(weight, target)
     entries = {
         layer: [Entry(name, tuple(own[i] for i in sorted(own))) for name, own in by_name.items()]
         for layer, by_name in pieces.items()
@@ -423,10 +428,10 @@ def _drop_tied_embedding(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
-    """Return the bytes of memory that are shared with the donor, without layers on the disk."""
-    theirs = [file_of(layer) for layer in donor.layers]
-    return shared_nbytes(model, donor) - read_nbytes(
-        layer for layer in layers if file_of(layer) in theirs
+    """Return the bytes of the device's memory that are shared with the donor."""
+    theirs = [place_of(layer) for layer in donor.layers]
+    return shared_nbytes(model, donor) - away_nbytes(
+        layer for layer in layers if place_of(layer) in theirs
     )
 
 

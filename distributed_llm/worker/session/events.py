@@ -215,6 +215,7 @@ class Loaded:
         fetched_bytes: of weights that came from other machines.
         fetch_s: how long loading waited for them.
         gives_weights: whether this worker can give the weights of the layers to others.
+        kernels: see `StageReady`.
     """
 
     session: int
@@ -229,6 +230,7 @@ class Loaded:
     fetched_bytes: int = 0
     fetch_s: float = 0.0
     gives_weights: bool = False
+    kernels: str = ""
 
 
 @dataclass(frozen=True)

@@ -401,6 +401,7 @@ class Stages:
             fetched_bytes=event.fetched_bytes,
             fetch_s=event.fetch_s,
             gives_weights=event.gives_weights,
+            kernels=event.kernels,
         )
         text = (
             f"loaded {layers_text(stage.order.layers)} in {event.load_s:.1f} s (plan {event.epoch})"

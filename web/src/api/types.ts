@@ -142,6 +142,8 @@ export interface ClusterStatus {
   note: string
   epoch: number
   num_layers: number
+  /** How many of the layers, the first, are an encoder's. */
+  encoder_layers?: number
   context_length: number
   kv_tokens: number
   kv_tokens_used: number

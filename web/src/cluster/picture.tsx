@@ -19,7 +19,7 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           height={picture.height}
           viewBox={`0 0 ${width} ${picture.height}`}
           role="img"
-          aria-label={inWords(picture)}
+          aria-label={inWords(picture, live.status?.encoder_layers)}
         >
           {picture.rows.map((row) => (
             <Wires key={row.key} row={row} live={live} rate={picture.rows.length > 1 ? 0 : rate} />
@@ -79,9 +79,9 @@ function useWidth() {
   return [frame, width] as const
 }
 
-function inWords(picture: Laid): string {
+function inWords(picture: Laid, encoderLayers?: number): string {
   const rows = picture.rows.map(({ pipeline }) =>
-    pipeline.stages.map((s) => `${s.worker} with layers ${say.layers(s.layers)}`).join(', then '),
+    pipeline.stages.map((s) => `${s.worker} with layers ${say.layers(s.layers, encoderLayers)}`).join(', then '),
   )
   const idle = picture.boxes.filter((box) => box.kind === 'idle').map((box) => box.name)
   const gone = picture.boxes.filter((box) => box.kind === 'gone').map((box) => box.name)
@@ -206,7 +206,7 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
       {stage && box.kind === 'stage' && (
         <>
           <text x={PAD} y={44}>
-            {stageLine(box)}
+            {stageLine(box, live.status?.encoder_layers)}
           </text>
           <Memory worker={worker} colour={box.colour} x={PAD} y={foot} width={inner} />
           <text x={PAD} y={box.height - 14}>
@@ -221,7 +221,7 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
       {box.kind !== 'stage' && (
         <foreignObject x={PAD} y={noteTop} width={inner} height={box.height - noteTop - 6}>
           <p className={tall || stage || box.kind === 'idle' ? 'note' : 'note tallnote'}>
-            {reason ? reason.text : idleNote(worker)}
+            {reason ? reason.text : idleNote(worker, live.status?.encoder_layers)}
           </p>
         </foreignObject>
       )}
@@ -229,10 +229,11 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
   )
 }
 
-function stageLine({ stage, worker }: Box): string {
+function stageLine({ stage, worker }: Box, encoderLayers = 0): string {
   if (!stage) return ''
   const held = stage.layers.stop - stage.layers.start
-  const which = `layer${held === 1 ? '' : 's'} ${say.layers(stage.layers)}`
+  const numbers = say.layers(stage.layers, encoderLayers)
+  const which = encoderLayers > 0 ? numbers : `layer${held === 1 ? '' : 's'} ${numbers}`
   const fetch = worker?.fetch
   if (!stage.ready && fetch && fetch.total_bytes > 0) {
     return `${which} · ${say.percent(fetch.here_bytes / fetch.total_bytes)} here`
@@ -240,9 +241,9 @@ function stageLine({ stage, worker }: Box): string {
   return stage.ready ? which : `${which} · loading`
 }
 
-function idleNote(worker: WorkerStatus | null): string {
+function idleNote(worker: WorkerStatus | null, encoderLayers?: number): string {
   if (!worker) return ''
-  if (worker.next_layers) return `loads layers ${say.layers(worker.next_layers)}, to serve them`
+  if (worker.next_layers) return `loads layers ${say.layers(worker.next_layers, encoderLayers)}, to serve them`
   const fetch = worker.fetch
   if (fetch && fetch.total_bytes > fetch.here_bytes) {
     return `fetching weights: ${say.percent(fetch.here_bytes / fetch.total_bytes)} of ${say.bytes(fetch.total_bytes)}`

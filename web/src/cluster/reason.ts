@@ -34,7 +34,7 @@ export function news(live: Live): News {
     const gaining = move.after.filter(
       (held) => !move.before.some((was) => was.worker === held.worker && holds(was, held)),
     )
-    const moved = gaining.map((held) => `${held.worker} gets ${layers(held.layers)}`)
+    const moved = gaining.map((held) => `${held.worker} gets ${layers(held.layers, status.encoder_layers)}`)
     const text = `${moved.join(', ')} (${move.phase}). Why: ${move.why}`
     return { level: 'info', worker: gaining[0]?.worker ?? '', text }
   }

@@ -50,6 +50,7 @@ export function Stages({ live, isAdmin }: { live: Live; isAdmin: boolean }) {
                   stage={stages.get(worker.name) ?? null}
                   colour={live.colours[worker.name] ?? 0}
                   most={most}
+                  encoderLayers={live.status?.encoder_layers}
                   isAdmin={isAdmin}
                 />
               ))}
@@ -66,10 +67,11 @@ interface RowProps {
   stage: StageStatus | null
   colour: number
   most: number
+  encoderLayers?: number
   isAdmin: boolean
 }
 
-function Row({ worker, stage, colour, most, isAdmin }: RowProps) {
+function Row({ worker, stage, colour, most, encoderLayers, isAdmin }: RowProps) {
   const { device_name, device, threads } = worker.capabilities
   return (
     <tr>
@@ -82,8 +84,8 @@ function Row({ worker, stage, colour, most, isAdmin }: RowProps) {
         </span>
       </th>
       <td>
-        {worker.layers ? say.layers(worker.layers) : '–'}
-        {worker.next_layers && ` → ${say.layers(worker.next_layers)}`}
+        {worker.layers ? say.layers(worker.layers, encoderLayers) : '–'}
+        {worker.next_layers && ` → ${say.layers(worker.next_layers, encoderLayers)}`}
         {worker.state !== 'serving' && <span className="under">{worker.state}</span>}
       </td>
       <td className="steps">

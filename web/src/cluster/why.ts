@@ -26,7 +26,7 @@ export function why(status: ClusterStatus, pipeline: PipelineStatus): Why | null
   const { stages } = pipeline
   if (stages.some((stage) => stage.step_s === null || stage.step_s === undefined)) return null
   const parts: Part[] = stages.map((stage) => ({
-    what: `computing layers ${layers(stage.layers)}`,
+    what: `computing layers ${layers(stage.layers, status.encoder_layers)}`,
     kind: 'compute',
     worker: stage.worker,
     seconds: stage.step_s!,
@@ -44,7 +44,7 @@ export function why(status: ClusterStatus, pipeline: PipelineStatus): Why | null
     ...slowest(pipeline),
     ...idle(status, pipeline),
     ...full(status, pipeline),
-    ...better(pipeline),
+    ...better(status, pipeline),
     ...another(status, pipeline, shares),
   ]
   return { round_trip_s: total, parts, findings }
@@ -121,12 +121,12 @@ function full(status: ClusterStatus, pipeline: PipelineStatus): Finding[] {
   ]
 }
 
-function better(pipeline: PipelineStatus): Finding[] {
+function better(status: ClusterStatus, pipeline: PipelineStatus): Finding[] {
   const forecast = pipeline.forecast
   const gain = forecast?.better_tokens_per_s
   if (!forecast || !gain || gain < forecast.tokens_per_s * 1.02) return []
   const text = (forecast.better ?? [])
-    .map((held) => `${held.worker} ${layers(held.layers)}`)
+    .map((held) => `${held.worker} ${layers(held.layers, status.encoder_layers)}`)
     .join(', ')
   return [
     {

@@ -50,8 +50,18 @@ export function percent(value: number | null | undefined): string {
   return value === null || value === undefined ? NOT_KNOWN : `${Math.round(value * 100)} %`
 }
 
-export function layers(range: LayerRange): string {
-  return range.stop - range.start === 1 ? `${range.stop}` : `${range.start + 1}–${range.stop}`
+/** Layers of both stacks, numbered as one list, are told by the stack that each is of. */
+export function layers({ start, stop }: LayerRange, encoderLayers = 0): string {
+  if (encoderLayers === 0) return stop - start === 1 ? `${stop}` : `${start + 1}–${stop}`
+  const parts = []
+  if (start < encoderLayers) {
+    parts.push(`encoder ${layers({ start, stop: Math.min(stop, encoderLayers) })}`)
+  }
+  if (stop > encoderLayers) {
+    const first = Math.max(0, start - encoderLayers)
+    parts.push(`decoder ${layers({ start: first, stop: stop - encoderLayers })}`)
+  }
+  return parts.join(', ')
 }
 
 export function count(value: number, one: string, many = `${one}s`): string {

@@ -12,9 +12,6 @@ ROWS = (1, 4, 16, 128)
 _MOST_ROWS = (1, 7, 47)
 """The largest number of rows of each class but the last, which has no limit."""
 
-SMALLEST = 256 * 256
-"""Elements of the smallest weight that is worth a special order; with fewer, calls dominate."""
-
 _SMALLEST_LARGE = 1024 * 2048
 """Elements of the smallest weight that counts as large."""
 

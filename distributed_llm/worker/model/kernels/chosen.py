@@ -6,7 +6,8 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-from distributed_llm.worker.model.kernels.choice import ROWS, SMALLEST, Choice, Kind, size_of
+from distributed_llm.common.weight_forms import SMALLEST
+from distributed_llm.worker.model.kernels.choice import ROWS, Choice, Kind, size_of
 from distributed_llm.worker.model.kernels.orders import FLOAT, usual
 
 _measured: dict[str, Choice] = {}

@@ -5,6 +5,7 @@ import mmap
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ _SMALLEST_MAPPING_BYTES = 1 << 20
 
 _PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 """Arguments for memory that is no file and not shared; Windows has no other."""
+
+_mappings: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
+"""Those that are in use, by their addresses."""
 
 
 def new_memory(nbytes: int) -> Tensor:
@@ -29,7 +33,15 @@ def new_memory(nbytes: int) -> Tensor:
     if sys.platform == "linux":  # reading is three times as fast with large pages
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    content = torch.frombuffer(memory, dtype=torch.uint8)
+    _mappings[content.data_ptr()] = memory
+    return content
+
+
+def in_own_mapping(tensor: Tensor) -> bool:
+    """Return whether a tensor is all of a mapping that `new_memory` has made."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() in _mappings and storage.nbytes() == tensor.nbytes
 
 
 def new_bytes(shape: Sequence[int], device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distributed_llm.worker.model.kernels.choice import ROWS, class_of
 from distributed_llm.worker.model.kernels.layout import Kernel, product_in_blocks
-from distributed_llm.worker.model.kernels.memory import new_memory
+from distributed_llm.worker.model.kernels.memory import in_own_mapping, new_memory
 from distributed_llm.worker.model.kernels.native.experts import MOST_ROWS, NativeWeight
 from distributed_llm.worker.model.kernels.native.rows import native_rows, row_product
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
@@ -172,7 +172,8 @@ class RowLinear(FloatLinear):
 class CopiedLinear(RowLinear):
     """A linear layer with a weight row by row in memory of its own, not in that of a file.
 
-    Memory in large pages is read faster, and who changes a file does not change the weight.
+    Memory in large pages is read faster, and who changes a file does not change the weight. What
+    was read into such memory stays there: making room for a copy takes longer than reading.
 
     Args:
         linear: the layer to replace; it keeps its own weight.
@@ -185,6 +186,8 @@ class CopiedLinear(RowLinear):
     _METHODS = MappingProxyType({"linear": "_linear", "upcast": "_upcast", "native": "_native"})
 
     def _ordered(self, weight: Tensor) -> Tensor:
+        if in_own_mapping(weight) and weight.is_contiguous():
+            return weight
         memory = new_memory(weight.nbytes)
         return memory.view(weight.dtype).view(weight.shape).copy_(weight)
 

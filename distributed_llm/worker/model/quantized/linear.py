@@ -1,14 +1,18 @@
 """A linear layer whose weight is integers with scales."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from distributed_llm.common.weight_forms import INT4_GROUPS, INT8, WeightForm
 from distributed_llm.worker.model.kernels import orders
-from distributed_llm.worker.model.kernels.choice import Choice, Form, Kind, class_of, size_of
+from distributed_llm.worker.model.kernels.choice import Choice, Kind, class_of, size_of
 from distributed_llm.worker.model.kernels.chosen import choice_for, is_worth_it
+from distributed_llm.worker.model.kernels.gpu_check import facts_of, right_choice
+from distributed_llm.worker.model.kernels.gpu_choice import Gpu, Integers
+from distributed_llm.worker.model.kernels.gpu_orders import int4_layout, int8_layout
 from distributed_llm.worker.model.kernels.layout import Kernel, Layout
 from distributed_llm.worker.model.kernels.memory import new_bytes
 from distributed_llm.worker.model.kernels.native import Blocks
@@ -18,7 +22,7 @@ from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.shared_states import SharedStates
 
 _PLAIN = Choice("rows", ("upcast",) * 4)
-"""What small weights, and devices without kernels of their own, use; it is exact."""
+"""What small weights use on a CPU; it is exact."""
 
 
 class QuantLinear(OpaqueWeights):
@@ -65,8 +69,9 @@ class QuantLinear(OpaqueWeights):
             ValueError: it fits no form.
         """
         channels, inputs = weight.codes.shape
-        choice = _choice(weight)
-        layout = _layout(weight, choice.order, dtype)
+        device, order = weight.codes.device, weight.input_order
+        gpu = facts_of(device)
+        choice, layout = _of_cpu(weight, dtype) if gpu is None else _of_gpu(weight, dtype, gpu)
         kernels = layout.kernels()
         first = next(iter(kernels.values()))
         return cls(
@@ -74,7 +79,7 @@ class QuantLinear(OpaqueWeights):
             [kernels.get(name, first) for name in choice.kernels],
             (channels, inputs),
             None if bias is None else bias.to(dtype),
-            weight.input_order,
+            None if order is None else order.to(device),
         )
 
     @property
@@ -125,26 +130,42 @@ class QuantLinear(OpaqueWeights):
         return output.to(states.dtype).view(*states.shape[:-1], self.out_features)
 
 
-def _choice(weight: AffineWeight) -> Choice:
-    form: Form
+def _form(weight: AffineWeight) -> Literal["int8", "int4"]:
     if weight.fits(INT8):
-        form = "int8"
-    elif any(weight.fits(WeightForm(4, group)) for group in INT4_GROUPS):
-        form = "int4"
-    else:
-        raise ValueError(f"no kernel has {weight.bits} bits in groups of {weight.group}")
-    if not is_worth_it(weight.codes):
-        return _PLAIN
-    return choice_for(Kind(form, "", size_of(weight.codes.numel())))
+        return "int8"
+    if any(weight.fits(WeightForm(4, group)) for group in INT4_GROUPS):
+        return "int4"
+    raise ValueError(f"no kernel has {weight.bits} bits in groups of {weight.group}")
 
 
-def _layout(weight: AffineWeight, order: str, dtype: torch.dtype) -> Layout:
-    if weight.fits(INT8):
-        codes = new_bytes(weight.codes.shape, weight.codes.device)
-        torch.bitwise_xor(weight.codes, 128, out=codes)  # as int8, code - 128
-        return orders.INT8[order](codes.view(torch.int8), weight.scales[:, 0].contiguous())
+def _of_cpu(weight: AffineWeight, dtype: torch.dtype) -> tuple[Choice, Layout]:
+    form, choice = _form(weight), _PLAIN
+    if is_worth_it(weight.codes):
+        choice = choice_for(Kind(form, "", size_of(weight.codes.numel())))
+    if form == "int8":
+        return choice, orders.INT8[choice.order](*_of_channels(weight))
     kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    return orders.INT4[order](weight.codes, weight.scales, weight.offsets, kept)
+    make = orders.INT4[choice.order]
+    return choice, make(weight.codes, weight.scales, weight.offsets, kept)
+
+
+def _of_gpu(weight: AffineWeight, dtype: torch.dtype, gpu: Gpu) -> tuple[Choice, Layout]:
+    form = _form(weight)
+    group = weight.group if form == "int4" else 0
+    channels, inputs = weight.codes.shape
+    facts = Integers(form, channels, inputs, group, str(dtype).removeprefix("torch."))
+    choice = right_choice(gpu, facts, weight.codes.device)
+    if form == "int8":
+        return choice, int8_layout(choice, *_of_channels(weight), dtype)
+    parts = weight.codes, weight.scales, weight.offsets
+    return choice, int4_layout(choice, gpu, *parts, dtype)
+
+
+def _of_channels(weight: AffineWeight) -> tuple[Tensor, Tensor]:
+    """Return codes of 8 bits, less 128, as int8, and the scales of output channels."""
+    codes = new_bytes(weight.codes.shape, weight.codes.device)
+    torch.bitwise_xor(weight.codes, 128, out=codes)
+    return codes.view(torch.int8), weight.scales[:, 0].contiguous()
 
 
 def share_states(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ passes tokens of answers through decoder layers, from the stage on that has the 
 """
 
 import inspect
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,14 +15,32 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.away_layers import turn_of
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.packed_step import PackedStep, running
 from distributed_llm.worker.model.shared_weights import StageModel
-from distributed_llm.worker.model.stacks.attention import projected_source
 from distributed_llm.worker.model.stacks.joined import stack_of
+from distributed_llm.worker.model.stacks.modules import projected_source
 from distributed_llm.worker.model.stacks.positions import positions_of
+
+
+@dataclass
+class _EncoderOutput(BaseModelOutput):
+    """What the encoder would give that is not asked.
+
+    Attributes:
+        router_logits: that models with experts pass on.
+    """
+
+    router_logits: None = None
+
+
+_MASKS = ("full_attention", "sliding_attention")
+"""Of a decoder that joins masks, of which none is used here."""
+
+_LOOKING_ACROSS = ("across", "merged")
 
 
 class StackForward:
@@ -36,6 +54,7 @@ class StackForward:
         dtype: to compute in.
 
     Attributes:
+        hooks: on the layers, as those of `Forward`.
         sums: of hidden states, of which there are none.
     """
 
@@ -60,7 +79,7 @@ class StackForward:
         self._dtype = dtype
         self._rows: Tensor | None = None
         self.sums = HiddenSums(nn.Identity())
-        self._hooks = LayerHooks(
+        self.hooks = LayerHooks(
             stage_model.layers,
             first=own.start in (0, num_encoder_layers),
             last=self._is_last,
@@ -71,22 +90,10 @@ class StackForward:
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
+        merges = any(module.attends == "merged" for module in self._across)
+        self._no_masks = dict.fromkeys(_MASKS, torch.empty(0)) if merges else None
         if self._is_last:
             self._decoder.register_forward_hook(self._keep_rows)
-
-    @property
-    def progress(self) -> Callable[[], None] | None:
-        """A function that is called after each layer, in the thread of `run`."""
-        return self._hooks.after_layer
-
-    @progress.setter
-    def progress(self, listener: Callable[[], None] | None) -> None:
-        self._hooks.after_layer = listener
-
-    @property
-    def layers_s(self) -> float:
-        """Seconds that the layers took in the latest complete pass; see `LayerHooks.seconds`."""
-        return self._hooks.seconds
 
     @torch.inference_mode()
     def run(
@@ -114,13 +121,13 @@ class StackForward:
         """
         ids = sent(token_ids.to(torch.int64), self._device)[None]
         if hidden_states is not None:
-            self._hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
+            self.hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
         compute = self._read_sources if step.slices[0].is_source else self._write_answers
         try:
             with running(step), kernels_for(len(token_ids)):
                 output = compute(step, ids, rows)
         finally:
-            self._hooks.forget()
+            self.hooks.forget()
             self._rows = None
         wanted = [0] * self._num_encoders + [1] * len(self._decoding)
         if step.appended != wanted:
@@ -129,20 +136,21 @@ class StackForward:
 
     def _read_sources(self, step: PackedStep, ids: Tensor, rows: list[int]) -> Tensor | None:
         """Compute a source step; return what the encoder has made so far."""
-        states = self._hooks.incoming
+        states = self.hooks.incoming
         if self._num_encoders:
             states = self._encoder(input_ids=ids, **self._positions(step)).last_hidden_state
         else:
-            self._hooks.begin()
+            self.hooks.begin()
         assert states is not None
         for layer, across in enumerate(self._across, self._num_encoders):
-            keys, values = projected_source(across, states)
+            with turn_of(self._decoding[layer - self._num_encoders]):
+                keys, values = projected_source(across, states)
             for part in step.slices:
                 own = slice(part.row, part.row + part.num_tokens)
                 step.cache.append(layer, part.sequence_id, part.start, keys[:, own], values[:, own])
             step.appended[layer] += 1
-            self._hooks.report_progress()
-        self._hooks.end()
+            self.hooks.report_progress()
+        self.hooks.end()
         return None if self._is_last else states[0]
 
     def _write_answers(self, step: PackedStep, ids: Tensor, rows: list[int]) -> Tensor | None:
@@ -152,16 +160,23 @@ class StackForward:
             self._rows = sent(torch.tensor(rows), self._device)
             inputs = {f"decoder_{name}": given for name, given in self._positions(step).items()}
             made = self._model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
+                encoder_outputs=_EncoderOutput(last_hidden_state=nothing),
                 decoder_input_ids=ids,
                 use_cache=False,
+                attention_mask=self._no_masks,
+                decoder_attention_mask=self._no_masks,
                 **inputs,
             )
             return cast(Tensor, made.logits[0])
         self._decoder(
-            input_ids=ids, encoder_hidden_states=nothing, use_cache=False, **self._positions(step)
+            input_ids=ids,
+            attention_mask=self._no_masks,
+            encoder_attention_mask=self._no_masks,
+            encoder_hidden_states=nothing,
+            use_cache=False,
+            **self._positions(step),
         )
-        return None if self._is_last else cast(Tensor, self._hooks.outgoing)[0]
+        return None if self._is_last else cast(Tensor, self.hooks.outgoing)[0]
 
     def _positions(self, step: PackedStep) -> dict[str, Tensor]:
         """Return the positions as stacks take them that embed none; others ask by themselves."""
@@ -178,4 +193,4 @@ class StackForward:
 
 def _attention_across(layer: nn.Module) -> nn.Module:
     """Return the attention of a decoder layer that looks across."""
-    return next(m for m in layer.modules() if getattr(m, "attends", "") == "across")
+    return next(m for m in layer.modules() if getattr(m, "attends", "") in _LOOKING_ACROSS)

@@ -64,9 +64,7 @@ def use_packed_positions(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Embedding):
         count, size = module.num_embeddings, module.embedding_dim
         return ComputedPositions(_half_and_half, count, size, module.weight.dtype)
-    kind: Any = module
-    made = _FromPadding(type(kind), kind.padding_idx)
-    return ComputedPositions(made, kind.num_positions, kind.embedding_dim, kind.weights.dtype)
+    return PositionsPastPadding(module)
 
 
 class LearnedPositions(nn.Module):
@@ -115,26 +113,53 @@ class ComputedPositions(nn.Module):
         self._table: Tensor | None = None
         self.device = torch.device("cpu")
 
-    def forward(self, *_: object, **__: object) -> Tensor:
+    def forward(self, given: Any, *_: object, **__: object) -> Tensor:
         """Return [1, tokens, size]."""
         positions = positions_of(running_step())
-        if self._table is None or int(positions.max()) >= len(self._table):
-            count = max(self._count, int(positions.max()) + 1)
-            self._table = self._make(count, self._size).to(self._dtype)
-        return sent(self._table[positions], self.device)[None]
+        return self._embedded(sent(positions, self.device), int(positions.max()) + 1)[None]
+
+    def _embedded(self, rows: Tensor, stop: int) -> Tensor:
+        """Return rows of the table, which has `stop` of them at least."""
+        if self._table is None or stop > len(self._table):
+            made = self._make(max(self._count, stop), self._size)
+            self._table = sent(made.to(self._dtype), self.device)
+        return self._table[rows]
 
 
-class _FromPadding:
-    """Makes the positions of M2M100, which begin after that of padding."""
+class PositionsPastPadding(ComputedPositions):
+    """Embeds positions as M2M100 does, which begins to count after the id of padding.
 
-    def __init__(self, kind: Any, padding: int) -> None:
-        self._kind = kind
+    Padding tokens in a source are not counted, and wherever they are, they get zeros. Tokens of an
+    answer are counted all: transformers, which generates them one by one, knows only how many there
+    are before each.
+
+    Args:
+        module: of transformers.
+    """
+
+    def __init__(self, module: Any) -> None:
+        padding, make = int(module.padding_idx), type(module).get_embedding
+
+        def table(count: int, size: int) -> Tensor:
+            made: Tensor = make(count, size, padding)
+            return made
+
+        count = module.num_positions + padding + 1
+        super().__init__(table, count, module.embedding_dim, module.weights.dtype)
         self._padding = padding
 
-    def __call__(self, count: int, size: int) -> Tensor:
-        before = self._padding + 1
-        made: Tensor = self._kind.get_embedding(count + before, size, self._padding)
-        return made[before:]
+    def forward(self, given: Any, *_: object, **__: object) -> Tensor:
+        """Return [1, tokens, size]."""
+        step, first = running_step(), self._padding + 1
+        positions = positions_of(step)
+        rows = sent(positions, self.device) + first
+        is_padding = given[0] == self._padding  # token ids, [1, tokens]
+        for part in step.slices:
+            if part.is_source:
+                own = slice(part.row, part.row + part.num_tokens)
+                rows[own] -= is_padding[own].cumsum(0)
+        rows = rows.masked_fill(is_padding, self._padding)
+        return self._embedded(rows, int(positions.max()) + 1 + first)[None]
 
 
 def _half_and_half(count: int, size: int) -> Tensor:

@@ -26,6 +26,10 @@ class Places(NamedTuple):
     starts: "array[int]"
 
 
+NO_PLACES = Places(array("q"), array("q"))
+"""Of a layer without attention."""
+
+
 @dataclass(frozen=True, slots=True)
 class NormCall:
     """A call of `rms_norm`; `kind` is a number of norms.c."""
@@ -107,7 +111,48 @@ class AttentionCall:
     places: Places
 
 
-NativeCall = NormCall | ProductsCall | ExpertsCall | AttentionCall
+@dataclass(frozen=True, slots=True)
+class ConvolutionCall:
+    """A call of `convolve`; see `recurrences.convolve`.
+
+    Attributes:
+        window: is changed.
+        sizes: as convolutions.c reads them.
+    """
+
+    column: Tensor
+    window: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
+    sizes: "array[int]"
+    silu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrenceCall:
+    """A call that makes a new state of another one.
+
+    Attributes:
+        function: "delta_rule" or "selective_update".
+        read: the tensors that are read beside the state, in the function's order.
+        state: float32, before.
+        made: after.
+        output: bfloat16.
+        sizes: as recurrences.c reads them.
+    """
+
+    function: str
+    read: tuple[Tensor | None, ...]
+    state: Tensor
+    made: Tensor
+    output: Tensor
+    sizes: "array[int]"
+
+
+NativeCall = (
+    NormCall | ProductsCall | ExpertsCall | AttentionCall | ConvolutionCall | RecurrenceCall
+)
 
 
 class Listener(Protocol):

@@ -28,7 +28,10 @@ enum {
     INT4_PRODUCTS,
     ROW_PRODUCTS,
     ATTENTION,
-    EXPERT_PRODUCTS
+    EXPERT_PRODUCTS,
+    CONVOLUTION,
+    DELTA_RULE,
+    SELECTIVE_UPDATE
 };
 
 /* One operation; replay.py makes them. What `sizes` and `places` hold depends on the kind. */
@@ -44,7 +47,7 @@ typedef struct {
 
 /* What differs from run to run. */
 typedef struct {
-    const void *const *inputs;
+    void *const *given;
     const void *parts;     /* of attention */
     const int64_t *starts; /* likewise */
     int threads;
@@ -156,9 +159,10 @@ static void compute_elements(const Operation *o, int threads)
 static int carry_out(const Operation *o, const Run *run)
 {
     const int64_t *sizes = o->sizes;
+    const void *const *read = o->first;
     switch (o->kind) {
     case INPUT: /* bytes, which input */
-        memcpy(o->output, run->inputs[sizes[1]], (size_t)sizes[0]);
+        memcpy(o->output, run->given[sizes[1]], (size_t)sizes[0]);
         return 0;
     case NORM: /* rows, columns, kind */
         rms_norm(o->first, o->output, o->second, sizes[0], sizes[1], (float)o->number,
@@ -181,6 +185,19 @@ static int carry_out(const Operation *o, const Run *run)
         return expert_products(o->first, o->output, o->second, o->places[0], (int64_t)o->number,
                                sizes[0], sizes[1], sizes[2], sizes[3], (int)o->other, run->threads,
                                (int)sizes[4]);
+    case CONVOLUTION: /* silu; weight, bias, how it lies */
+        convolve(o->first, (uint16_t *)o->second, o->places[0], o->places[1], o->output, o->places[2],
+                 (int)sizes[0]);
+        return 0;
+    case DELTA_RULE: /* which are the states before and after */
+        delta_rule(read[0], read[1], read[2], read[3], read[4], run->given[sizes[0]],
+                   run->given[sizes[1]], o->output, o->second, run->threads);
+        return 0;
+    case SELECTIVE_UPDATE: /* likewise */
+        selective_update(read[0], read[1], read[2], read[3], read[4], read[5], read[6], read[7],
+                         run->given[sizes[0]], run->given[sizes[1]], o->output, o->second,
+                         run->threads);
+        return 0;
     default:
         compute_elements(o, run->threads);
         return 0;
@@ -188,10 +205,10 @@ static int carry_out(const Operation *o, const Run *run)
 }
 
 /* Carries out operations one after another. Returns 0, or 1 if there is no memory. */
-EXPORT int replay(const Operation *operations, int64_t count, const void *const *inputs,
-                  const void *parts, const int64_t *starts, int threads)
+EXPORT int replay(const Operation *operations, int64_t count, void *const *given, const void *parts,
+                  const int64_t *starts, int threads)
 {
-    const Run run = {.inputs = inputs, .parts = parts, .starts = starts, .threads = threads};
+    const Run run = {.given = given, .parts = parts, .starts = starts, .threads = threads};
     for (int64_t n = 0; n < count; n++)
         if (carry_out(operations + n, &run))
             return 1;

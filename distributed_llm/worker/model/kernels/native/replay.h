@@ -28,4 +28,16 @@ int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t 
                   const int64_t *starts, const int64_t *sizes, float scale, float softcap, int kept,
                   int threads);
 
+void delta_rule(const uint16_t *query, const uint16_t *key, const uint16_t *value,
+                const float *fading, const uint16_t *beta, const float *state, float *made,
+                uint16_t *output, const int64_t *sizes, int threads);
+
+void selective_update(const uint16_t *inputs, const uint16_t *times, const uint16_t *writing,
+                      const uint16_t *reading, const uint16_t *gates, const float *fading,
+                      const float *bias, const float *passing, const float *state, float *made,
+                      uint16_t *output, const int64_t *sizes, int threads);
+
+void convolve(const uint16_t *column, uint16_t *window, const uint16_t *weight, const uint16_t *bias,
+              uint16_t *output, const int64_t *sizes, int with_silu);
+
 #endif

@@ -27,6 +27,9 @@ class Kind(IntEnum):
     ROW_PRODUCTS = 8
     ATTENTION = 9
     EXPERT_PRODUCTS = 10
+    CONVOLUTION = 11
+    DELTA_RULE = 12
+    SELECTIVE_UPDATE = 13
 
 
 _Strides = ctypes.c_int64 * DIMENSIONS
@@ -61,11 +64,11 @@ class Operations:
         self._address = ctypes.addressof(self._held)
         self._function = library.loaded().replay
 
-    def run(self, inputs: int, places: Places) -> None:
+    def run(self, given: int, places: Places) -> None:
         """Carry them out.
 
         Args:
-            inputs: address of the addresses of what is read anew.
+            given: address of the addresses of what lies elsewhere in each run.
             places: of what attention reads.
 
         Raises:
@@ -73,7 +76,7 @@ class Operations:
         """
         numbers, starts = places
         if self._function(
-            *(self._address, self._count, inputs),
+            *(self._address, self._count, given),
             *(numbers.buffer_info()[0], starts.buffer_info()[0], torch.get_num_threads()),
         ):
             raise MemoryError("no memory for a part of a step")
