@@ -106,8 +106,9 @@ def _rejected(line: JoinLine, why: Rejection) -> NotAllowed:
     if why is Rejection.SERVER_KEY:
         return WrongServerKey(
             f"What answers at {line.address} does not hold the key {fingerprint(line.server)} that "
-            "is in this line: the line is of another coordinator, or that one was set up anew, or "
-            f"somebody is in between. Nothing was sent to it. {again}"
+            "is in this line: the line is of another coordinator, that one was set up anew or uses "
+            "no keys any more (--insecure, as workers then need), or somebody is in between. "
+            f"Nothing was sent to it. {again}"
         )
     if why is Rejection.NO_KEYS:
         return NotAllowed(

@@ -184,8 +184,9 @@ def rejection_error(address: str, login: Login | None, why: Rejection) -> NotAll
             return WrongServerKey(
                 f"What answers at {address} does not hold the key {fingerprint(login.server)} by "
                 "which this machine knows the coordinator there: another coordinator has that "
-                "address now, it was set up anew, or somebody is in between. If that is as it "
-                f"should be, {again}"
+                "address now, it was set up anew, it uses no keys any more (--insecure), or "
+                f"somebody is in between. If that is as it should be, {again} Where it was started "
+                "with --insecure, give that here as well."
             )
         case Rejection.NO_KEYS:
             return NotAllowed(

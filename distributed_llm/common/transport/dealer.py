@@ -47,7 +47,8 @@ class Rejection(Enum):
 
     Attributes:
         OUR_KEY: the ROUTER does not admit the key of this end.
-        SERVER_KEY: the ROUTER does not hold the key that it should.
+        SERVER_KEY: the ROUTER does not hold the key that it should; or it uses none, and hung up
+            before its greeting, which shows that, was read.
         NO_KEYS: one end uses keys and the other does not, or the other speaks no ZeroMQ.
     """
 
