@@ -83,7 +83,7 @@ class Checker:
         self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
         self._ordered: dict[int, dict[PeerId, LayerRange]] = {}  # by epoch
         self._form_of: dict[int, Quantize] = {}  # by epoch
-        self._squeezed: dict[Answer, float] = {}  # since when a move takes its room
+        self._squeezed: dict[Answer, float] = {}  # since when only a move takes its room
         self._dismissed: dict[PeerId, float] = {}  # since when a worker may leave
         self._unfit: dict[PeerId, float] = {}  # since when
         self._times_unfit: Counter[PeerId] = Counter()
@@ -273,7 +273,8 @@ class Checker:
         """No answer waits for nothing, whatever loads or moves.
 
         A pipeline with a seat and with room for everybody that it may serve leaves nobody waiting.
-        An answer for which only a move leaves no room waits until the move is undone.
+        An answer for which only a move leaves no room waits until the move is undone, as soon as it
+        is its turn: nobody may be before it who has room, and there is a seat.
         """
         waiting = self._core._book.waiting
         serving = self._core._pipelines.loaded if waiting else []
@@ -287,7 +288,14 @@ class Checker:
                 free = scheduler._ledger.room_tokens
                 is_full = any(len(answer.token_ids) + 1 > free for answer in fitting)
                 assert is_full or not fitting, "an answer waits for nothing"
-        squeezed = [a for a in waiting if max(rooms) < a.request.reserved_tokens <= most]
+        has_seat = any(one.scheduler and one.scheduler.has_seat for one in serving)
+        fitting = [a for a in waiting if a.request.reserved_tokens <= max(rooms)]
+        squeezed = [
+            a
+            for a in waiting
+            if max(rooms) < a.request.reserved_tokens <= most
+            if has_seat and not any(_may_be_before(other, a) for other in fitting)
+        ]
         self._squeezed = {answer: self._squeezed.get(answer, now) for answer in squeezed}
         for since in self._squeezed.values():
             assert now - since <= _MOST_FOR_A_MOVE_S, "an answer waits for the end of a move"
@@ -413,3 +421,8 @@ class Checker:
 
 def _is_task(action: events.Action) -> bool:
     return isinstance(action, events.Send) and isinstance(action.message, Task)
+
+
+def _may_be_before(other: Answer, answer: Answer) -> bool:
+    """Return whether it may be another one's turn before an answer's."""
+    return other.request.client != answer.request.client or other.number < answer.number
