@@ -5,7 +5,9 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import psutil
 
@@ -107,7 +109,7 @@ async def addresses_of(address: str) -> tuple[str, ...]:
         return (address,)
     host, port = split_address(address)
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await _looked_up(host, port)
     except (OSError, UnicodeError) as exc:  # the latter: a label above 63 characters
         raise _unknown(host, address, str(exc)) from exc
     hosts = (ip_of(str(where[0])) for *_, where in found)
@@ -115,6 +117,31 @@ async def addresses_of(address: str) -> tuple[str, ...]:
     if not texts:
         raise _unknown(host, address, "it has no IP address")
     return tuple(texts)[:_MAX_ADDRESSES]
+
+
+async def _looked_up(host: str, port: int) -> list[Any]:
+    """Return what the system knows of a name, as `socket.getaddrinfo`.
+
+    It may take half a minute where no name server answers. A thread of the event loop's own would
+    have to end before the program does, so a program that was told to end would go on so long.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[Any]] = loop.create_future()
+
+    def tell(set_it: Callable[[Any], None], value: object) -> None:
+        if not found.done():
+            set_it(value)
+
+    def look_up() -> None:
+        try:
+            told = found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as exc:
+            told = found.set_exception, exc  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+            loop.call_soon_threadsafe(tell, *told)
+
+    threading.Thread(target=look_up, name="look-up", daemon=True).start()
+    return await found
 
 
 async def listens(address: str) -> bool:

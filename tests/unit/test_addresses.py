@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 
 import pytest
 
@@ -87,8 +88,11 @@ NAMES = {
 }
 
 
-async def looked_up(address: str) -> tuple[str, ...]:
-    async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let these be all names that there are."""
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
         if host not in NAMES:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [
@@ -96,8 +100,7 @@ async def looked_up(address: str) -> tuple[str, ...]:
             for ip in NAMES[host]
         ]
 
-    asyncio.get_running_loop().getaddrinfo = getaddrinfo  # type: ignore[method-assign, assignment]
-    return await addresses_of(address)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +113,37 @@ async def looked_up(address: str) -> tuple[str, ...]:
         ("[::1]:5555", ("[::1]:5555",)),
     ],
 )
+@pytest.mark.usefixtures("names")
 def test_a_name_stands_for_all_of_its_addresses(address: str, dialled: tuple[str, ...]) -> None:
-    assert asyncio.run(looked_up(address)) == dialled
+    assert asyncio.run(addresses_of(address)) == dialled
 
 
+@pytest.mark.usefixtures("names")
 @pytest.mark.parametrize("name", ["nobody.lan", "empty.lan"])
 def test_a_name_that_nobody_knows(name: str) -> None:
     with pytest.raises(CoordinatorUnreachable, match=rf"'{name}' of {name}:5555 is not known"):
-        asyncio.run(looked_up(f"{name}:5555"))
+        asyncio.run(addresses_of(f"{name}:5555"))
+
+
+def test_a_program_ends_while_a_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the name server goes away with the coordinator that a worker looks for."""
+    begun, answered = threading.Event(), threading.Event()
+
+    def getaddrinfo(*_: object, **__: object) -> list[tuple[object, ...]]:
+        begun.set()
+        answered.wait(20.0)
+        return []
+
+    async def program() -> None:
+        looking = asyncio.create_task(addresses_of("both.lan:5555"))
+        await asyncio.to_thread(begun.wait)
+        looking.cancel()
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    thread = threading.Thread(target=asyncio.run, args=(program(),))
+    thread.start()
+    thread.join(10.0)
+    ended = not thread.is_alive()
+    answered.set()
+    thread.join()
+    assert ended, "it waits for the name server"
