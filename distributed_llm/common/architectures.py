@@ -158,6 +158,7 @@ VERIFIED: frozenset[str] = frozenset(
         "youtu",
         "zamba",
         "zamba2",
+        "zaya",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -210,10 +211,7 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: (
-        "qwen4_exp_text",
-        "zaya",
-    ),
+    _OWN_STATE: ("qwen4_exp_text",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
