@@ -22,7 +22,7 @@ web: install
 	cd web && npm ci --no-audit --no-fund && npm test && npm run check-build
 	$(PYTHON) scripts/walk_page.py
 
-# 10,200 random schedules of a simulated cluster, other ones each time, and one for every type of
+# 15,300 random schedules of a simulated cluster, other ones each time, and one for every type of
 # model whose workers compute; takes about half an hour.
 chaos: install
 	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py tests/model/test_clusters.py \

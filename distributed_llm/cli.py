@@ -170,7 +170,7 @@ def plan(
     worker: Annotated[
         list[str],
         typer.Option(
-            metavar="[NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]]",
+            metavar="[NAME=]SIZE[+ram:RAM][+DISK][,BANDWIDTH[,FLOPS]]",
             help="Memory and speed of one worker, such as pc=8GiB,40GB/s,1.5TFLOPS; give it "
             "several times.",
         ),

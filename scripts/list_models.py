@@ -32,6 +32,7 @@ WHOLES = frozenset(
         *("aya_vision", "gemma3", "gemma3n", "gemma4", "glm4v", "glm4v_moe", "idefics3"),
         *("internvl", "llama4", "llava"),
         *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
+        "qwen4_exp",
         *("qwen3_vl_moe", "glm_ocr", "minimax_m3_vl", "phi4_multimodal"),
     }
 )

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Generator
@@ -24,6 +25,10 @@ os.environ["DLLM_KERNELS"] = "usual"  # the same ones in every run: nothing is m
 # processes that tests start compiles this package anew, and pytest rewrites all asserts anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("suite", deadline=None)  # other programs slow tests down
 hypothesis.settings.load_profile("suite")

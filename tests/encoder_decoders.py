@@ -53,12 +53,29 @@ _OF_GEMMA: Mapping[str, Any] = {
     "sliding_window": 5,
 }
 
+_OF_GEMMA_2: Mapping[str, Any] = {
+    **_OF_GEMMA,
+    "sliding_window": 6,
+    "sliding_window_pattern": 2,
+    "bos_token_id": START,
+    "pad_token_id": PAD,
+    "eos_token_id": 2,
+}
+
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "t5": _OF_T5,
     "mt5": {**_OF_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "umt5": {**_OF_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "switch_transformers": {
+        **_OF_T5,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_experts": 2,
+        "expert_capacity": 8,
+    },
     "bart": {**_OF_BART, "forced_eos_token_id": None},
     "mbart": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
+    "mvp": {**_OF_BART, "forced_eos_token_id": None},
     "plbart": {**_OF_BART, "forced_eos_token_id": None},
     "pegasus": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
     "marian": {**_OF_BART, "scale_embedding": True, "forced_eos_token_id": None},
@@ -68,6 +85,23 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "t5gemma": {
         "encoder": {**_OF_GEMMA, "num_hidden_layers": ENCODER_LAYERS, "hidden_size": 40},
         "decoder": {**_OF_GEMMA, "num_hidden_layers": DECODER_LAYERS, "intermediate_size": 40},
+    },
+    "t5gemma2": {
+        "encoder": {
+            "text_config": {**_OF_GEMMA_2, "num_hidden_layers": ENCODER_LAYERS},
+            "vision_config": {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+                "image_size": 14,
+            },
+            "mm_tokens_per_image": 1,
+            "eoi_token_index": 9,
+            "image_token_index": 10,
+        },
+        "decoder": {**_OF_GEMMA_2, "num_hidden_layers": DECODER_LAYERS, "intermediate_size": 40},
+        "image_token_index": 10,
     },
 }
 

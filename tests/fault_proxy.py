@@ -27,6 +27,8 @@ _READ_BYTES = 64 * 1024
 _MAX_PIECES = 64
 _RATE_STEP_S = 0.01
 _SLICE_GAP_S = 0.001
+_TURNS_TO_ACCEPT = 5
+"""Turns of asyncio's loop in which a connection that it has taken surely comes to `_accept`."""
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close throws away what is unsent, and says so
 
 
@@ -142,6 +144,11 @@ class FaultProxy:
 
     async def _stop_listening(self) -> None:
         if self._server:
+            # asyncio would lose, unclosed, a connection that it took just before the server closes.
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(_TURNS_TO_ACCEPT):
+                await asyncio.sleep(0)
             self._server.close()
             self._server = None
 

@@ -4,6 +4,18 @@ from collections.abc import Mapping
 
 from tests.real_configs import RealConfig
 
+_GEMMA_3_270M = {
+    "head_dim": 256,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "sliding_window": 512,
+    "vocab_size": 262144,
+}
+
 REAL_STACKS: Mapping[str, RealConfig] = {
     "google-t5/t5-small": RealConfig(
         {
@@ -207,6 +219,24 @@ REAL_STACKS: Mapping[str, RealConfig] = {
         layers=68,
         billions=12.292,
         kv_bytes=26 * 2 * 4 * 256 * 2,
+        small={},
+    ),
+    "google/t5gemma-2-270m-270m": RealConfig(
+        {
+            "architectures": ["T5Gemma2ForConditionalGeneration"],
+            "model_type": "t5gemma2",
+            "is_encoder_decoder": True,
+            "encoder": {
+                "model_type": "t5gemma2_encoder",
+                "text_config": {"model_type": "t5gemma2_text", **_GEMMA_3_270M},
+                "vision_config": {"model_type": "siglip_vision_model"},
+            },
+            "decoder": {"model_type": "t5gemma2_decoder", **_GEMMA_3_270M},
+            "tie_word_embeddings": True,
+        },
+        layers=36,
+        billions=0.3684,
+        kv_bytes=18 * 2 * 1 * 256 * 2,
         small={},
     ),
 }

@@ -76,6 +76,7 @@ WHOLES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "qwen2_vl": ("qwen2_vl_text", _QWEN2, True),
     "qwen3_5": ("qwen3_5_text", FAMILIES["qwen3_5_text"], True),
     "qwen3_5_moe": ("qwen3_5_moe_text", FAMILIES["qwen3_5_moe_text"], False),
+    "qwen4_exp": ("qwen4_exp_text", FAMILIES["qwen4_exp_text"], False),
     "qwen3_vl": ("qwen3_vl_text", _QWEN3, True),
     "qwen3_vl_moe": ("qwen3_vl_moe_text", {**_QWEN3, **_EXPERTS}, False),
 }

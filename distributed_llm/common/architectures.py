@@ -14,6 +14,7 @@ from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
+from distributed_llm.common.ngrams import ngram_layers
 from distributed_llm.common.text_config import PART_OF
 
 VERIFIED: frozenset[str] = frozenset(
@@ -144,6 +145,7 @@ VERIFIED: frozenset[str] = frozenset(
         "qwen3_vl_moe_text",
         "qwen3_vl_text",
         "qwen3_next",
+        "qwen4_exp_text",
         "recurrent_gemma",
         "rembert",
         "rwkv",
@@ -166,7 +168,7 @@ VERIFIED: frozenset[str] = frozenset(
 EXCEEDS_FLOAT16: frozenset[str] = frozenset(
     {
         *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm4"),
-        *("mt5", "t5", "t5gemma", "umt5"),
+        *("mt5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5"),
     }
 )
 """Model types whose hidden states are known to exceed 65,504, the largest number of float16."""
@@ -175,12 +177,11 @@ _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which trav
 _OWN_ATTENTION = (
     "its attention is computed by code of its own, which knows nothing of packed sequences"
 )
-_OWN_STATE = (
-    "its layers keep a state (convolution, linear attention or state space) in a way of their own"
-)
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _ENCODER_IN_BLOCKS = "its encoder attends in blocks or windows of the text"
 _TWO_VOCABULARIES = "its encoder and its decoder have vocabularies of different sizes"
+_OWN_PROMPTS = "its attention sees prompts of its own before the text (use_prompt in config.json)"
+_ANY_STACKS = "its encoder and its decoder are models of any types"
 _SEVERAL_STREAMS = "its decoder computes several streams, one for each of the next tokens"
 _EXPERTS_ARE_FULL = (
     "its experts take so many tokens of a step and no more, so that what others ask at the same "
@@ -201,6 +202,10 @@ _WINDOW_IN_MASK = "its sliding window is expressed in the mask"
 _READS_PICTURES = "its layers read pictures or sound, and only text is served"
 _WRITES_SOUND = "its tokens are sound, and only text is served"
 _SEES_PROMPT = "the tokens of its prompts see those after them"
+_NO_CONVOLUTION = (
+    "its convolution of n-grams is of one token (ple_conv_kernel_size), with which transformers "
+    "does not generate"
+)
 _CHUNKED = "config.json does not tell which of its layers see chunks of the text"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
@@ -211,13 +216,16 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: ("qwen4_exp_text",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),
+    _ANY_STACKS: ("encoder-decoder",),
     _EXPERTS_ARE_FULL: ("nllb-moe",),
     _WRITES_SOUND: ("musicgen", "musicgen_melody"),
-    _READS_PICTURES: ("mllama", "mllama_text_model", "moshi", "git", "trocr", "whisper"),
+    _READS_PICTURES: (
+        *("mllama", "mllama_text_model", "moshi", "git"),
+        *("seamless_m4t", "seamless_m4t_v2", "trocr", "whisper"),
+    ),
     _SEES_PROMPT: ("paligemma",),
     _POSITION_BIAS: ("cpmant", "inkling_text", "inkling2_text"),
     _OWN_MASK: ("doge",),
@@ -326,6 +334,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if config.get("is_encoder_decoder") is False and is_encoder_decoder(config):
         yield "config.json says that it is no encoder-decoder, and others of its type are"
+    if config.get("model_type") == "mvp" and _flag(config, "use_prompt"):
+        yield _OWN_PROMPTS
     if _flag(config, "alibi") and config.get("model_type") != "falcon":
         yield _ALIBI
     if config.get("position_embedding_type") == "alibi":
@@ -344,6 +354,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         positive(config, "attention_chunk_size")
         if not any(layer_sections(config, num_layers(config))):
             yield _CHUNKED
+    if ngram_layers(config) and config.get("ple_conv_kernel_size") == 1:
+        yield _NO_CONVOLUTION
     # Short texts, as in a check, would not show it.
     if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
         yield _PICKS

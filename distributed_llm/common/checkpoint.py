@@ -33,6 +33,7 @@ from distributed_llm.common.layer_sharing import kv_lenders
 from distributed_llm.common.layer_states import keeps_kv, state_bytes
 from distributed_llm.common.model_files import TensorInfo, read_header
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
+from distributed_llm.common.ngrams import follows_from_config
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -388,8 +389,9 @@ class Checkpoint:
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
-        """Yield the tensors that make the weights that a stage with `layers` needs."""
-        return (part for weight in self.weights_of(layers) for part in weight.parts.values())
+        """Yield the tensors that make the weights that a stage with `layers` needs, each once."""
+        weights = self.weights_of(layers)
+        yield from dict.fromkeys(part for weight in weights for part in weight.parts.values())
 
     def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
         """Return the form that `weight` has in memory; None: floating-point numbers."""
@@ -454,7 +456,8 @@ def checkpoint_of(
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
     Others are the text model of one for pictures or sound as well, whose other parts are left out.
-    Layers that read keys and values of others may come with projections for their own.
+    Layers that read keys and values of others may come with projections for their own. What follows
+    from config.json is not read.
 
     Args:
         folder: of config.json, and of the files with tensors.
@@ -467,7 +470,11 @@ def checkpoint_of(
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
     names = _names_of(config, tensors)
-    of_text = {name: tensor for name, tensor in tensors.items() if names.holds(name)}
+    of_text = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if names.holds(name) and not follows_from_config(name)
+    }
     if PART_OF in config:
         config = {**config, TIED: _lacks_head(map(names.of, of_text))}
     checkpoint = Checkpoint(folder, config, of_text, files)

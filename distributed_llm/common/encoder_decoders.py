@@ -15,17 +15,28 @@ from distributed_llm.common.errors import CheckpointError
 
 Config = Mapping[str, Any]
 
-BIASED = frozenset({"mt5", "t5"})
+BIASED = frozenset({"mt5", "switch_transformers", "t5"})
 """Types whose first layers hold the bias of relative positions of all layers of their stack."""
 
-_WITHOUT_PREFIX = frozenset({"mt5", "t5", "umt5"})
+_WITHOUT_PREFIX = frozenset({"mt5", "switch_transformers", "t5", "umt5"})
 """Types of which transformers has the stacks in the model itself, not in one of its parts."""
 
-_IN_PARTS = frozenset({"t5gemma"})
+_KEEPS_FLOAT32 = frozenset({"mt5", "t5", "umt5"})
+
+_APART = frozenset({"t5gemma"})
+"""Types whose stacks embed tokens by matrices of their own."""
+
+_IN_PARTS = frozenset({*_APART, "t5gemma2"})
 """Types whose config.json describes each stack by itself."""
 
-STACK_TYPE = "t5_gemma_module"
-"""The type of a stack that is described by itself."""
+STACK_TYPES: Mapping[str, Mapping[str, str]] = {
+    "t5gemma": {"encoder": "t5_gemma_module", "decoder": "t5_gemma_module"},
+    "t5gemma2": {"encoder": "t5gemma2_text", "decoder": "t5gemma2_decoder"},
+}
+"""By the model type, those of stacks that are described by themselves."""
+
+_TEXT = "text_config"
+"""Where the text model is described of an encoder that reads pictures as well."""
 
 _COMPUTED_POSITIONS = frozenset({"m2m_100", "marian", "pegasus"})
 """Types whose positions are sines and cosines, which some files have as if they were weights."""
@@ -35,7 +46,7 @@ ENCODER_DECODERS = frozenset(
         *BIASED,
         *_WITHOUT_PREFIX,
         *_IN_PARTS,
-        *("bart", "mbart", "plbart", "pegasus", "marian", "m2m_100"),
+        *("bart", "mbart", "mvp", "plbart", "pegasus", "marian", "m2m_100"),
         *("blenderbot", "blenderbot-small"),
     }
 )
@@ -51,14 +62,21 @@ _OWN_SIZES = ("decoder_attention_heads", "decoder_ffn_dim")
 """Names of sizes in which decoders may differ from encoders, which have them under like names."""
 
 _LAYER = re.compile(
-    r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder)\.(?:block|layers)"
+    r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder)\.(?:text_model\.)?(?:block|layers)"
     r"\.(?P<layer>\d+)\.(?P<rest>.+)$"
 )
-_OUTSIDE = re.compile(r"^(?:model\.|transformer\.)?(?P<rest>(?:encoder|decoder|shared)\..+)$")
+_OUTSIDE = re.compile(
+    r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder|shared)\.(?:text_model\.)?(?P<rest>.+)$"
+)
+_OF_PICTURES = re.compile(r"^(model\.)?encoder\.(vision_tower|multi_modal_projector)\.")
 _BIAS_IN_LAYER = "layer.0.SelfAttention.relative_attention_bias.weight"
 _BIAS = "relative_attention_bias.weight"
 _EMBEDDING = "embed_tokens.weight"
 _SHARED = "shared.weight"
+_EMBEDS = ("weight", "eoi_embedding")
+"""What a matrix of embeddings consists of: T5Gemma 2 has the end of a picture beside it."""
+
+_EMBEDDINGS = tuple(f"{name}.{part}" for name in ("embed_tokens", "shared") for part in _EMBEDS)
 _BEFORE_LAYERS = re.compile(r"\.(embed_tokens|embed_positions|layernorm_embedding)\.")
 
 PATH = "layers"
@@ -125,7 +143,7 @@ def of_decoder(config: Config) -> Config:
     """
     if not is_encoder_decoder(config):
         return config
-    part = config.get("decoder")
+    part = stack_config(config, "decoder")
     if config.get("model_type") in _IN_PARTS and isinstance(part, Mapping):
         return {**config, **part, "model_type": config["model_type"]}
     heads = config.get("decoder_attention_heads") or config.get("num_heads")
@@ -139,10 +157,16 @@ def of_decoder(config: Config) -> Config:
     return {**{name: config[name] for name in config if name != "n_positions"}, **given}
 
 
+def stack_config(config: Config, stack: str) -> Any:
+    """Return what config.json says of a stack that is described by itself: usually an object."""
+    part = config.get(stack)
+    return part.get(_TEXT, part) if isinstance(part, Mapping) else part
+
+
 def as_decoder(config: Config) -> Config:
     """Return the configuration of an encoder-decoder whose decoder had the sizes of its encoder."""
     if config.get("model_type") in _IN_PARTS:
-        return {**config, "decoder": config.get("encoder")}
+        return {**config, "decoder": stack_config(config, "encoder")}
     ours = {name: name.replace("decoder_", "encoder_") for name in _OWN_SIZES}
     return {**config, **{name: config.get(own, config.get(name)) for name, own in ours.items()}}
 
@@ -152,13 +176,12 @@ def stays_float32(config: Config, name: str) -> bool:
 
     What the MLPs of T5 give exceeds float16, so transformers keeps their second matrices apart.
     """
-    return config.get("model_type") in _WITHOUT_PREFIX and name.endswith(".wo.weight")
+    return config.get("model_type") in _KEEPS_FLOAT32 and name.endswith(".wo.weight")
 
 
 def _count(config: Config, stack: str) -> int:
     """Return the number of layers of a stack."""
-    part = config.get(stack)
-    told = part if config.get("model_type") in _IN_PARTS else config
+    told = stack_config(config, stack) if config.get("model_type") in _IN_PARTS else config
     if isinstance(told, Mapping):
         for name in _COUNTS[stack]:
             value = told.get(name)
@@ -173,6 +196,12 @@ def _count(config: Config, stack: str) -> int:
         f"config.json of the {config.get('model_type')!r} model does not tell how many layers its "
         f"{stack} has ({', '.join(_COUNTS[stack])}). Copy that of the original model."
     )
+
+
+def _outside(name: str) -> str:
+    """Return the name of a tensor in a stack or of the embedding of both; empty of others."""
+    match = _OUTSIDE.match(name)
+    return f"{match['stack']}.{match['rest']}" if match else ""
 
 
 @dataclass(frozen=True)
@@ -191,23 +220,22 @@ class StackNames:
     @classmethod
     def of_files(cls, config: Config, names: Iterable[str]) -> "StackNames":
         """Return how the tensors with these names are called."""
-        found = {name: match["rest"] for name in names if (match := _OUTSIDE.match(name))}
+        found = {rest: name for name in names if (rest := _outside(name))}
         bare = cls(config)
         kept: dict[str, str] = {}
-        for wanted in (_SHARED, f"encoder.{_EMBEDDING}", f"decoder.{_EMBEDDING}"):
-            name = next((name for name, rest in found.items() if rest == wanted), None)
-            if name is None:
-                continue
-            if not bare.shares_embedding:
-                kept[name] = bare.prefix + wanted
-            elif not kept:
-                kept[name] = bare.prefix + _SHARED
+        for part in _EMBEDS:
+            owners = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+            there = [rest for owner in owners if (rest := f"{owner}.{part}") in found]
+            if bare.shares_embedding:
+                kept |= {found[rest]: f"{bare.prefix}shared.{part}" for rest in there[:1]}
+            else:
+                kept |= {found[rest]: bare.prefix + rest for rest in there}
         return cls(config, kept)
 
     @property
     def shares_embedding(self) -> bool:
         """Whether encoder and decoder embed tokens by one matrix."""
-        if self.config.get("model_type") in _IN_PARTS:
+        if self.config.get("model_type") in _APART:
             return False
         return self.config.get("share_encoder_decoder_embeddings") is not False
 
@@ -225,8 +253,9 @@ class StackNames:
         """Return whether the model has tensor `name` of the files."""
         if ".embed_positions." in name and self.config.get("model_type") in _COMPUTED_POSITIONS:
             return False
-        match = _OUTSIDE.match(name)
-        if match is None or not match["rest"].endswith((_EMBEDDING, _SHARED)):
+        if _OF_PICTURES.match(name):
+            return False
+        if not _outside(name).endswith(_EMBEDDINGS):
             return "EncDecAttention.relative_attention_bias" not in name  # in old files of T5
         return not self.matrices or name in self.matrices
 
@@ -240,8 +269,8 @@ class StackNames:
                 return f"{stack}.{_BIAS}"
             before = 0 if stack == "encoder" else encoder_layers(self.config)
             return f"{PATH}.{before + layer}.{rest}"
-        match = _OUTSIDE.match(name)
-        return self.prefix + match["rest"] if match else name
+        rest = _outside(name)
+        return self.prefix + rest if rest else name
 
     def is_of_every_stage(self, name: str) -> bool:
         """Return whether every stage has a parameter outside the layers."""
@@ -258,7 +287,7 @@ class StackNames:
         first = encoder_layers(self.config)
         stop = first + decoder_layers(self.config)
         rest = name.removeprefix(self.prefix)
-        if rest == _SHARED:
+        if rest.startswith("shared."):
             return self.embedding_users
         in_encoder = rest.startswith("encoder.")
         if not in_encoder and not rest.startswith("decoder."):

@@ -8,6 +8,7 @@ layers take what the indexer of an earlier layer has chosen. Pure.
 from collections.abc import Mapping
 from typing import Any
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
 
@@ -31,9 +32,12 @@ def index_key_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...
         config: the content of config.json.
         num_layers: of the model.
     """
-    blocks = key_block_sizes(config)
+    blocks = block_sizes(config)
     if blocks is not None:
-        return tuple(blocks.key_dim * picks for picks in picking_layers(config, num_layers))
+        return (blocks.key_dim,) * num_layers
+    key_blocks = key_block_sizes(config)
+    if key_blocks is not None:
+        return tuple(key_blocks.key_dim * picks for picks in picking_layers(config, num_layers))
     if config.get("model_type") not in INDEXED:
         return (0,) * num_layers
     dim = config.get("index_head_dim", _KEY_DIM_BY_DEFAULT)

@@ -16,6 +16,7 @@ from distributed_llm.common.encoder_decoders import (
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.layer_types import layer_types
 from distributed_llm.common.model_sizes import hidden_size, num_layers, positive
+from distributed_llm.common.ngrams import ngram_windows
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -83,7 +84,9 @@ def state_bytes(config: Config, dtype: DtypeName) -> tuple[int, ...]:
     item_bytes = ITEM_BYTES[dtype]
     of_recurrence = item_bytes if config["model_type"] in _RECURRENT_IN_DTYPE else _RECURRENT_BYTES
     nbytes = mixer.window * item_bytes + mixer.recurrent * of_recurrence
-    return tuple(nbytes * (kind in ("state", "both")) for kind in kinds)
+    of_mixers = (nbytes * (kind in ("state", "both")) for kind in kinds)
+    windows = ngram_windows(config, len(kinds))
+    return tuple(own + window * item_bytes for own, window in zip(of_mixers, windows, strict=True))
 
 
 def mixer_sizes(config: Config) -> MixerSizes | None:
@@ -226,7 +229,9 @@ def _size(config: Config, *names: str) -> int:
     return positive(config, *names)
 
 
-DELTA_NETS = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"})
+DELTA_NETS = frozenset(
+    {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid"}
+)
 """Model types whose state fades by a number per head."""
 
 MAMBA = frozenset({"jamba", "mamba", "falcon_mamba", "zamba"})

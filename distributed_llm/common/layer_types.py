@@ -37,12 +37,14 @@ class _Every(NamedTuple):
         name: of that number in config.json; empty: it cannot have another.
         others: the type of the layers in between.
         first: the first layer that sees everything; None: layer n - 1.
+        own: the type of such layers.
     """
 
     number: int
     name: str = ""
     others: str = SLIDING
     first: int | None = None
+    own: str = FULL
 
 
 _ALL_BUT_EVERY: Mapping[str, _Every] = {
@@ -67,6 +69,7 @@ _ALL_BUT_EVERY: Mapping[str, _Every] = {
         ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"),
         _Every(4, "full_attention_interval", LINEAR),
     ),
+    "qwen4_exp_text": _Every(4, "full_attention_interval", LINEAR, own=_INDEXED),
     "kimi_linear": _Every(4, others=LINEAR, first=4),
     "bailing_hybrid": _Every(6, "layer_group_size", LINEAR),
     "minimax": _Every(2, others=LINEAR, first=0),
@@ -204,9 +207,9 @@ def _numbers(config: Config, name: str) -> list[Any] | None:
 def _but_every(config: Config, rule: _Every, layer: int) -> str:
     number = (rule.name and config.get(rule.name)) or rule.number
     if type(number) is not int or number < 1:
-        return FULL
+        return rule.own
     first = number - 1 if rule.first is None else rule.first
-    return FULL if layer >= first and (layer - first) % number == 0 else rule.others
+    return rule.own if layer >= first and (layer - first) % number == 0 else rule.others
 
 
 def _of_cohere2_moe(config: Config, layer: int) -> str:

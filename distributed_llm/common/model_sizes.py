@@ -84,7 +84,11 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 _TWICE_IN_WINDOWS = frozenset({"mimo_v2_flash"})
 """Model types that have twice as many heads of keys in layers with a window."""
 
-_STREAMS: Mapping[str, str] = {"gemma3n_text": "altup_num_inputs", "hy_v4": "hc_mult"}
+_STREAMS: Mapping[str, str] = {
+    "gemma3n_text": "altup_num_inputs",
+    "hy_v4": "hc_mult",
+    "qwen4_exp_text": "hc_count",
+}
 """Model types with several hidden states between layers, and how config.json calls their number."""
 
 _TWICE = frozenset({"longcat_flash"})

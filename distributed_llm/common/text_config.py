@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from distributed_llm.common.config_defaults import ConfigDefaults, config_defaults
-from distributed_llm.common.encoder_decoders import STACK_TYPE, is_encoder_decoder
+from distributed_llm.common.encoder_decoders import STACK_TYPES, is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.ngrams import NGRAM_TYPES
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 
 Config = Mapping[str, Any]
@@ -21,8 +22,9 @@ PART_OF = "part_of"
 _TEXT = "text_config"
 _OTHER_PARTS = ("vision_config", "audio_config")
 _DTYPE = ("dtype", "torch_dtype")
+_ENDS = "eos_token_id"
 _OF_WHOLE = (
-    *("architectures", "transformers_version", "bos_token_id", "eos_token_id"),
+    *("architectures", "transformers_version", "bos_token_id", _ENDS),
     *(*_DTYPE, *QUANTIZATION_NAMES),
 )
 """Values for the whole model, which go before those of the text model."""
@@ -76,18 +78,27 @@ def text_config(config: Config) -> dict[str, Any]:
     text = _completed(said, config_defaults(text_type)) | {"model_type": text_type, PART_OF: whole}
     if any(config.get(name) for name in _DTYPE):
         text = {name: value for name, value in text.items() if name not in _DTYPE}
-    text |= {name: config[name] for name in _OF_WHOLE if config.get(name) is not None}
+    own_ends = text_type in NGRAM_TYPES and told.get(_ENDS) is not None  # part of its n-grams
+    text |= {
+        name: config[name]
+        for name in _OF_WHOLE
+        if config.get(name) is not None and not (own_ends and name == _ENDS)
+    }
     tied = config.get(TIED, defaults.values.get(TIED))
     return text | {TIED: bool(tied if TIED in config else tied or told.get(TIED))}
 
 
 def _of_both_stacks(config: Config) -> dict[str, Any]:
     """Return the configuration of an encoder-decoder, with what it leaves to defaults."""
-    parts = {
-        name: _completed(part, config_defaults(str(part.get("model_type", STACK_TYPE))))
-        for name in ("encoder", "decoder")
-        if isinstance(part := config.get(name), Mapping)
-    }
+    parts = {}
+    for name, usual in STACK_TYPES.get(str(config["model_type"]), {}).items():
+        part = config.get(name)
+        if not isinstance(part, Mapping):
+            continue
+        if isinstance(text := part.get(_TEXT), Mapping):
+            parts[name] = {**part, _TEXT: _completed(text, config_defaults(usual))}
+        else:
+            parts[name] = _completed(part, config_defaults(str(part.get("model_type", usual))))
     return _completed(config, config_defaults(str(config["model_type"]))) | parts
 
 

@@ -7,6 +7,7 @@ Layers come one after another, and none keeps anything but its output.
 from collections.abc import Iterator
 from typing import Any
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.encoder_decoders import as_decoder, is_encoder_decoder, of_decoder
 from distributed_llm.common.indexers import index_key_dims
 from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
@@ -21,6 +22,7 @@ from distributed_llm.common.model_sizes import (
     latent_sizes,
     num_layers,
     positive,
+    streams,
 )
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
@@ -56,6 +58,9 @@ _SUMS = 2
 
 _STATES = 6
 """Hidden states that exist at once: the residual, its norm, and what is computed in between."""
+
+_STREAM_COPIES = 4
+"""Copies in float32 of all residual streams, where there are several: their norm makes them."""
 
 _PROJECTED = 3
 """Copies of queries, keys and values: as computed, with positions, and with heads in order."""
@@ -100,11 +105,15 @@ def _bytes_in_stack(
     attention_bytes = tokens * _attention_width(config) * item_bytes
     if keeps_latents(config):
         attention_bytes += _latents_bytes(config, tokens, item_bytes)
+    attention_bytes += _blocks_bytes(config, tokens, item_bytes)
     attention_bytes += _picked_bytes(config, tokens, item_bytes)
     mlp_bytes = tokens * _mlp_width(config, hidden) * item_bytes
     mixing_bytes = mixer_bytes(config, dtype, tokens=tokens, rows=rows)
-    layer_bytes = max(attention_bytes, mlp_bytes, mixing_bytes)
-    layer_bytes += tokens * _STATES * hidden * item_bytes
+    residual = tokens * hidden * (streams(config) if streams(config) > 1 else 0)
+    layer_bytes = max(
+        attention_bytes, mlp_bytes, mixing_bytes, residual * (_STREAM_COPIES * 4 + item_bytes)
+    )
+    layer_bytes += (tokens * _STATES * hidden + residual) * item_bytes
     layer_bytes += scores * _COPIES_OF_SCORES * 4
     logits = min(rows, tokens) * vocab_size
     capped = 2 if config.get("final_logit_softcapping") else 1
@@ -161,8 +170,26 @@ def _chosen_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     return chosen + max(choosing, attending)
 
 
+def _blocks_bytes(config: Config, tokens: int, item_bytes: int) -> int:
+    """Return what attention to blocks takes at once that tokens pick by one key of each."""
+    sizes = block_sizes(config)
+    if sizes is None or not any(keeps_kv(config)):
+        return 0
+    (heads, kv_heads, key_dim, value_dim), positions = head_sizes(config), context_length(config)
+    most = min(sizes.seen, positions)
+    width = kv_heads * (key_dim + value_dim) + sizes.key_dim
+    blocks = positions // sizes.block
+    choosing = min(tokens, QUERIES_AT_ONCE) * blocks * _COPIES_OF_INDEX_SCORES * 4
+    of_heads = positive(config, "indexer_n_heads") * min(tokens, QUERIES_AT_ONCE) * blocks
+    choosing += min(SCORES_AT_ONCE, of_heads) * 4 + blocks * sizes.key_dim * item_bytes
+    scores = min(tokens * most, max(most, min(EXPANDED_AT_ONCE // width, SCORES_AT_ONCE // heads)))
+    attending = scores * (width * item_bytes + heads * 4 * _COPIES_OF_SCORES)
+    attending += tokens * heads * (2 * (key_dim + sizes.key_dim) + value_dim) * item_bytes
+    return 2 * tokens * most * 8 + max(choosing, attending)
+
+
 def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
-    """Return what attention to picked blocks takes at once, beside queries and the like."""
+    """Return what attention to blocks takes at once that tokens pick by keys of all positions."""
     sizes = key_block_sizes(config)
     if sizes is None or not any(picking_layers(config, num_layers(config))):
         return 0

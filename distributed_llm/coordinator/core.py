@@ -6,9 +6,7 @@ whatever can be started.
 
 When a worker of a pipeline is lost, the layers are planned anew over those that are left, under a
 larger epoch; results of the old epoch are dropped, and the answers that ran there compute their
-tokens again on the new stages. Sampling depends on nothing but the tokens, so no answer changes. A
-worker that joins is used, under strategy "speed", as soon as that is faster; under the others as
-soon as no request is under way.
+tokens again on the new stages. Sampling depends on nothing but the tokens, so no answer changes.
 """
 
 from collections.abc import Callable
@@ -72,6 +70,7 @@ from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
+from distributed_llm.coordinator.cluster.newcomers import Newcomers
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.worker import Worker
@@ -138,6 +137,7 @@ class Core:
         planner = Planner.from_settings(model, settings)
         self._replanning = Replanning(cluster, planner)
         self._moves = Moves(cluster)
+        self._newcomers = Newcomers(cluster, self._replanning, self._moves)
         self._departures = Departures(cluster, planner, self._replanning, self._moves)
         self._rebalancing = Rebalancing(cluster, planner, self._replanning, self._moves)
         self._membership = Membership(cluster, self._replanning, self._moves, self._departures)
@@ -196,7 +196,7 @@ class Core:
             self._moves.next_deadline(),
             self._log_limit.next_deadline(),
             self._gate.next_deadline(),
-            self._replanning.replan_at,
+            self._newcomers.next_deadline(),
         )
         return min([at for at in deadlines if at is not None], default=None)
 
@@ -211,9 +211,7 @@ class Core:
         actions += self._stepping.on_timer(now=now)
         actions += self._moves.on_timer(now=now)
         actions += self._rebalancing.on_timer(now=now)
-        replan_at = self._replanning.replan_at
-        if replan_at is not None and replan_at <= now:
-            actions += self._use_joined()
+        actions += self._newcomers.on_timer(now=now)
         left_out = self._log_limit.take_left_out(now=now)
         actions += [Log(left_out_text(kind, count), "warning") for kind, count in left_out]
         return self._settle(actions, now)
@@ -415,7 +413,8 @@ class Core:
         self._rebalancing.wake(now=now)
         if worker.layers and worker.epoch == ready.epoch:
             measurements = self._cluster.measurements
-            measurements.tried(worker.id, worker.layers, ready.trials, now=now)
+            away_s = self._pipelines.away_s(worker)
+            measurements.tried(worker.id, worker.layers, ready.trials, now=now, away_s=away_s)
         if self._moves.is_loading(worker, ready.epoch):
             actions = [*self._moves.stage_ready(worker, ready, now=now)]
         else:
@@ -458,43 +457,11 @@ class Core:
             case _:
                 raise TypeError(f"{event.question!r} was never asked")
 
-    def _use_joined(self) -> list[Action]:
-        """Plan with workers that joined; under strategy "speed", `Rebalancing` does if it can."""
-        replanning, complete = self._replanning, self._pipelines.complete
-        if self._cluster.settings.strategy == "speed" and self._pipelines.state != "waiting":
-            return self._use_joined_at_speed()
-        if self._moves.move is not None:  # plan when it has ended
-            replanning.replan_at, replanning.replan_when_idle = None, True
-            return []
-        if not self._book.busy:
-            return replanning.plan_anew()
-        waiting = replanning.tell_waiting()
-        if complete:
-            replanning.replan_at, replanning.replan_when_idle = None, True
-            return waiting
-        return [*replanning.add_pipeline(), *waiting]
-
-    def _use_joined_at_speed(self) -> list[Action]:
-        """Add a pipeline if one is missing, and see whether weights of more bits fit.
-
-        The rebalancer does the rest.
-        """
-        replanning = self._replanning
-        actions = [] if self._pipelines.complete else replanning.add_pipeline()
-        replanning.replan_at, replanning.replan_when_idle = None, False
-        if not replanning.may_have_more_bits:
-            return actions
-        if self._moves.move is not None:  # plan when it has ended
-            replanning.replan_when_idle = True
-            return actions
-        return [*actions, *replanning.ask_for_more_bits()]
-
     # -------------------------------------------------------------- starting what can be started
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start whatever a change made possible; put its tasks first, as stages wait for them."""
-        if self._replanning.replan_when_idle and not self._book.busy:
-            actions += self._use_joined()
+        actions += self._newcomers.settle()
         actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
         actions += self._membership.give_names_back()

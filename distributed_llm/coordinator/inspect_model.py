@@ -12,6 +12,7 @@ from distributed_llm.common.layer_sharing import uncut
 from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
+from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
@@ -99,23 +100,25 @@ def model_cost(
         CheckpointError: tensors of some layers are missing.
     """
     num_layers = checkpoint.num_layers
-    layers, beside = [0] * num_layers, {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
+    layers, tables = [0] * num_layers, [0] * num_layers
+    beside = {"first": 0, "last": 0, "shared": 0, "each": 0, "tables": 0}
     for weight in checkpoint.weights.values():
         layer = checkpoint.layer_of(weight.name)
         size = checkpoint.weight_bytes(weight, dtype, quantize)
         whose = _whose(checkpoint, weight.name) if layer is None else layer
         if isinstance(whose, int):
             layers[whose] += size
+            tables[whose] += size if table_part(weight.name) else 0
         else:
             beside[whose] += size
-    table_bytes = beside["tables"] // num_layers
+    of_each = beside["tables"] // num_layers
     return ModelCost(
-        layer_bytes=tuple(own + table_bytes for own in layers),
+        layer_bytes=tuple(own + of_each for own in layers),
         first_bytes=beside["first"],
         last_bytes=beside["last"],
         shared_bytes=beside["shared"],
         each_bytes=beside["each"],
-        table_bytes=table_bytes,
+        table_bytes=tuple(own + of_each for own in tables),
         uncut=uncut(checkpoint.config, num_layers),
         layer_kv_bytes=checkpoint.layer_kv_bytes(dtype, kv_dtype),
         quantize=quantize,

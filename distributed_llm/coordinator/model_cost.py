@@ -1,5 +1,6 @@
 """The memory that the layers of a model take. Pure values."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class ModelCost:
     """The memory that the parts of a model take, in bytes.
 
     Attributes:
-        layer_bytes: weights of each layer, with `table_bytes`.
+        layer_bytes: weights of each layer, with its tables.
         first_bytes: what only the first stage needs (embedding).
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a matrix that several stages need: a tied embedding, or one by which encoder
@@ -31,8 +32,8 @@ class ModelCost:
         layer_state_bytes: of each layer, the state of one sequence. Empty: no layer keeps one.
         windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
             layers see everything.
-        table_bytes: what a layer has of tables outside the layers, which are read by rows and never
-            lie on a disk.
+        table_bytes: what each layer has of tables, outside the layers or its own, of which a step
+            reads few rows, and which never lie on a disk. Empty: no layer has any.
         uncut: layers before which no stage may begin (see `common.layer_sharing`).
         shared_by: the layers of which any stage that has one needs `shared_bytes`; empty: the
             first and the last.
@@ -50,7 +51,7 @@ class ModelCost:
     quantize: Quantize = "none"
     windows: tuple[int, ...] = ()
     each_bytes: int = 0
-    table_bytes: int = 0
+    table_bytes: tuple[int, ...] = ()
     uncut: tuple[int, ...] = ()
     layer_state_bytes: tuple[int, ...] = ()
     workspace_bytes: int = 0
@@ -70,9 +71,15 @@ class ModelCost:
         return layers.stop <= self.encoder_layers
 
     @property
+    def read_bytes(self) -> tuple[int, ...]:
+        """Weights of each layer that a step reads whole: all but tables."""
+        tables = self.table_bytes or (0,) * self.num_layers
+        return tuple(map(operator.sub, self.layer_bytes, tables))
+
+    @property
     def answer_bytes(self) -> tuple[int, ...]:
         """Weights of each layer that a token of an answer needs: of an encoder's layers none."""
-        return (0,) * self.encoder_layers + self.layer_bytes[self.encoder_layers :]
+        return (0,) * self.encoder_layers + self.read_bytes[self.encoder_layers :]
 
     @property
     def source_bytes(self) -> tuple[float, ...]:
@@ -82,8 +89,9 @@ class ModelCost:
         """
         if not self.encoder_layers:
             return (0.0,) * self.num_layers
-        across = (_ACROSS * size for size in self.layer_bytes[self.encoder_layers :])
-        return (*self.layer_bytes[: self.encoder_layers], *across)
+        sizes = self.read_bytes
+        across = (_ACROSS * size for size in sizes[self.encoder_layers :])
+        return (*sizes[: self.encoder_layers], *across)
 
     @property
     def all_layer_bytes(self) -> int:
@@ -179,7 +187,8 @@ class ModelCost:
 
     def sizes_away(self, gone: Iterable[int]) -> list[int]:
         """Return the bytes that each of some layers, by number, takes in another place."""
-        return [self.layer_bytes[layer] - self.table_bytes for layer in gone]
+        sizes = self.read_bytes
+        return [sizes[layer] for layer in gone]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with a sequence, and `kv_tokens` positions of KV cache."""

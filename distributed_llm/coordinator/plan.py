@@ -69,12 +69,14 @@ class PipelineStage:
 
     Attributes:
         shares: stands for the cores that the worker shares with others; empty: it shares none.
+        away_s: seconds that a step is expected to take for weights that are not on its device.
     """
 
     peer: PeerId
     worker: WorkerId
     layers: LayerRange
     shares: str = ""
+    away_s: float = 0.0
 
 
 def num_machines(stages: Sequence[PipelineStage]) -> int:
@@ -169,6 +171,11 @@ def _offloaded(
         f"{size_text(held + wanted)} even if all of them are away and brought in every step. "
         "Raise its --max-memory."
     )
+
+
+def seconds_from(nbytes: int, bytes_per_s: float | None) -> float:
+    """Return the seconds that bytes take to come from a place, 0 if its rate is unknown."""
+    return nbytes / bytes_per_s if bytes_per_s else 0.0
 
 
 def layer_map_of(plan: Plan) -> LayerMap:

@@ -223,10 +223,11 @@ def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None
         (["pc=1GiB", "pc=2GiB"], "--worker pc: there are two of this name"),
         (["pc=1GiB,40GB"], "not a bandwidth; write a size per second, such as 40GB/s"),
         (["pc=1GiB,40GB/s,2"], "not a speed; write floating point operations per second"),
-        (["pc=1GiB,40GB/s,2TFLOPS,3"], "write [NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]]"),
-        (["pc="], "write [NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]]"),
+        (["pc=1GiB,40GB/s,2TFLOPS,3"], "write [NAME=]SIZE[+ram:RAM][+DISK][,BANDWIDTH[,FLOPS]]"),
+        (["pc="], "write [NAME=]SIZE[+ram:RAM][+DISK][,BANDWIDTH[,FLOPS]]"),
         (["my pc=1GiB"], "'my pc' cannot be a worker's name"),
         (["pc=much"], "not a size"),
+        (["pc=1GiB+ram:much"], "not a size"),
     ],
 )
 def test_workers_of_a_plan_that_cannot_be_read(workers: list[str], said: str) -> None:

@@ -193,7 +193,7 @@ class EngineWorld(World):
             assert pipeline.scheduler is not None
             assert pipeline.in_flight is not None
             ledger = pipeline.scheduler._ledger
-            known = {*ledger.sequence_ids, *pipeline.in_flight.to_release}
+            known = {*ledger.sequence_ids, *pipeline.in_flight.to_forget.released}
             for one in pipeline.stages:
                 worker = self._links[one.peer].owner
                 assert isinstance(worker, EngineWorker)
@@ -202,7 +202,7 @@ class EngineWorld(World):
                 assert stage is not None
                 assert set(stage._cache.sequence_ids) <= known
                 stage._held_sequences._states.tighten()
-                if not pipeline.in_flight.to_release:
+                if not pipeline.in_flight.to_forget.released:
                     room_bytes = self.room(one.layers) * max(1, stage.kv_bytes_per_token)
                     share = ledger.used_tokens / pipeline.kv_tokens
                     assert stage.kv_bytes <= share * room_bytes, "it takes more than is charged"

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from distributed_llm.worker.model.convolution import causal_conv1d_fn, causal_conv1d_update
+from distributed_llm.worker.model.convolution import (
+    DilatedConvolution,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
 
 CHANNELS, WIDTH = 6, 4
 
@@ -28,6 +32,17 @@ def test_columns_are_convolved_with_those_before_them(activation: str | None, bi
         rest = causal_conv1d_update(columns[..., 8:], window, weight, bias, activation)
         torch.testing.assert_close(rest, expected[..., 8:])
         assert torch.equal(window, columns[..., 11 - size :])
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+def test_columns_may_be_some_way_apart(apart: int) -> None:
+    torch.manual_seed(7)
+    convolution = nn.Conv1d(
+        CHANNELS, CHANNELS, kernel_size=WIDTH, dilation=apart, groups=CHANNELS, bias=False
+    )
+    columns = torch.randn(2, CHANNELS, 3 * apart + 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(DilatedConvolution(convolution)(columns), convolution(columns))
 
 
 def test_sums_are_made_in_float32() -> None:

@@ -43,8 +43,9 @@ NEW_TOKENS = 7
 GREEDY = Sampling()
 HOT = Sampling(temperature=2.0, seed=1)
 """It tells nearly equal logits apart."""
-FREQUENCIES = 128
-"""Bytes of those of rotary positions, which are no weights, in both stacks of t5gemma."""
+FREQUENCIES = 260
+"""Bytes of those of rotary positions, which are no weights, in both stacks of t5gemma2, and of the
+scale of its embedding; t5gemma has fewer."""
 SPLITS: dict[str, tuple[int, ...]] = {
     "one stage": (),
     "encoder and decoder": (ENCODER_LAYERS,),

@@ -64,6 +64,7 @@ def text_parameters(whole: Any) -> int:
         tensor.data_ptr(): tensor.numel()
         for name, tensor in whole.state_dict().items()
         if any(part in name for part in ("language_model", "text_model", "lm_head"))
+        and tensor.is_floating_point()
     }
     return sum(of_text.values())
 

@@ -63,6 +63,14 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
     "deepseek_v3": (1.7, {**_LATENTS, "num_attention_heads": 8, "num_key_value_heads": 8}),
     "minicpm3": (1.7, {**_LATENTS, "kv_lora_rank": 32}),  # all attend to latents as they are
     "deepseek_v32": (1.7, {**_LATENTS, "index_topk": 128, "index_head_dim": 64}),
+    "qwen4_exp_text": (
+        1.5,
+        {
+            **{"num_attention_heads": 8, "head_dim": 64, "layer_types": ["full_attention"]},
+            **{"ple_layer_ids": None, "indexer_head_dim": 64, "indexer_n_heads": 4},
+            **{"indexer_budget": 128, "indexer_compress_ratio": 16},
+        },
+    ),
     "minimax_m3_vl_text": (2.0, _PICKED),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
@@ -78,6 +86,13 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     "mamba": (1.1, {"intermediate_size": 512, "state_size": 16}),
     "mamba2": (1.3, {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128}),
     "qwen3_next": (1.2, _DELTA_NET),
+    "qwen4_exp_text": (
+        1.5,
+        {
+            **_DELTA_NET,
+            **{"layer_types": ["linear_attention"], "hc_count": 6, "ple_embed_dim": 256},
+        },
+    ),
     "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
     "xlstm": (1.2, {"num_heads": 4, "chunk_size": 64}),

@@ -396,16 +396,16 @@ class Checker:
         book = self._core._book
         assert not book.busy
         assert not book._schedulers
-        assert not book._queue._accounts
+        assert not book.waiting.clients
         assert book.next_deadline() is None
-        assert not book._deadlines
+        assert not book._deadlines._heap
         assert status.kv_tokens_used == 0
         for pipeline in self._core._pipelines.loaded:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps
-            assert not pipeline.scheduler._in_flight
-            assert not pipeline.scheduler._ending
+            assert not pipeline.scheduler._sequences.are_computed
+            assert not pipeline.scheduler._sequences._ending
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
             assert not ledger.take_freed()

@@ -212,7 +212,7 @@ class Parts:
         (order,) = self.book.submit(CLIENT, generate, (), now=0.0)
         assert isinstance(order, Tokenize)
         self.book.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
-        answer = self.book.next_waiting(1 << 30, now=0.0)
+        answer = self.book.waiting.next(1 << 30, now=0.0)
         assert answer
         return answer
 

@@ -461,13 +461,13 @@ class World:
             assert pipeline.scheduler is not None
             assert pipeline.in_flight is not None
             ledger = pipeline.scheduler._ledger
-            known = {*ledger.sequence_ids, *pipeline.in_flight.to_release}
+            known = {*ledger.sequence_ids, *pipeline.in_flight.to_forget.released}
             for stage in pipeline.stages:
                 worker = self._links[stage.peer].owner
                 assert isinstance(worker, SimWorker)
                 assert worker.stage is not None
                 assert set(worker.stage.kv) <= known
-                if not pipeline.in_flight.to_release:
+                if not pipeline.in_flight.to_forget.released:
                     assert worker.stage.memory_tokens <= ledger.used_tokens
                 assert not worker.orders
 

@@ -127,7 +127,7 @@ class Cluster:
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
-    max_examples = 50
+    max_examples = 32
     settings_of_core: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:
@@ -456,7 +456,7 @@ class AutoCluster(Cluster):
     model = with_workspace(AUTO_MODEL)
     longest = 60
     memories = (300, 450, 700)
-    max_examples = 12
+    max_examples = 9
     num_forms: ClassVar[list[int]] = []
 
     def finish(self) -> None:
@@ -480,7 +480,7 @@ class MovingCluster(Cluster):
     longest = 120
     memories = (1500, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed"}
-    max_examples = 24
+    max_examples = 16
     least_moves = 5
     num_moves: ClassVar[list[int]] = []
 
@@ -500,7 +500,7 @@ class StatefulCluster(MovingCluster):
     model = with_workspace(with_states(MODEL))
     memories = (1500, 4000, 4000)
     least_moves = 2
-    max_examples = 10
+    max_examples = 8
     least_shared = 200
     num_moves: ClassVar[list[int]] = []
     num_shared: ClassVar[list[int]] = []
@@ -555,7 +555,7 @@ class SourcesCluster(MovingCluster):
     """An encoder reads prompts, some of them again or up to a point, and layers move."""
 
     model = with_workspace(with_sources(MODEL))
-    max_examples = 12
+    max_examples = 9
     least_shared = 200
     num_shared: ClassVar[list[int]] = []
     least_moves = 2
@@ -586,7 +586,7 @@ class StatefulMoves(StatefulCluster):
     calm = True
     faulty: ClassVar[list[type[Message]]] = [Task, TaskResult]
     task_s = 0.02
-    max_examples = 5
+    max_examples = 4
     least_moves = 6
     num_moves: ClassVar[list[int]] = []
     num_shared: ClassVar[list[int]] = []
@@ -653,14 +653,14 @@ class SlowTwins(SlowCluster):
     replicas = 2
     longest = 150
     memories = (400, 800, 5000)
-    max_examples = 16
+    max_examples = 11
 
 
 class SlowMoves(SlowCluster, MovingCluster):
     """Layers move, slowly, where memory holds hardly more than both stages."""
 
     memories = (800, 1000, 1300)
-    max_examples = 14
+    max_examples = 10
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
 
@@ -690,14 +690,14 @@ class ManyAtOnce(Cluster):
     longest = 60
     memories = (6000, 6000, 6000)
     settings_of_core: ClassVar = {"max_batch_sequences": 12, "max_batch_tokens": 2}
-    max_examples = 12
+    max_examples = 9
 
 
 class FailingLoads(Cluster):
     """Loads fail or hang, also of stages that are served, and machines lose power."""
 
     settings_of_core: ClassVar[Mapping[str, object]] = {"load_timeout_s": 10.0}
-    max_examples = 40
+    max_examples = 26
 
     @rule(when=Cluster.any_up, index=_INDEX, how=any_of(["well", "fail", "refuse", "stall"]))
     def change_loads(self, index: int, how: str) -> None:
@@ -733,7 +733,7 @@ class FailingMoves(FailingLoads, MovingCluster):
     """Likewise, and layers move."""
 
     settings_of_core: ClassVar = {"strategy": "speed", "load_timeout_s": 10.0}
-    max_examples = 20
+    max_examples = 14
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
 

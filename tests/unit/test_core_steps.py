@@ -44,10 +44,10 @@ def gaps(answer: Answer) -> list[float]:
 
 def steady(world: World, answers: Sequence[Answer], workers: Sequence[SimWorker]) -> list[float]:
     """Run, and return tokens per second and each worker's busy share, once it has settled."""
-    world.run(lambda: min(len(a.token_ids) for a in answers) >= 45)
+    world.run(lambda: min(len(a.token_ids) for a in answers) >= 30)
     busy, began = [w.busy_s for w in workers], world.now
     count = sum(len(a.token_ids) for a in answers)
-    world.run(lambda: max(len(a.token_ids) for a in answers) >= 95)
+    world.run(lambda: max(len(a.token_ids) for a in answers) >= 65)
     took_s = world.now - began
     made = sum(len(a.token_ids) for a in answers) - count
     return [made / took_s, *((w.busy_s - b) / took_s for w, b in zip(workers, busy, strict=True))]
@@ -58,7 +58,7 @@ def steady(world: World, answers: Sequence[Answer], workers: Sequence[SimWorker]
 def test_many_requests_keep_every_stage_busy(stages: int, task_s: float, token_s: float) -> None:
     world, workers = cluster(stages, task_s=task_s, token_s=token_s)
     client = world.client()
-    answers = [client.submit((i,), tokens(100)) for i in range(18)]
+    answers = [client.submit((i,), tokens(70)) for i in range(18)]
     _, *shares = steady(world, answers, workers)
     assert min(shares) > 0.9, shares
     finish(world, *answers)
@@ -69,7 +69,7 @@ def test_stages_that_only_wait_give_what_they_can(stages: int) -> None:
     """Every task takes 20 ms, whatever is in it: each round trip gives every request a token."""
     world, workers = cluster(stages, task_s=0.02)
     client = world.client()
-    answers = [client.submit((i,), tokens(100)) for i in range(16)]
+    answers = [client.submit((i,), tokens(70)) for i in range(16)]
     rate, *_ = steady(world, answers, workers)
     assert rate > 0.9 * 16 / (stages * 0.02)
     finish(world, *answers)
@@ -80,7 +80,7 @@ def test_slowest_stage_is_always_busy(slow: int) -> None:
     world, workers = cluster(3, token_s=0.001)
     workers[slow].token_s = 0.003
     client = world.client()
-    answers = [client.submit((i,), tokens(100)) for i in range(18)]
+    answers = [client.submit((i,), tokens(70)) for i in range(18)]
     _, *shares = steady(world, answers, workers)
     assert shares[slow] > 0.9
     finish(world, *answers)
@@ -110,7 +110,7 @@ def test_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
 def test_running_requests_keep_getting_tokens_while_a_long_prompt_is_prefilled() -> None:
     world, _ = cluster(3, token_s=0.005, max_batch_tokens=16)
     client, other = world.client(), world.client()
-    running = [client.submit((i,), tokens(100)) for i in range(4)]
+    running = [client.submit((i,), tokens(70)) for i in range(4)]
     world.run(lambda: min(len(a.token_ids) for a in running) >= 20)
     began = world.now
     long = other.submit([(7 * i) % 90 for i in range(240)], tokens(4))

@@ -9,6 +9,7 @@ import pytest
 from distributed_llm import summary
 from distributed_llm.common.architectures import why_refused
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.encoder_decoders import StackNames
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_sizes import check_sizes
@@ -42,13 +43,43 @@ def test_workers_have_layers_of_an_encoder_or_of_a_decoder() -> None:
         ("prophetnet", "several streams"),
         ("nllb-moe", "what others ask at the same time"),
         ("whisper", "pictures or sound"),
-        ("seamless_m4t", "an encoder-decoder of another kind"),
+        ("encoder-decoder", "models of any types"),
+        ("some-other", "an encoder-decoder of another kind"),
     ],
 )
 def test_others_are_refused_for_what_they_do(model_type: str, why: str) -> None:
     refused = why_refused({"model_type": model_type, "is_encoder_decoder": True})
     assert refused is not None
     assert why in refused
+
+
+def test_models_with_prompts_of_their_own_are_refused() -> None:
+    assert why_refused({"model_type": "mvp"}) is None
+    refused = why_refused({"model_type": "mvp", "use_prompt": True})
+    assert refused is not None
+    assert "prompts of its own" in refused
+
+
+@pytest.mark.parametrize("text", ["text_model.", ""])
+def test_the_text_model_of_an_encoder_of_pictures_is_all_that_is_read(text: str) -> None:
+    """Older files have it without a name of its own."""
+    config = {"model_type": "t5gemma2", "encoder": {"text_config": {"num_hidden_layers": 2}}}
+    names = {
+        f"model.encoder.{text}layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj.weight",
+        "model.decoder.layers.0.mlp.up_proj.weight": "layers.2.mlp.up_proj.weight",
+        f"model.encoder.{text}embed_tokens.weight": "model.shared.weight",
+        f"model.encoder.{text}embed_tokens.eoi_embedding": "model.shared.eoi_embedding",
+        f"model.encoder.{text}norm.weight": "model.encoder.norm.weight",
+    }
+    others = (
+        "model.decoder.embed_tokens.eoi_embedding",
+        "model.encoder.vision_tower.encoder.layers.0.mlp.fc1.weight",
+        "model.encoder.multi_modal_projector.mm_soft_emb_norm.weight",
+    )
+    stacks = StackNames.of_files(config, [*names, *others])
+    assert [stacks.of(name) for name in names] == list(names.values())
+    assert all(map(stacks.holds, names))
+    assert not any(map(stacks.holds, others))
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

@@ -40,6 +40,8 @@ def test_matrices_of_linear_layers_become_integers(name: str) -> None:
         ("mlp.gate.weight", (64, 128)),
         ("block_sparse_moe.router.layer.weight", (64, 128)),
         ("mlp.shared_expert_gate.weight", (64, 128)),
+        ("mlp_hyper_connection.block_inject_weight.weight", (4, 8192)),
+        ("ple.ple_embedding.ngram_embedding.shard_3.weight", (4096, 64)),
         ("linear_attn.conv1d.weight", (2048, 1, 4)),
         ("self_attn.q_norm.weight", (32, 128)),
         ("input_layernorm.weight", (4096,)),

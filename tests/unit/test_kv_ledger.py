@@ -1,20 +1,20 @@
 """The book of KV caches: what is charged, what is shared, what goes first when room is needed."""
 
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
-from distributed_llm.coordinator.serving import prefix_index
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
-from distributed_llm.coordinator.serving.prefix_index import common_prefix, prefix_key
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger
+from distributed_llm.coordinator.serving.prefix_index import prefix_key
+from distributed_llm.coordinator.serving.prefixes import Match
+from tests.unit.test_prefixes import naive_common
 
 TEXT = list(range(1000))
 STRIDE = 16
@@ -114,25 +114,6 @@ def test_only_what_is_computed_is_found() -> None:
     assert book.match(TEXT[:200], 33) == Match(SequenceId(1), 33)
 
 
-@pytest.mark.parametrize(
-    ("common", "found"), [(15, None), (16, 16), (17, 17), (31, 31), (100, 100)]
-)
-def test_alike_up_to_the_last_token(common: int, found: int | None) -> None:
-    """Sixteen positions are worth it; what is beyond a multiple of sixteen counts, too."""
-    book = ledger()
-    compute(book, 1, TEXT[:100])
-    match = book.match(TEXT[:common] + [7777] * 50, common + 49)
-    assert match == (Match(SequenceId(1), found) if found else None)
-
-
-def test_the_longest_is_found() -> None:
-    book = ledger()
-    compute(book, 1, TEXT[:64] + [5001] * 64)
-    compute(book, 2, TEXT[:96] + [5002] * 64)
-    compute(book, 3, TEXT[:32] + [5003] * 64)
-    assert book.match(TEXT[:200], 199) == Match(SequenceId(2), 96)
-
-
 def test_tokens_that_a_sequence_gets_later_are_found() -> None:
     book = ledger()
     tokens = TEXT[:40]
@@ -141,17 +122,6 @@ def test_tokens_that_a_sequence_gets_later_are_found() -> None:
     assert book.extend(SequenceId(1), 81)
     book.computed(SequenceId(1), 80)
     assert book.match(TEXT[:100], 99) == Match(SequenceId(1), 80)
-
-
-def test_a_hash_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_index, "_hash", lambda state, tokens: 1)
-    book = ledger()
-    compute(book, 1, TEXT[:100], then="keep")
-    assert book.match(TEXT[500:600], 99) is None
-    assert book.match(TEXT[:20] + TEXT[500:580], 99) == Match(SequenceId(1), 20)
-    compute(book, 2, TEXT[500:600], then="keep")
-    assert book.sequence_ids == [1, 2]
-    book.validate()
 
 
 # ------------------------------------------------------------------ sharing
@@ -488,28 +458,6 @@ def test_cached_tokens_are_those_that_only_ended_sequences_hold() -> None:
     assert book.cached_tokens == 3 * KV_BLOCK
 
 
-# ------------------------------------------------------------------ comparing
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    left=st.lists(st.integers(0, 1), max_size=80),
-    right=st.lists(st.integers(0, 1), max_size=80),
-    same=st.integers(0, 300),
-    limit=st.integers(0, 400),
-)
-def test_common_prefix(left: list[int], right: list[int], same: int, limit: int) -> None:
-    left, right = TEXT[:same] + left, TEXT[:same] + right
-    assert common_prefix(left, right, limit) == _common(left[:limit], right[:limit])
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    at = 0
-    while at < min(len(left), len(right)) and left[at] == right[at]:
-        at += 1
-    return at
-
-
 # ------------------------------------------------------------------ against a stage
 
 
@@ -777,7 +725,7 @@ class Ledger(RuleBasedStateMachine):
     def _check_match(self, tokens: list[int], match: Match | None) -> None:
         limit = len(tokens) - 1
         lengths = {
-            i: _common(kept.tokens[: kept.computed], tokens[:limit])
+            i: naive_common(kept.tokens[: kept.computed], tokens[:limit])
             for i, kept in self.stage.held.items()
         }
         if self.windows.window:
@@ -890,7 +838,7 @@ class Ledger(RuleBasedStateMachine):
         while self.book._ended:
             self.book._free(next(iter(self.book._ended)))
         assert self.book.used_tokens == 0
-        assert not self.book._index._sequences
+        self.book._prefixes.validate(())
         assert not self.book.sequence_ids
 
 

@@ -16,6 +16,17 @@ _HYBRID = {"hybrid", "hybrid_sliding"}
 FILES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"num_hidden_layers": 12, "full_attention_interval": 3},
     "qwen3_5_text": {"num_hidden_layers": 9},
+    "qwen4_exp_text": {
+        "num_hidden_layers": 5,
+        "layer_types": [*["linear_attention", "full_attention"] * 2, "linear_attention"],
+        "ple_layer_ids": [3],
+        "eos_token_id": 1,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 16,
+    },
     "olmo_hybrid": {"num_hidden_layers": 8},
     "jamba": {"num_hidden_layers": 16, "attn_layer_period": 4, "attn_layer_offset": 2},
     "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [1, 4]},

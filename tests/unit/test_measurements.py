@@ -1,6 +1,7 @@
 """What is known of machines and links: from tasks, from reports, and from probes of idle ones."""
 
-from dataclasses import astuple
+from collections.abc import Sequence
+from dataclasses import astuple, replace
 from statistics import median
 from typing import Any
 
@@ -68,8 +69,17 @@ def two_workers() -> Measurements:
     return known
 
 
-def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: float = 0.0) -> None:
-    """Have a step of one token observed, whose stages spend all their time in the layer."""
+def decode(
+    known: Measurements,
+    *stages_s: float,
+    took_s: float = 0.0,
+    now: float = 0.0,
+    stages: Sequence[PipelineStage] = STAGES,
+) -> list[float | None]:
+    """Have a step of one token observed, whose stages spend all their time in the layer.
+
+    Returns what was expected of them.
+    """
     part = SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=1, sample=True)
     step = Step((), (part,), (7,))
     times = tuple(
@@ -77,7 +87,7 @@ def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: floa
         for s in stages_s
     )
     done = StepDone(step, [8], [None], times, 1, took_s or sum(stages_s))
-    known.observe(STAGES, done, now=now)
+    return known.observe(stages, done, now=now)
 
 
 def layer_s(known: Measurements, worker: WorkerId, work: Work = TOKEN) -> float:
@@ -137,7 +147,9 @@ def test_work_is_tokens_and_the_positions_that_they_attend_to() -> None:
 # ------------------------------------------------------------------ trials
 
 
-def tried(known: Measurements, worker: WorkerId, held: LayerRange, layer_s: float) -> None:
+def tried(
+    known: Measurements, worker: WorkerId, held: LayerRange, layer_s: float, away_s: float = 0.0
+) -> None:
     """Say that a layer takes so long, and a tenth of that more for every token."""
     trials = [
         StageTrial(
@@ -150,7 +162,26 @@ def tried(known: Measurements, worker: WorkerId, held: LayerRange, layer_s: floa
         for sequences, start, tokens in ((n, 8, 1), (1, 0, 8 * n))
         for took_us in [round(1e6 * layer_s * len(held) * (1 + sequences * tokens / 10))]
     ]
-    known.tried(worker, held, trials, now=0.0)
+    known.tried(worker, held, trials, now=0.0, away_s=away_s)
+
+
+def test_what_weights_take_that_are_away_is_no_part_of_a_speed() -> None:
+    """Else it would count twice where layers are away, and once too often where none are."""
+    known, away = two_workers(), (replace(STAGES[0], away_s=1.0), STAGES[1])
+    for at in range(100):
+        (expected, _) = decode(known, 1 + LIGHT * 0.3, HEAVY * 0.02, now=0.1 * at, stages=away)
+    assert layer_s(known, A) == pytest.approx(0.3, rel=0.01)
+    assert expected == pytest.approx(1.15, rel=0.01)
+    assert known.error(A) == pytest.approx(0.0, abs=0.01)
+    decode(known, LIGHT * 0.3, HEAVY * 0.02, now=11.0, stages=away)  # all came meanwhile
+    assert 0.0 < layer_s(known, A) < 0.31
+
+
+def test_what_weights_take_that_are_away_is_no_part_of_trials() -> None:
+    known, plain = two_workers(), two_workers()
+    tried(known, A, LayerRange(0, 1), 4.0, away_s=0.7)
+    tried(plain, A, LayerRange(0, 1), 4.0)
+    assert layer_s(plain, A) - layer_s(known, A) == pytest.approx(0.7 / LIGHT, rel=0.01)
 
 
 def test_a_worker_is_untried_until_it_has_tried_or_done_something() -> None:

@@ -456,12 +456,12 @@ def test_a_move_that_keeps_a_request_from_running_is_undone() -> None:
     answer = parts.waiting(room + 1, 20)
     assert answer.request.reserved_tokens <= old.kv_tokens
     loading_until = parts.moves.next_deadline()
-    assert parts.book.next_waiting(old.scheduler.kv_tokens, now=20.0) is None
+    assert parts.book.waiting.next(old.scheduler.kv_tokens, now=20.0) is None
     assert parts.moves.next_deadline() == 30.0 != loading_until
     assert parts.moves.on_timer(now=29.9) == []
     assert sent(parts.moves.on_timer(now=30.0)) == [("a", UndoMove), ("b", UndoMove)]
     assert "waits for the room" in parts.event_log.entries[-1].text
-    assert parts.book.next_waiting(old.scheduler.kv_tokens, now=30.0) is answer
+    assert parts.book.waiting.next(old.scheduler.kv_tokens, now=30.0) is answer
 
 
 @pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])

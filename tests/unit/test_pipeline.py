@@ -395,7 +395,7 @@ def test_what_an_abandoned_task_said_is_said_by_message() -> None:
 
 def test_a_message_frees_so_many_at_most() -> None:
     bench = Bench().serve()
-    bench.in_flight.release(map(SequenceId, range(MAX_RELEASED + 1)))
+    bench.in_flight.to_forget.release(map(SequenceId, range(MAX_RELEASED + 1)))
     assert releases_of(bench.begin()) == [
         (PEERS[0], tuple(range(MAX_RELEASED))),
         (PEERS[1], tuple(range(MAX_RELEASED))),

@@ -71,7 +71,7 @@ class Bench:
         assert isinstance(tokenize, Tokenize)
         self.key: RequestKey = tokenize.key
         assert self.book.tokenized(Tokenized(self.key, list(PROMPT))) == []
-        answer = self.book.next_waiting(1 << 30, now=0.0)
+        answer = self.book.waiting.next(1 << 30, now=0.0)
         assert answer is not None
         self.answer: Answer = answer
         self.actions: list[Action] = []
@@ -197,7 +197,7 @@ def test_the_text_may_end_the_request_in_every_state(state: AnswerState, ends: D
     assert isinstance(forget, Forget)
     assert not bench.book.busy
     assert (bench.book.num_waiting, bench.book.num_running) == (0, 0)
-    assert bench.book.next_waiting(1 << 30, now=0.0) is None
+    assert bench.book.waiting.next(1 << 30, now=0.0) is None
 
 
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
@@ -209,32 +209,9 @@ def test_a_failure_ends_the_request_in_every_state(state: AnswerState) -> None:
     assert isinstance(failed.message, RequestFailed)
     assert isinstance(forget, Forget)
     assert not bench.book.busy
-    assert bench.book.next_waiting(1 << 30, now=0.0) is None
+    assert bench.book.waiting.next(1 << 30, now=0.0) is None
     bench.failed()
     assert bench.actions == []
-
-
-def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
-    """Although they are far in the future, and others are nearer."""
-    book = RequestBook(MODEL.defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
-    spec, frame = frame_of_token_ids(PROMPT)
-
-    def submit(number: int, timeout_s: float) -> None:
-        message = Generate(
-            request_id=f"r{number}",
-            prompt="token_ids",
-            params=SamplingParams(timeout_s=timeout_s),
-            tensors=(spec,),
-        )
-        book.submit(CLIENT, message, (frame,), now=0.0)
-
-    submit(0, 10.0)
-    for number in range(1, 1000):
-        submit(number, 86400.0)
-        book.cancel(CLIENT, f"r{number}")
-        book.validate()
-    assert len(book._deadlines) < 100
-    assert book.next_deadline() == 10.0
 
 
 @pytest.mark.parametrize("text", ["\n" * 16_385, "👩" * 16_384], ids=["many", "wide"])
@@ -287,7 +264,7 @@ def test_a_token_that_is_given_as_it_is_written_gets_its_id_with_the_prompt() ->
     assert tokenize.rules.first == "deu_Latn"
     assert bench.book.tokenized(Tokenized(tokenize.key, [1], first=9)) == []
     bench.admitted()
-    answer = bench.book.next_waiting(1 << 30, now=0.0)
+    answer = bench.book.waiting.next(1 << 30, now=0.0)
     assert answer is not None
     assert answer.sampling.forced_bos_token_id == 9
     (known,) = bench.book.submit(
@@ -435,4 +412,4 @@ def test_service_is_fair_among_keys_and_prefixes_are_shared_by_them(share_prefix
     for peer, _ in asked:
         book.drop_client(PeerId(peer.encode()))
     book.validate()
-    assert not book._queue._accounts, "nobody's account is kept for ever"
+    assert not book.waiting.clients, "nobody's account is kept for ever"

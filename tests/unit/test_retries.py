@@ -58,7 +58,7 @@ class Bench:
             self.book.submit(CLIENT, message, (frame,), now=0.0)
             key = (CLIENT, message.request_id, index)
             self.book.tokenized(Tokenized(key, [index, index + 1]))
-            waiting = self.book.next_waiting(1 << 30, now=0.0)
+            waiting = self.book.waiting.next(1 << 30, now=0.0)
             assert waiting is not None
             self.answers.append(waiting)
             assert self.book.admit(self.scheduler, now=0.0)

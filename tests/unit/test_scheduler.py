@@ -25,7 +25,8 @@ from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerState
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Answer, Request, Suspects
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger
+from distributed_llm.coordinator.serving.prefixes import Match
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.step import Step
 

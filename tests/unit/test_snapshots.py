@@ -2,7 +2,8 @@
 
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger
+from distributed_llm.coordinator.serving.prefixes import Match
 from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
 from distributed_llm.coordinator.serving.state_counts import StateCounts
 from tests.unit.test_scheduler import Bench

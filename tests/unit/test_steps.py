@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.messages import (
-    MAX_RELEASED,
     SeenFrom,
     SequenceSlice,
     StageTime,
@@ -175,7 +174,7 @@ def test_a_task_carries_its_route(links: tuple[int, ...], route: tuple[bool, ...
 
 def test_relayed_from_stage_to_stage() -> None:
     line = in_flight()
-    line.release([SequenceId(3)])
+    line.to_forget.release([SequenceId(3)])
     going = step()
     first = line.begin(going, now=1.0)
     second = relayed(line, first, 0, now=2.0)
@@ -497,66 +496,51 @@ def test_abandoned_steps_are_void() -> None:
 # ------------------------------------------------------------------ what stages free
 
 
-def test_the_next_task_says_what_to_free() -> None:
+def test_the_next_task_says_what_to_forget() -> None:
     line = in_flight()
-    line.release([SequenceId(3), SequenceId(1)])
-    line.release([SequenceId(1), SequenceId(2)])
-    assert line.to_release == [3, 1, 2]
+    line.to_forget.release([SequenceId(3), SequenceId(1)])
+    line.to_forget.drop({SequenceId(2): 64})
     first = line.begin(step(), now=0.0)
-    assert first.task.released == (3, 1, 2)
-    assert line.to_release == []
+    assert first.task.released == (3, 1)
+    assert first.task.seen_from == (SeenFrom(sequence_id=SequenceId(2), position=64),)
     assert line.begin(step(), now=0.0).task.released == ()
     finish(line, first)
-    assert line.to_release == []
-
-
-def test_a_task_frees_so_many_at_most() -> None:
-    line = in_flight()
-    ids = tuple(map(SequenceId, range(2 * MAX_RELEASED + 1)))
-    line.release(ids)
-    said = [line.begin(step(), now=0.0).task.released for _ in range(3)]
-    assert said == [ids[:MAX_RELEASED], ids[MAX_RELEASED:-1], ids[-1:]]
+    assert (line.to_forget.released, line.to_forget.seen_from) == ([], {})
 
 
 def test_what_an_abandoned_task_freed_is_said_again() -> None:
     line = in_flight()
-    line.release([SequenceId(1), SequenceId(2)])
+    line.to_forget.release([SequenceId(1), SequenceId(2)])
     line.begin(step(), now=0.0)
-    line.release([SequenceId(3)])
+    line.to_forget.release([SequenceId(3)])
     line.abandon()
-    assert set(line.to_release) == {1, 2, 3}
+    assert set(line.to_forget.released) == {1, 2, 3}
     assert set(line.begin(step(), now=0.0).task.released) == {1, 2, 3}
 
 
 def test_what_a_broken_task_freed_is_said_again() -> None:
     line = in_flight()
-    line.release([SequenceId(1)])
+    line.to_forget.release([SequenceId(1)])
     refused = line.begin(step(), now=0.0)
-    line.release([SequenceId(2)])
+    line.to_forget.release([SequenceId(2)])
     wrong = line.begin(step(), now=0.0)
     line.failed(PEERS[1], refusal(refused.task.step))
-    assert line.to_release == [1]
+    assert line.to_forget.released == [1]
     reply(line, wrong.task.step, 0, [])
-    assert line.to_release == [1, 2]
+    assert line.to_forget.released == [1, 2]
 
 
-def test_what_is_not_seen_any_more_is_said_once_and_again_if_it_may_be_lost() -> None:
+def test_positions_that_a_broken_or_abandoned_task_dropped_are_said_again() -> None:
     line = in_flight()
     one, two = SequenceId(1), SequenceId(2)
-    line.drop({one: 64, two: 128})
-    line.drop({one: 192})
-    line.drop({two: 64})
-    assert line.to_drop == {one: 192, two: 128}
-    told = (SeenFrom(sequence_id=one, position=192), SeenFrom(sequence_id=two, position=128))
+    line.to_forget.drop({one: 192, two: 128})
     first = line.begin(step(), now=0.0)
-    assert first.task.seen_from == told
-    assert line.begin(step(), now=0.0).task.seen_from == ()
-    line.drop({one: 256})
+    line.to_forget.drop({one: 256})
     line.failed(PEERS[1], refusal(first.task.step))
-    assert line.to_drop == {one: 256, two: 128}
+    assert line.to_forget.seen_from == {one: 256, two: 128}
     line.begin(step(), now=0.0)
     line.abandon()
-    assert line.to_drop == {one: 256, two: 128}
+    assert line.to_forget.seen_from == {one: 256, two: 128}
 
 
 # ------------------------------------------------------------------ leases
@@ -627,22 +611,17 @@ def test_the_oldest_late_step_names_the_worker() -> None:
     assert line.expire(now=24.0) == PEERS[2]
 
 
-def test_links_that_may_swallow_steps_are_tried_again_after_more_and_more_of_them() -> None:
+def test_a_step_that_ends_clears_the_workers_of_suspicion() -> None:
     line = in_flight(links=(0, 1))
-    now, steps = 0.0, []
-    for _ in range(3):
-        line.begin(step(), now=now)  # goes on by itself, and is lost
-        now += 10.0
-        assert line.expire(now=now) == "abandon"
-        line.abandon()
-        steps.append(0)
-        while (sent := line.begin(step(), now=now)).task.route == (False, False):
-            for stage in range(2):
-                sent = relayed(line, sent, stage, now=now)
-            finish(line, sent, now=now)
-            steps[-1] += 1
-        finish(line, sent, now=now)
-    assert steps == [64, 128, 256]
+    line.begin(step(), now=0.0)
+    assert line.expire(now=10.0) == "abandon"
+    line.abandon()
+    sent = line.begin(step(), now=10.0)
+    for stage in range(2):
+        sent = relayed(line, sent, stage, now=10.0)
+    finish(line, sent, now=10.0)
+    line.begin(step(), now=10.0)
+    assert line.expire(now=20.0) == "abandon"
 
 
 def test_a_step_that_a_newer_one_comes_past_is_lost() -> None:

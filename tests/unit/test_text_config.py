@@ -14,6 +14,7 @@ WHOLES = (
     *("gemma4", "glm4v", "glm4v_moe", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl"),
     *("llama4", "llava", "llava_next", "llava_onevision", "mistral3", "mllama", "ovis2"),
     *("qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
+    "qwen4_exp",
     *("qwen3_vl_moe", "smolvlm", "voxtral", "glmasr"),
 )
 

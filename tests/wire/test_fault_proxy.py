@@ -317,6 +317,15 @@ def test_nothing_is_left_behind(echo: Echo) -> None:
     eventually(lambda: process.num_fds() <= sockets)  # the server's ends close a little later
 
 
+def test_connections_that_come_as_it_ends_are_closed(echo: Echo) -> None:
+    for _ in range(3):
+        with FaultProxy(echo.address) as proxy, socket.socket() as client:
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", int(proxy.address.split(":")[1])))
+            proxy.refuse()
+    gc.collect()  # what is not closed says so, which fails a test
+
+
 def test_what_is_cut_again_while_it_ends_is_closed_all_the_same(proxy: FaultProxy) -> None:
     async def cut_again_and_again() -> None:
         carrying = list(proxy._connections)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.schemes.affine import FLOATS
 from distributed_llm.common.schemes.parts import Module, NotRead, Tensors
 from distributed_llm.common.stored_weights import StoredWeight
@@ -60,9 +61,10 @@ def _weights(settings: Mapping[str, Any], tensors: Tensors) -> Iterator[StoredWe
     for name, tensor in tensors.items():
         if tensor.dtype not in FP8_DTYPES or len(tensor.shape) < 2:
             continue
-        named = (name + ending for ending in _SCALES if name + ending in tensors)
-        parts = {"weight": tensor}
-        if scale := next(named, None):
+        parts, table = {"weight": tensor}, table_part(name)
+        whole = name if table is None else table[0]  # parts of a table have a scale in common
+        named = (known + ending for known in (name, whole) for ending in _SCALES)
+        if scale := next((one for one in named if one in tensors), None):
             parts["scale"] = tensors[scale]
         yield fp8_weight(Module(name.removesuffix(".weight"), "FP8", parts), name, block)
 

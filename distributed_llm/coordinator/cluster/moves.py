@@ -288,7 +288,7 @@ class Moves:
         """Return when a request has waited too long for room that the move takes, clock seconds."""
         if self.move is None or self.move.old.scheduler is None:
             return None
-        since = self._cluster.book.set_aside_since(self.move.old.longest_tokens)
+        since = self._cluster.book.waiting.set_aside_since(self.move.old.longest_tokens)
         return None if since is None else max(since, self.move.began_at) + _STARVED_S
 
     def on_timer(self, *, now: float) -> Sequence[Action]:

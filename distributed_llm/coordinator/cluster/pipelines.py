@@ -16,7 +16,7 @@ from typing import Literal
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId, WorkerId
+from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import list_text, room_text
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
@@ -25,7 +25,7 @@ from distributed_llm.coordinator.cluster.weight_sources import let_read, sources
 from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.plan import PipelineStage, Plan
+from distributed_llm.coordinator.plan import PipelineStage, Plan, PlannedStage, seconds_from
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
@@ -172,29 +172,31 @@ class Pipelines:
 
     def _tell_offloaded(self, pipeline: Pipeline) -> list[Action]:
         """Say what is brought to devices in every step, from where, and how long that takes."""
+        seconds = {stage.worker: self._seconds_away(stage) for stage in pipeline.plan}
+        kinds = (
+            (EventKind.LAYERS_IN_RAM, pipeline.ram_bytes),
+            (EventKind.LAYERS_ON_DISK, pipeline.disk_bytes),
+        )
+        notes: list[Action] = []
+        for place, (kind, nbytes) in enumerate(kinds):
+            times = {worker: taken[place] for worker, taken in seconds.items() if taken[place]}
+            if times:
+                told, read_s = list_text(times), sum(times.values())
+                notes.append(
+                    self._event_log.note(
+                        kind, epoch=pipeline.epoch, nbytes=nbytes, workers=told, read_s=read_s
+                    )
+                )
+        return notes
+
+    def _seconds_away(self, stage: PlannedStage) -> tuple[float, float]:
+        """Return the seconds in which a step copies from memory, and reads from the disk."""
         machines = {worker.id: worker.capabilities for worker in self._registry.workers}
-        from_ram: dict[WorkerId, float] = {}
-        from_disk: dict[WorkerId, float] = {}
-        for stage in pipeline.plan:
-            machine = machines[stage.worker]
-            if stage.ram_bytes and machine.ram_bytes_per_s:
-                from_ram[stage.worker] = stage.ram_bytes / machine.ram_bytes_per_s
-            if stage.disk_bytes and machine.disk_bytes_per_s:
-                from_disk[stage.worker] = stage.disk_bytes / machine.disk_bytes_per_s
-        return [
-            self._event_log.note(
-                kind,
-                epoch=pipeline.epoch,
-                nbytes=nbytes,
-                workers=list_text(times),
-                read_s=sum(times.values()),
-            )
-            for kind, nbytes, times in (
-                (EventKind.LAYERS_IN_RAM, pipeline.ram_bytes, from_ram),
-                (EventKind.LAYERS_ON_DISK, pipeline.disk_bytes, from_disk),
-            )
-            if times
-        ]
+        machine = self._model.planned(machines[stage.worker])
+        return (
+            seconds_from(stage.ram_bytes, machine.ram_bytes_per_s),
+            seconds_from(stage.disk_bytes, machine.disk_bytes_per_s),
+        )
 
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
@@ -209,6 +211,7 @@ class Pipelines:
                     s.worker,
                     s.layers,
                     workers[s.worker].capabilities.shares,
+                    sum(self._seconds_away(s)),
                 )
                 for s in plan
             ),
@@ -217,6 +220,12 @@ class Pipelines:
             new_sequence_id=lambda: SequenceId(next(self._sequence_ids)),
             on_change=self._note_change,
         )
+
+    def away_s(self, worker: Worker) -> float:
+        """Return what a step of a worker is expected to take for weights not on its device."""
+        pipeline = self._by_peer.get(worker.peer)
+        stages = pipeline.stages if pipeline else ()
+        return sum(stage.away_s for stage in stages if stage.peer == worker.peer)
 
     def assign(self, pipeline: Pipeline) -> None:
         """Give the idle workers of a pipeline its layers."""

@@ -34,7 +34,7 @@ def is_uniform(tables: Tables) -> bool:
     pairs = ~np.eye(len(tables.names), dtype=bool)
     links = [np.all(each[pairs] == each[0, -1]) for each in (tables.delays, tables.busy)]
     cost = tables.cost
-    sizes = set(zip(cost.layer_bytes, cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True))
+    sizes = set(zip(cost.read_bytes, cost.layer_fixed_bytes, cost.layer_kv_bytes, strict=True))
     return len(sizes) == 1 and all(links) and not cost.uncut and not cost.encoder_layers
 
 

@@ -278,6 +278,7 @@ class Tables:
         cost = replace(
             self.cost,
             layer_bytes=(layer_bytes,) * every,
+            table_bytes=(),
             layer_kv_bytes=(kv_bytes,) * every,
             layer_state_bytes=(),
             uncut=(),
@@ -437,11 +438,11 @@ def mean_layers(cost: ModelCost) -> tuple[Floats, Floats]:
         The lengths for steps that decode, with any prompts; and those for steps in which an
         encoder-decoder reads sources.
     """
-    if not sum(cost.layer_bytes):
-        cost = replace(cost, layer_bytes=(1,) * cost.num_layers)
+    if not sum(cost.read_bytes):
+        cost = replace(cost, layer_bytes=(1,) * cost.num_layers, table_bytes=())
     tables = []
     for sizes in (cost.answer_bytes, cost.source_bytes):
-        lengths: Floats = _range_sums(sizes) * cost.num_layers / sum(cost.layer_bytes)
+        lengths: Floats = _range_sums(sizes) * cost.num_layers / sum(cost.read_bytes)
         lengths.flags.writeable = False
         tables.append(lengths)
     return tables[0], tables[1]

@@ -50,6 +50,11 @@ class FairQueue(Generic[T]):
         """Iterate over all waiting items, in no particular order."""
         return (item for account in self._waiting.values() for _, item in account.items)
 
+    @property
+    def clients(self) -> set[Hashable]:
+        """Clients that have a counter."""
+        return set(self._accounts)
+
     def add(self, client: Hashable, item: T, *, order: int) -> None:
         """Queue `item`.
 

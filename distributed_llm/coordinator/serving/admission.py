@@ -39,7 +39,7 @@ class Admission:
     def admit(self, *, now: float) -> None:
         """Let waiting answers run until there is no room for the next ones."""
         for room_tokens in self._rooms():
-            while answer := self._book.next_waiting(room_tokens, now=now):
+            while answer := self._book.waiting.next(room_tokens, now=now):
                 self._open_for(answer, room_tokens)
                 open_to_it = self._open_to(answer)
                 if not open_to_it:

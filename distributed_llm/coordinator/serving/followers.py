@@ -1,13 +1,43 @@
 """Answers that wait until another one has computed the beginning that both have. Pure."""
 
+from collections.abc import Iterable
+
 from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.serving.answer_sequences import AnswerSequences
+from distributed_llm.coordinator.serving.prefix_index import common_prefix
+
+_WORTH_WAITING = 64
+"""Least length of a prefix, in positions, for which an answer waits until another computed it."""
 
 
 class Followers:
-    """Who waits for whom; none of them has a sequence."""
+    """Who waits for whom; none of them has a sequence.
 
-    def __init__(self) -> None:
+    Args:
+        sequences: of those that do not wait.
+    """
+
+    def __init__(self, sequences: AnswerSequences) -> None:
+        self._sequences = sequences
         self._of: dict[Answer, list[Answer]] = {}  # by the answer they wait for
+
+    def leader_for(self, answer: Answer, running: Iterable[Answer]) -> tuple[Answer | None, int]:
+        """Return who computes the longest beginning that is worth waiting for, and its length.
+
+        If it begins like none of them, or already shares as much, that is None.
+        """
+        best, length = None, 0
+        if answer.shares:
+            limit = len(answer.token_ids) - 1
+            length = max(self._sequences.hit_length(answer), _WORTH_WAITING - 1)
+            for other in running:
+                if other.request.shares_with != answer.request.shares_with:
+                    continue
+                if other.waits_for is None and other.num_uncomputed_tokens > 1:
+                    common = common_prefix(other.token_ids, answer.token_ids, limit)
+                    if common > length and self._sequences.may_go_on_from(other, common):
+                        best, length = other, common
+        return best, length
 
     def add(self, answer: Answer, leader: Answer, length: int) -> None:
         """Have an answer wait until `leader` has computed `length` positions."""

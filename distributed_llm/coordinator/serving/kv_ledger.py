@@ -6,21 +6,16 @@ charged in blocks of `KV_BLOCK` positions. A sequence that begins like another o
 one's segments and continues in a segment of its own. A segment is charged once, and until the last
 sequence that references it is freed. The ledger never charges less than a stage allocates.
 
-A sequence that has ended stays as a prefix for later ones until its room is needed; the least
-recently used one goes first. Prefixes are found by their hashes (`prefix_index.py`), and then
-compared token by token, so that a collision of hashes costs a comparison and no wrong result.
-
-What layers with a window need not keep of running sequences is dropped when its room is needed
-(`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are
-freed.
+A sequence that has ended stays as a prefix for later ones (`prefixes.py`) until its room is needed;
+the least recently used one goes first. What layers with a window need not keep of running sequences
+is dropped when its room is needed (`unseen.py`).
 
 Layers with a state of their own go on only from positions where one is kept: a *snapshot*, of which
 the ledger knows where it stands, or the end of an ended sequence. Prefixes end there.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 
 from distributed_llm.common.layer_states import HELD_STATES
 from distributed_llm.common.messages import SharedPrefix
@@ -28,19 +23,13 @@ from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.serving.cached_sequence import CachedSequence
 from distributed_llm.coordinator.serving.kv_charges import KVCharges, Segment, blocks_of
-from distributed_llm.coordinator.serving.prefix_index import STRIDE, PrefixIndex, common_prefix
+from distributed_llm.coordinator.serving.prefix_index import STRIDE
+from distributed_llm.coordinator.serving.prefixes import Match, Prefixes
 from distributed_llm.coordinator.serving.state_counts import StateCounts
+from distributed_llm.coordinator.serving.unseen import Unseen
 
 _NOBODY = SequenceId(0)
 """An id that no sequence has: nothing more is appended to a segment that it owns."""
-
-
-@dataclass(frozen=True)
-class Match:
-    """A sequence whose first `length` tokens are those looked for."""
-
-    sequence_id: SequenceId
-    length: int
 
 
 class KVLedger:
@@ -55,9 +44,9 @@ class KVLedger:
         self._charges = KVCharges(capacity_tokens, windows or KVWindows())
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
-        self._index = PrefixIndex()
+        self._prefixes = Prefixes(self._charges.windows)
+        self._unseen = Unseen(self._charges, self._sequences)
         self._freed: list[SequenceId] = []
-        self._dropped: dict[SequenceId, int] = {}  # first positions that are seen from now on
         self._is_short = False  # whether a sequence waits for room
 
     @property
@@ -80,6 +69,11 @@ class KVLedger:
         return self._charges.room_tokens
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether layers have a state of their own, so that positions alone are not enough."""
+        return bool(self._charges.windows.state)
+
+    @property
     def sequence_ids(self) -> list[SequenceId]:
         """All sequences, ended ones included."""
         return list(self._sequences)
@@ -94,8 +88,7 @@ class KVLedger:
 
         The stages are to drop others there, after they freed what is to be freed.
         """
-        dropped, self._dropped = self._dropped, {}
-        return dropped
+        return self._unseen.take()
 
     def match(
         self, tokens: Sequence[int], limit: int, shares_with: Hashable = None
@@ -107,25 +100,7 @@ class KVLedger:
         Args:
             shares_with: only sequences with an equal value are looked at.
         """
-        best = None
-        for sequence_id in self._index.find(tokens, limit, shares_with):
-            sequence = self._sequences[sequence_id]
-            if sequence.shares_with != shares_with:
-                continue  # a collision of hashes
-            length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
-            if self._charges.windows.state:
-                length = sequence.standing_at(length)
-            match = Match(sequence_id, length)
-            if length >= STRIDE and self._is_kept(match):
-                if not self._charges.windows.state:
-                    return match
-                best = match if best is None or length > best.length else best
-        return best
-
-    def _is_kept(self, match: Match) -> bool:
-        """Return whether layers with a window have what one that shares `match` sees."""
-        seen_from = self._sequences[match.sequence_id].seen_from
-        return self._charges.windows.sees(seen_from, match.length)
+        return self._prefixes.match(tokens, limit, shares_with)
 
     def may_match(self, key: int) -> bool:
         """Return whether `match` may find a sequence.
@@ -133,7 +108,7 @@ class KVLedger:
         Args:
             key: `prefix_key` of the tokens.
         """
-        return self._index.may_find(key)
+        return self._prefixes.may_match(key)
 
     def open(
         self,
@@ -156,8 +131,8 @@ class KVLedger:
             match = None  # stages have not confirmed others that begin with it
         self._is_short = not self._has_room(length, match)
         if self._is_short:
-            self._drop_unseen(self._sequences)
-            if match is not None and not self._is_kept(match):
+            self._unseen.drop(self._sequences)
+            if match is not None and not self._prefixes.is_seen(match):
                 return False
             if not self._has_room(length, match):
                 return False
@@ -298,7 +273,7 @@ class KVLedger:
             own = Segment(sequence.length, sequence_id, set())
         more = self._charges.more_for_length(own, length)
         if not self._charges.has_free(more):
-            self._drop_unseen(self._sequences)
+            self._unseen.drop(self._sequences)
             more = self._charges.more_for_length(own, length)
         if not self._charges.has_room(more):
             return False
@@ -326,7 +301,7 @@ class KVLedger:
         charges, own = self._charges, self._sequences[sequence_id].segments[-1]
         wanted = max(own.reached, blocks_of(stop - own.start))
         if not charges.has_free(charges.more_for_reach(own, wanted)):
-            self._drop_unseen([sequence_id])
+            self._unseen.drop([sequence_id])
             wanted = max(own.reached, min(wanted, own.unseen + charges.windows.span))
             least = max(wanted, blocks_of(start + 1 - own.start))
             if least > wanted:
@@ -339,34 +314,14 @@ class KVLedger:
         charges.charge(own)
         return min(stop, own.start + wanted * KV_BLOCK)
 
-    def _drop_unseen(self, sequence_ids: Iterable[SequenceId]) -> None:
-        """Drop, in layers with a window, what running sequences of these do not see any more.
-
-        Not of those with which others begin that some stage may not know yet.
-        """
-        for sequence_id in sequence_ids:
-            sequence = self._sequences[sequence_id]
-            seen_from = self._charges.windows.seen_from(sequence.computed)
-            if not (sequence.ended or sequence.pins) and seen_from > sequence.seen_from:
-                sequence.seen_from = self._dropped[sequence_id] = seen_from
-                for segment in sequence.segments:
-                    self._note_unseen(segment)
-
-    def _note_unseen(self, segment: Segment) -> None:
-        seen_from = min(self._sequences[holder].seen_from for holder in segment.holders)
-        unseen = min(segment.blocks, max(0, seen_from - segment.start) // KV_BLOCK)
-        if unseen > segment.unseen:
-            segment.unseen = unseen
-            self._charges.charge(segment)
-
     def computed(self, sequence_id: SequenceId, length: int) -> None:
         """Record that all stages have computed `length` positions; others may share them now."""
         sequence = self._sequences[sequence_id]
         self._confirm(sequence)
         sequence.computed, sequence.set_back = length, False
-        self._add_to_index(sequence_id, sequence)
+        self._prefixes.add(sequence_id, sequence)
         if self._is_short:
-            self._drop_unseen([sequence_id])
+            self._unseen.drop([sequence_id])
 
     def end(self, sequence_id: SequenceId, *, keep: bool) -> None:
         """End a sequence.
@@ -382,7 +337,7 @@ class KVLedger:
         if last and self._read_until(last, sequence_id) > sequence.computed:
             last.owner = _NOBODY  # others read past its end: nobody may append
         useful = keep and sequence.computed >= STRIDE
-        if (useful and not self._is_covered(sequence_id, sequence)) or sequence.pins:
+        if (useful and not self._prefixes.is_covered(sequence_id, sequence)) or sequence.pins:
             sequence.ended = True
             self._ended[sequence_id] = None
             if not sequence.pins:
@@ -398,15 +353,6 @@ class KVLedger:
             later = segments[segments.index(segment) + 1 :]
             until = max(until, later[0].start if later else self._sequences[other].length)
         return until
-
-    def _is_covered(self, sequence_id: SequenceId, sequence: CachedSequence) -> bool:
-        """Return whether another sequence has all tokens of this one; if not, index this one."""
-        self._index.remove(sequence_id)
-        match = self.match(sequence.tokens, sequence.computed, sequence.shares_with)
-        if match is not None and match.length >= sequence.computed:
-            return True
-        self._add_to_index(sequence_id, sequence)
-        return False
 
     def _free_for(self, price: int) -> None:
         """Free ended sequences until there is room for `price`, as far as there are any."""
@@ -430,14 +376,14 @@ class KVLedger:
         if windows is not None and windows != charges.windows:
             for sequence in self._sequences.values():
                 charges.charge_states(-sequence.states, reclaimable=sequence.can_be_freed)
-            charges.windows = windows
+            charges.windows = self._prefixes.windows = windows
             for segment in {one for held in self._sequences.values() for one in held.segments}:
                 charges.charge(segment)
             for sequence in self._sequences.values():
                 charges.charge_states(sequence.states, reclaimable=sequence.can_be_freed)
         charges.resize(capacity_tokens)
         if not charges.has_free(0):
-            self._drop_unseen(self._sequences)
+            self._unseen.drop(self._sequences)
         self._free_for(0)
         return charges.tolerate()
 
@@ -453,7 +399,7 @@ class KVLedger:
         """Free an ended sequence of which a stage has lost positions: it is no good as a prefix."""
         sequence = self._sequences.get(sequence_id)
         if sequence is not None and sequence.ended:
-            self._index.remove(sequence_id)
+            self._prefixes.remove(sequence_id)
             sequence.lost = True
             self._free_lost(sequence_id)
 
@@ -478,14 +424,14 @@ class KVLedger:
         sequence = self._sequences.pop(sequence_id)
         if sequence.prefix and sequence.prefix.take:  # some stages may still hold it
             self._freed.append(sequence.prefix.sequence_id)
-        self._index.remove(sequence_id)
+        self._prefixes.remove(sequence_id)
         if not sequence.can_be_freed:
             self._keep(sequence, -1)
         self._charges.charge_states(-sequence.states, reclaimable=True)
         for segment in sequence.segments:
             segment.holders.remove(sequence_id)
             if segment.holders:
-                self._note_unseen(segment)
+                self._unseen.note(segment)
             else:
                 self._charges.free(segment)
         self._confirm(sequence)
@@ -508,10 +454,6 @@ class KVLedger:
             self._charges.keep(segment, by)
         self._charges.keep_states(sequence.states, by)
 
-    def _add_to_index(self, sequence_id: SequenceId, sequence: CachedSequence) -> None:
-        tokens, computed = sequence.tokens, sequence.computed
-        self._index.add(sequence_id, tokens, computed, sequence.shares_with)
-
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         holders: dict[Segment, set[SequenceId]] = {}
@@ -530,4 +472,4 @@ class KVLedger:
         free_states = sum(count for count, can_be_freed in states if can_be_freed)
         self._charges.validate(set(holders), sum(count for count, _ in states), free_states)
         assert set(self._ended) == {i for i, sequence in self._sequences.items() if sequence.ended}
-        self._index.validate(self._sequences)
+        self._prefixes.validate(self._sequences)

@@ -281,10 +281,8 @@ class Pipeline:
             credits=min(ready.credits for ready in self._ready.values()),
             model=self._model,
             task_timeout_s=self._settings.task_timeout_s,
+            to_forget=before.to_forget if before else None,
         )
-        if before is not None:
-            self.in_flight.release(before.to_release)
-            self.in_flight.drop(before.to_drop)
         self._on_change(self)
         for peer, up in self._links.items():
             self.in_flight.set_link(peer, up)
@@ -377,8 +375,8 @@ class Pipeline:
 
     def _forget(self, scheduler: Scheduler, in_flight: StepsInFlight) -> None:
         """Have the next task say what the stages are to free and drop."""
-        in_flight.release(scheduler.take_freed())
-        in_flight.drop(scheduler.take_dropped())
+        in_flight.to_forget.release(scheduler.take_freed())
+        in_flight.to_forget.drop(scheduler.take_dropped())
 
     def observe(self, done: StepDone, *, now: float) -> None:
         """Learn from a step how long the stages take."""
@@ -392,8 +390,9 @@ class Pipeline:
         """
         if in_flight.num_steps:
             return []
-        freed = [i for i in in_flight.to_release if i not in self._released]
-        self._released = set(in_flight.to_release)
+        to_free = in_flight.to_forget.released
+        freed = [i for i in to_free if i not in self._released]
+        self._released = set(to_free)
         return [
             Send(stage.peer, ReleaseSequences(epoch=self.epoch, sequence_ids=tuple(batch)))
             for at in range(0, len(freed), MAX_RELEASED)

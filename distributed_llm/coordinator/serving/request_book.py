@@ -6,7 +6,6 @@ pipeline's scheduler admits them. Tokens become text elsewhere: the book asks fo
 (`Detokenize`) and sends it on when it comes (`Detokenized`).
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 
@@ -46,8 +45,8 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.deadlines import Deadlines
 from distributed_llm.coordinator.requests.failures import failure
-from distributed_llm.coordinator.requests.fairness import FairQueue
 from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     Limits,
@@ -58,13 +57,11 @@ from distributed_llm.coordinator.requests.parameters import (
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
+from distributed_llm.coordinator.requests.waiting import WaitingAnswers
 from distributed_llm.coordinator.serving.chunks import messages_of
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
-
-_LEAST_DEADLINES = 64
-"""Deadlines that are kept, at least, before those of requests that have ended are looked for."""
 
 
 class RequestBook:
@@ -77,6 +74,7 @@ class RequestBook:
         share_prefixes: whether clients with different keys share prefixes.
 
     Attributes:
+        waiting: the answers that wait for a pipeline.
         totals: counts since the coordinator started.
     """
 
@@ -96,14 +94,12 @@ class RequestBook:
         self._share_prefixes = share_prefixes
         self._requests: dict[PeerId, dict[RequestId, Request]] = {}
         self._open: Counter[Hashable] = Counter()  # requests, by their client
-        self._queue: FairQueue[Answer] = FairQueue()
-        self._set_aside: dict[Answer, float] = {}  # since when, clock seconds
+        self.waiting = WaitingAnswers()
         self._schedulers: dict[Answer, Scheduler] = {}  # of the running answers
         self._num_tokenizing = 0
         self._next_number = 0
         self._kv_tokens = 0
-        self._deadlines: list[tuple[float, RequestKey]] = []  # some of requests that have ended
-        self._most_deadlines = _LEAST_DEADLINES
+        self._deadlines = Deadlines()
         self.totals = Totals()
 
     @property
@@ -119,12 +115,7 @@ class RequestBook:
     @property
     def num_waiting(self) -> int:
         """Answers whose prompt is being tokenized or that wait for a pipeline."""
-        return self._num_tokenizing + len(self._queue) + len(self._set_aside)
-
-    @property
-    def waiting(self) -> list[Answer]:
-        """Answers that wait for a pipeline, in no particular order."""
-        return [*self._queue, *self._set_aside]
+        return self._num_tokenizing + len(self.waiting)
 
     @property
     def most_reserved(self) -> int:
@@ -194,7 +185,7 @@ class RequestBook:
         self._open[request.client] += 1
         self._num_tokenizing += params.n
         if request.deadline is not None:
-            self._watch(request.deadline, key)
+            self._deadlines.add(key, request.deadline)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         texts = 0 if embeds else params.n
         rules = text_rules(params, self._defaults, grammar)
@@ -240,7 +231,7 @@ class RequestBook:
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
         )
         for answer in request.answers:
-            self._queue.add(request.client, answer, order=answer.number)
+            self.waiting.add(answer)
         return []
 
     def _limits(self, request: Request, prompt_tokens: int) -> Limits:
@@ -261,42 +252,15 @@ class RequestBook:
 
     # -------------------------------------------------------------- queue and pipelines
 
-    def next_waiting(self, room_tokens: int, *, now: float) -> Answer | None:
-        """Return the answer that is next of those that take so much at most, or None.
-
-        Answers before it that may take more are set aside until more is asked for, so that nobody
-        waits behind them.
-
-        Args:
-            room_tokens: positions that one answer may take on some pipeline that serves.
-        """
-        for answer in [a for a in self._set_aside if a.request.reserved_tokens <= room_tokens]:
-            del self._set_aside[answer]
-            self._queue.add(answer.request.client, answer, order=answer.number)
-        while (first := self._queue.first()) is not None:
-            if first.request.reserved_tokens <= room_tokens:
-                return first
-            self._set_aside[self._queue.pop()] = now
-        return None
-
-    def set_aside_since(self, most_tokens: int) -> float | None:
-        """Return since when answers of at most `most_tokens` are set aside, clock seconds."""
-        since = (
-            at for a, at in self._set_aside.items() if a.request.reserved_tokens <= most_tokens
-        )
-        return min(since, default=None)
-
     def admit(self, scheduler: Scheduler, *, now: float) -> bool:
         """Let the next answer run on a scheduler with room for it; return whether it runs."""
-        answer = self._queue.first()
-        assert answer is not None
+        answer = self.waiting.first()
         is_first = answer.started_at is None
         if not scheduler.admit(answer, now=now):
             return False
         if is_first:
             self.totals.times.queue.add(now - answer.request.arrived_at)
-        self._queue.pop()
-        self._queue.charge(answer.request.client, len(answer.token_ids))
+        self.waiting.take()
         self._schedulers[answer] = scheduler
         return True
 
@@ -308,7 +272,7 @@ class RequestBook:
         """
         running = [answer for answer in answers if self._schedulers.pop(answer, None) is not None]
         for answer in running:
-            self._queue.add(answer.request.client, answer, order=answer.number)
+            self.waiting.add(answer)
         return len(running)
 
     def collect(self, scheduler: Scheduler) -> None:
@@ -364,7 +328,7 @@ class RequestBook:
             self.totals.times.first_token.add(now - answer.request.arrived_at)
         else:
             self.totals.times.between_tokens.add(now - before)
-        self._queue.charge(answer.request.client, 1)
+        self.waiting.served(answer, 1)
         last = answer.finish_reason is not None
         if last:
             self._withdraw(answer, keep=True)
@@ -381,8 +345,8 @@ class RequestBook:
         scheduler = self._schedulers.pop(answer, None)
         if scheduler is not None:
             scheduler.remove(answer, keep=keep)
-        elif answer.state is AnswerState.WAITING and self._set_aside.pop(answer, None) is None:
-            self._queue.remove(answer.request.client, answer)
+        elif answer.state is AnswerState.WAITING:
+            self.waiting.remove(answer)
 
     # -------------------------------------------------------------- the end
 
@@ -506,29 +470,19 @@ class RequestBook:
 
     def next_deadline(self) -> float | None:
         """Return when the next request times out, clock seconds, or None."""
-        while self._deadlines and self._find(self._deadlines[0][1]) is None:
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
-
-    def _watch(self, deadline: float, key: RequestKey) -> None:
-        """Keep a deadline; now and then forget those of requests that have ended."""
-        if len(self._deadlines) >= self._most_deadlines:
-            self._deadlines = [kept for kept in self._deadlines if self._find(kept[1])]
-            heapq.heapify(self._deadlines)
-            self._most_deadlines = max(_LEAST_DEADLINES, 2 * len(self._deadlines))
-        heapq.heappush(self._deadlines, (deadline, key))
+        return self._deadlines.next()
 
     def on_timer(self, *, now: float) -> list[Action]:
         """End the requests that have timed out."""
         actions: list[Action] = []
-        while (at := self.next_deadline()) is not None and at <= now:
-            request = self._find(heapq.heappop(self._deadlines)[1])
+        for key in self._deadlines.take_due(now=now):
+            request = self._find(key)
             assert request is not None
             error = DeadlineExceeded(
                 f"The request did not finish within {request.params.timeout_s:g} s, its timeout_s. "
                 "Allow more time, or ask for fewer tokens."
             )
-            actions += self.fail(request.key, error)
+            actions += self.fail(key, error)
         return actions
 
     def _uncomputed(self) -> Iterable[Request]:
@@ -544,6 +498,7 @@ class RequestBook:
         """Forget a request, and end those of its answers that have not ended."""
         peer, request_id, _ = request.key
         del self._requests[peer][request_id]
+        self._deadlines.remove(request.key)
         if not request.answers:
             self._num_tokenizing -= request.params.n
         for answer in request.answers:
@@ -555,22 +510,20 @@ class RequestBook:
         self._open[request.client] -= 1
         if not self._open[request.client]:
             del self._open[request.client]
-            self._queue.forget(request.client)
+            self.waiting.forget(request.client)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        self._queue.validate()
+        self.waiting.validate()
         waiting = set(self.waiting)
-        assert not self._set_aside.keys() & set(self._queue)
         requests = [r for requests in self._requests.values() for r in requests.values()]
         assert self._open == Counter(request.client for request in requests)
         answers = [answer for request in requests for answer in request.answers]
         assert all(self._find(request.key) is request for request in requests)
         assert waiting == {a for a in answers if a.state is AnswerState.WAITING}
         assert set(self._schedulers) == {a for a in answers if a.state is AnswerState.RUNNING}
-        timed = sum(request.deadline is not None for request in requests)
-        assert len({key for _, key in self._deadlines if self._find(key)}) == timed
-        assert len(self._deadlines) <= self._most_deadlines
+        assert self.waiting.clients <= set(self._open)
+        self._deadlines.validate(r.key for r in requests if r.deadline is not None)
         assert self._num_tokenizing == sum(r.params.n for r in requests if not r.answers)
         for answer, scheduler in self._schedulers.items():
             assert answer in scheduler.running

@@ -29,15 +29,11 @@ from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.serving.answer_sequences import AnswerSequences
 from distributed_llm.coordinator.serving.followers import Followers
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
-from distributed_llm.coordinator.serving.prefix_index import common_prefix
-from distributed_llm.coordinator.serving.snapshots import is_wanted, stop_before
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger
 from distributed_llm.coordinator.serving.state_counts import StateCounts
 from distributed_llm.coordinator.serving.step import FloatVector, Step
-
-_WORTH_WAITING = 64
-"""Least length of a prefix, in positions, for which an answer waits until another computed it."""
 
 _PROMPT_SHARE = 4
 """Decoding answers leave one in so many tokens of a step to prefill chunks, if there are any."""
@@ -75,17 +71,14 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._windows = windows or KVWindows()
         self._longest = self._windows.longest(kv_tokens)
-        self._new_sequence_id = new_sequence_id
         self._ledger = KVLedger(kv_tokens, self._windows)
+        self._sequences = AnswerSequences(self._ledger, new_sequence_id)
         self._running: dict[int, Answer] = {}  # by number, in the order of admission
-        self._followers = Followers()
-        self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
-        self._ending: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
+        self._followers = Followers(self._sequences)
         self._preempted: list[Answer] = []
         self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
         self._num_slices = 0
         self._read_sources = False  # whether the latest step did
-        self._prefix_tokens = (0, 0)  # looked up, and found
 
     @property
     def kv_tokens(self) -> int:
@@ -147,8 +140,7 @@ class Scheduler:
 
     def take_prefix_tokens(self) -> tuple[int, int]:
         """Return how many tokens were looked up among prefixes since the last call, and shared."""
-        tokens, self._prefix_tokens = self._prefix_tokens, (0, 0)
-        return tokens
+        return self._sequences.take_prefix_tokens()
 
     # -------------------------------------------------------------- answers
 
@@ -160,10 +152,10 @@ class Scheduler:
         refused, refused_room = self._refused
         if answer is refused and room <= refused_room:
             return False  # to look for prefixes of a long prompt takes milliseconds
-        leader, common = self._leader(answer)
+        leader, common = self._followers.leader_for(answer, self.running)
         if leader is not None:
             self._followers.add(answer, leader, common)
-        elif not self._open(answer):
+        elif not self._sequences.open(answer):
             self._refused = answer, room
             return False
         answer.change(AnswerCause.ADMITTED)
@@ -187,8 +179,7 @@ class Scheduler:
 
     def hit_length(self, answer: Answer) -> int:
         """Return how many positions an answer would share instead of computing them."""
-        match = self._match(answer)
-        return match.length if match else 0
+        return self._sequences.hit_length(answer)
 
     def remove(self, answer: Answer, *, keep: bool = False) -> None:
         """Stop running an answer, if it runs.
@@ -198,7 +189,7 @@ class Scheduler:
         """
         if self._running.pop(answer.number, None) is not None:
             self.on_change()
-            self._close(answer, keep=keep)
+            self._sequences.close(answer, keep=keep)
             self._forget_waiting(answer)
 
     def restart(self, answer: Answer) -> None:
@@ -207,13 +198,10 @@ class Scheduler:
         The prefix that it shares may be lost too; it is no longer kept, and the answer shares
         none.
         """
-        prefix = answer.prefix
-        self._close(answer, keep=False)
-        if prefix and answer.num_computed_tokens == prefix.length:
-            self._ledger.discard(prefix.sequence_id)
+        self._sequences.close_lost(answer)
         answer.shares = False
         answer.reset()
-        if not self._open(answer):
+        if not self._sequences.open(answer):
             self._preempt(answer)
 
     def evacuate(self) -> list[Answer]:
@@ -259,58 +247,6 @@ class Scheduler:
         self._ledger.trim(cached_tokens)
         self.on_change()
 
-    def _open(self, answer: Answer) -> bool:
-        """Begin an answer's sequence; return False without room for its tokens and one more."""
-        sequence_id, length = self._new_sequence_id(), len(answer.token_ids) + 1
-        match = self._match(answer) if answer.shares else None
-        # A shared prefix keeps the whole other sequence in memory; without it there may be room.
-        choices = (match, None) if match else (None,)
-        if not any(
-            self._ledger.open(
-                sequence_id, answer.token_ids, length, choice, answer.request.shares_with
-            )
-            for choice in choices
-        ):
-            return False
-        answer.sequence_id, answer.prefix = sequence_id, self._ledger.prefix_of(sequence_id)
-        queried, hit = self._prefix_tokens
-        found = answer.prefix.length if answer.prefix else 0
-        self._prefix_tokens = (queried + len(answer.token_ids), hit + found)
-        if answer.prefix:
-            answer.num_computed_tokens = answer.num_scheduled_tokens = answer.prefix.length
-            answer.num_cached_tokens = max(answer.num_cached_tokens, answer.prefix.length)
-        return True
-
-    def _match(self, answer: Answer) -> Match | None:
-        # At least one token is left to compute: the next one is sampled from its logits.
-        return self._ledger.match(
-            answer.token_ids, len(answer.token_ids) - 1, answer.request.shares_with
-        )
-
-    def _leader(self, answer: Answer) -> tuple[Answer | None, int]:
-        """Return the answer that computes the longest prefix worth waiting for, and its length."""
-        best, length = None, 0
-        if answer.shares:
-            limit = len(answer.token_ids) - 1
-            length = max(self.hit_length(answer), _WORTH_WAITING - 1)
-            for other in self._running.values():
-                if other.request.shares_with != answer.request.shares_with:
-                    continue
-                if other.waits_for is None and other.num_uncomputed_tokens > 1:
-                    common = common_prefix(other.token_ids, answer.token_ids, limit)
-                    if self._windows.state and not self._may_stand(other, common):
-                        continue
-                    if common > length:
-                        best, length = other, common
-        return best, length
-
-    def _may_stand(self, answer: Answer, position: int) -> bool:
-        """Return whether a state of an answer that runs is kept after a position, or can be."""
-        if position > answer.num_scheduled_tokens:
-            return True
-        assert answer.sequence_id is not None
-        return self._ledger.has_snapshot(answer.sequence_id, position)
-
     def _forget_waiting(self, answer: Answer) -> None:
         """Have an answer that no longer runs wait for none, and none wait for it."""
         self._followers.remove(answer)
@@ -319,12 +255,12 @@ class Scheduler:
     def _release_followers(self, leader: Answer, *, everyone: bool = False) -> None:
         """Let the followers go on whose prefix `leader` has computed, or all of them."""
         for answer in self._followers.take_ready(leader, everyone=everyone):
-            if not self._open(answer):
+            if not self._sequences.open(answer):
                 self._preempt(answer)
 
     def _preempt(self, answer: Answer) -> None:
         del self._running[answer.number]
-        self._close(answer, keep=False)
+        self._sequences.close(answer, keep=False)
         self._forget_waiting(answer)
         answer.reset()
         answer.change(AnswerCause.PREEMPTED)
@@ -334,16 +270,6 @@ class Scheduler:
     def _holding(self) -> list[Answer]:
         """Return the running answers that have KV cache."""
         return [answer for answer in self._running.values() if answer.sequence_id is not None]
-
-    def _close(self, answer: Answer, *, keep: bool) -> None:
-        """End an answer's sequence as soon as no step in flight computes it."""
-        sequence_id, answer.sequence_id = answer.sequence_id, None
-        if sequence_id is None:
-            return
-        if sequence_id in self._in_flight:
-            self._ending[sequence_id] = keep
-        else:
-            self._ledger.end(sequence_id, keep=keep)
 
     # -------------------------------------------------------------- steps
 
@@ -428,7 +354,7 @@ class Scheduler:
                 return
             if answer.sequence_id is None or not (size := self._reach(answer, size)):
                 continue
-            size = self._until_snapshot(answer, size)
+            size = self._sequences.until_snapshot(answer, size, self._followers.awaited(answer))
             count += 1
             room -= answer.sampling_bytes
             yield answer, self._slice(answer, size)
@@ -460,29 +386,12 @@ class Scheduler:
             self._preempt(victim)
         return 0
 
-    def _until_snapshot(self, answer: Answer, size: int) -> int:
-        """Return how many of the next `size` positions of a prompt to compute in one step."""
-        if not self._windows.state:
-            return size
-        start = answer.num_scheduled_tokens
-        awaited = self._followers.awaited(answer)
-        stop = stop_before(start, start + size, len(answer.token_ids), awaited)
-        return stop - start
-
-    def _keeps_snapshot(self, answer: Answer, sequence_id: SequenceId, stop: int) -> bool:
-        """Return whether states are kept after positions of a prompt, and charge them."""
-        if not self._windows.state:
-            return False
-        latest = self._ledger.latest_snapshot(sequence_id)
-        awaited = self._followers.awaited(answer)
-        wanted = is_wanted(stop, len(answer.token_ids), awaited, latest)
-        return wanted and self._ledger.keep_snapshot(sequence_id, stop)
-
     def _slice(self, answer: Answer, size: int) -> SequenceSlice:
         sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens
         assert sequence_id is not None
-        snapshot = self._keeps_snapshot(answer, sequence_id, start + size)
-        self._in_flight[sequence_id] = self._in_flight.get(sequence_id, 0) + 1
+        awaited = self._followers.awaited(answer)
+        snapshot = self._sequences.keep_snapshot(answer, start + size, awaited)
+        self._sequences.step_began(sequence_id)
         answer.num_in_flight += 1
         self._num_slices += 1
         answer.latest_slice = self._num_slices
@@ -524,7 +433,7 @@ class Scheduler:
         younger = [a for a in holding if a.number > answer.number and not a.num_in_flight]
         if younger:
             return max(younger, key=lambda other: other.number)
-        if self._in_flight:
+        if self._sequences.are_computed:
             return None
         if len(holding) == 1:
             # It is alone and has no room: its shared prefix keeps more than it uses itself.
@@ -541,6 +450,7 @@ class Scheduler:
         got a token is cleared of suspicion; after a prefill chunk it is not, because what breaks
         the stages may be in a later chunk.
         """
+        self.on_change()
         are_current = []
         left = iter(sums)
         for answer, part in zip(step.answers, step.slices, strict=True):
@@ -556,13 +466,14 @@ class Scheduler:
                 if part.sample:
                     answer.clear_suspicion()
                 self._release_followers(answer)
-            self._step_ended(part.sequence_id)
+            self._sequences.step_ended(part.sequence_id)
             if part.sample:
                 are_current.append(is_current)
         return are_current
 
     def abandon(self, step: Step) -> None:
         """Set the answers in an abandoned step back to what is computed."""
+        self.on_change()
         for answer, part in zip(step.answers, step.slices, strict=True):
             if answer.sequence_id == part.sequence_id:
                 answer.num_in_flight -= 1
@@ -570,28 +481,16 @@ class Scheduler:
                 answer.sampling_sent = False
             if self._windows.state:
                 self._ledger.set_back(part.sequence_id, part.start)
-            self._step_ended(part.sequence_id)
-
-    def _step_ended(self, sequence_id: SequenceId) -> None:
-        self.on_change()
-        self._in_flight[sequence_id] -= 1
-        if not self._in_flight[sequence_id]:
-            del self._in_flight[sequence_id]
-            if sequence_id in self._ending:
-                self._ledger.end(sequence_id, keep=self._ending.pop(sequence_id))
+            self._sequences.step_ended(part.sequence_id)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._ledger.validate()
         assert len(self._running) <= self._max_sequences
-        held = {answer.sequence_id for answer in self._holding()}
-        assert set(self._ending) <= set(self._in_flight)
-        assert set(self._in_flight) <= held | set(self._ending)
+        self._sequences.validate(self.running)
         for answer in self._running.values():
             assert answer.state is AnswerState.RUNNING
             assert (answer.sequence_id is None) == (answer.waits_for is not None)
-            in_flight = answer.sequence_id is not None and self._in_flight.get(answer.sequence_id)
-            assert answer.num_in_flight == (in_flight or 0)
             assert answer.num_in_flight <= 1 or not self._windows.state
             assert 0 <= answer.num_computed_tokens <= answer.num_scheduled_tokens
             assert answer.num_scheduled_tokens <= len(answer.token_ids)

@@ -1,28 +1,22 @@
-"""The steps in flight of one pipeline: their routes, results and leases. Pure.
+"""The steps in flight of one pipeline: their tasks, results and leases. Pure.
 
-A step is sent to the first stage as a task that carries its route. A stage passes it on to the next
-one directly where it can, and through the coordinator where it cannot; the last stage sends its
-result to the coordinator. No more steps are in flight than the credits that every stage granted.
+A step is sent to the first stage as a task that carries its route (`routes.py`). A stage passes it
+on to the next one directly where it can, and through the coordinator where it cannot; the last
+stage sends its result to the coordinator. No more steps are in flight than the credits that every
+stage granted.
 
 Every step has a lease, which is renewed by each result and by progress that stages report. When a
 lease runs out, a newer step comes past an older one, a link breaks or a stage fails, all steps in
 flight are abandoned: later tasks carry the number of the oldest step that is not (`oldest`), and
-stages drop older ones. Only time is lost, because tasks are idempotent.
-
-The first time that a lease runs out, it is not known which worker has the step. From then on steps
-pass through the coordinator at every hop. If another lease runs out before any step has ended, the
-worker that has the step is given up. If steps do end, a link may be losing what it is given: links
-are used again after a number of steps, which doubles each time.
+stages drop older ones. Only time is lost, because tasks are idempotent. If a lease runs out again
+before any step has ended, the worker that has the step is given up.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
 from distributed_llm.common.messages import (
-    MAX_RELEASED,
-    SeenFrom,
     StageTime,
     Task,
     TaskFailed,
@@ -36,9 +30,10 @@ from distributed_llm.common.tensors import (
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
+from distributed_llm.common.types import Epoch, PeerId, StepNumber
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
+from distributed_llm.coordinator.serving.routes import Route, Routes
 from distributed_llm.coordinator.serving.step import (
     FloatVector,
     Step,
@@ -47,12 +42,7 @@ from distributed_llm.coordinator.serving.step import (
     wrong_activations,
     wrong_tokens,
 )
-
-_RELAY_STEPS = 64
-"""Steps that are relayed at every hop after the first lease that ran out."""
-
-_MAX_RELAY_STEPS = 1 << 20
-"""Most steps that are relayed at every hop after a later one, as the number doubles each time."""
+from distributed_llm.coordinator.serving.to_forget import Forgotten, ToForget
 
 FOREIGN_RESULT = "foreign_result"
 """Counter of results of steps that were never begun, or that another stage runs."""
@@ -121,9 +111,8 @@ class _StepInFlight:
     Attributes:
         ids: token ids of the step, as a tensor.
         masks: of the step, as a tensor; None if it has none.
-        released: sequences that its task frees.
-        seen_from: of sequences of which its task drops earlier positions.
-        route: for each hop, whether the stage passes the step on directly.
+        forgotten: what its task has the stages forget.
+        route: of the whole pipeline.
         first: index of the stage where it began.
         stage: index of the last stage that it was sent to by the coordinator.
         depth: steps in flight when it began, itself included.
@@ -134,9 +123,8 @@ class _StepInFlight:
     step: Step
     ids: tuple[TensorSpec, Frame]
     masks: tuple[TensorSpec, Frame] | None
-    released: tuple[SequenceId, ...]
-    seen_from: tuple[SeenFrom, ...]
-    route: tuple[bool, ...]
+    forgotten: Forgotten
+    route: Route
     first: int
     stage: int
     depth: int
@@ -153,6 +141,10 @@ class StepsInFlight:
         credits: tasks that every stage has granted.
         model: the model that they serve, which determines the tensors of their results.
         task_timeout_s: length of a lease.
+        to_forget: what these stages are to forget from the first task on.
+
+    Attributes:
+        to_forget: what no task has said yet.
     """
 
     def __init__(
@@ -163,6 +155,7 @@ class StepsInFlight:
         credits: int,
         model: ServedModel,
         task_timeout_s: float,
+        to_forget: ToForget | None = None,
     ) -> None:
         self.epoch = epoch
         self.stages = tuple(stages)
@@ -170,16 +163,12 @@ class StepsInFlight:
         self._index = {stage.peer: i for i, stage in enumerate(self.stages)}
         self._model = model
         self._task_timeout_s = task_timeout_s
-        self._linked = [False] * (len(self.stages) - 1)
-        self._suspected = False  # whether a lease has run out and no step ended since
-        self._relay_steps = 0  # number of next steps that are relayed at every hop
-        self._next_relay_steps = _RELAY_STEPS
+        self._routes = Routes(len(self.stages) - 1)
+        self.to_forget = to_forget or ToForget()
         self._flights: dict[StepNumber, _StepInFlight] = {}
         # Where steps begin that decode: before are stages with layers of an encoder alone.
         self._first = sum(s.layers.stop <= model.cost.encoder_layers for s in self.stages)
         self._passed = self._nothing_passed()
-        self._to_release: dict[SequenceId, None] = {}
-        self._to_drop: dict[SequenceId, int] = {}
         self._next_step = self._oldest = StepNumber(1)
 
     @property
@@ -193,11 +182,7 @@ class StepsInFlight:
 
         True when a link is up that they do not use: a step that used it would overtake them.
         """
-        return not self._relay_steps and any(
-            linked and not direct
-            for flight in self._flights.values()
-            for linked, direct in zip(self._linked, flight.route, strict=True)
-        )
+        return self._routes.may_overtake(self._routes_in_flight())
 
     @property
     def next_step(self) -> StepNumber:
@@ -221,56 +206,23 @@ class StepsInFlight:
             Whether steps in flight may be lost: the link was up and is no longer.
         """
         stage = self._index.get(peer, len(self.stages))
-        if stage >= len(self._linked):
+        if stage >= len(self.stages) - 1:
             return False
-        broken = self._linked[stage] and not up
-        self._linked[stage] = up
-        return broken and bool(self._flights)
-
-    def release(self, sequence_ids: Iterable[SequenceId]) -> None:
-        """Have the next tasks free sequences on every stage."""
-        self._to_release.update(dict.fromkeys(sequence_ids))
-
-    @property
-    def to_release(self) -> list[SequenceId]:
-        """Sequences to be freed that no task has carried yet."""
-        return list(self._to_release)
-
-    def drop(self, seen_from: Mapping[SequenceId, int]) -> None:
-        """Have the next task drop positions that layers with a window do not see any more.
-
-        Args:
-            seen_from: by sequence, the first position that they see from now on.
-        """
-        for sequence_id, position in seen_from.items():
-            self._to_drop[sequence_id] = max(position, self._to_drop.get(sequence_id, 0))
-
-    @property
-    def to_drop(self) -> dict[SequenceId, int]:
-        """What `drop` was told and no task has carried yet."""
-        return dict(self._to_drop)
+        return self._routes.set_link(stage, up) and bool(self._flights)
 
     def begin(self, step: Step, *, now: float) -> SendTask:
         """Begin a step: return its task for the first stage."""
         ids = frame_of_token_ids(step.token_ids)
         depth = len(self._flights) + 1
         deadline = now + self._task_timeout_s
-        released = tuple(islice(self._to_release, MAX_RELEASED))
-        for sequence_id in released:
-            del self._to_release[sequence_id]
-        dropping = list(islice(self._to_drop.items(), MAX_RELEASED))
-        for sequence_id, _ in dropping:
-            del self._to_drop[sequence_id]
-        seen_from = tuple(SeenFrom(sequence_id=i, position=at) for i, at in dropping)
         first = 0 if step.is_source else self._first
         flight = _StepInFlight(
             number=self._next_step,
             step=step,
             ids=ids,
             masks=frame_of_masks(step.masks) if step.masks else None,
-            released=released,
-            seen_from=seen_from,
-            route=self._route(),
+            forgotten=self.to_forget.take(),
+            route=self._routes.choose(self._routes_in_flight()),
             first=first,
             stage=first,
             depth=depth,
@@ -285,7 +237,7 @@ class StepsInFlight:
         """Give up all steps in flight and return them; results of them will be dropped."""
         steps = self.steps
         for flight in self._flights.values():
-            self._forget_again(flight)
+            self.to_forget.put_back(flight.forgotten)
         self._flights.clear()
         self._oldest = self._next_step
         self._passed = self._nothing_passed()
@@ -368,9 +320,10 @@ class StepsInFlight:
         While steps are relayed at every hop, its worker got it and has let a newer one pass.
         """
         oldest = next(iter(self._flights.values()))
-        if self._relay_steps and not any(oldest.route):
+        if self._routes.relays_all and not any(oldest.route):
             return self.stages[oldest.stage].peer
-        return self._suspect()
+        self._routes.suspect()
+        return "abandon"
 
     def expire(self, *, now: float) -> PeerId | Literal["abandon"] | None:
         """End the leases that have run out; return what to do about them, None if none has.
@@ -381,15 +334,9 @@ class StepsInFlight:
         late = [flight for flight in self._flights.values() if flight.deadline <= now]
         if not late:
             return None
-        if self._suspected:
+        if self._routes.suspected:
             return self.stages[late[0].stage].peer
-        return self._suspect()
-
-    def _suspect(self) -> Literal["abandon"]:
-        """Relay the next steps at every hop, so that it is known who has them."""
-        self._suspected = True
-        self._relay_steps = self._next_relay_steps
-        self._next_relay_steps = min(2 * self._relay_steps, _MAX_RELAY_STEPS)
+        self._routes.suspect()
         return "abandon"
 
     def _task(
@@ -405,31 +352,22 @@ class StepsInFlight:
             oldest=self._oldest,
             sequences=flight.step.slices,
             tensors=tuple(spec for spec, _ in tensors),
-            released=flight.released,
-            seen_from=flight.seen_from,
+            released=flight.forgotten.released,
+            seen_from=flight.forgotten.seen_from,
             route=flight.route[flight.stage :],
             timings=timings,
         )
         frames = tuple(frame for _, frame in tensors)
         return SendTask(self.stages[flight.stage].peer, task, frames)
 
-    def _route(self) -> tuple[bool, ...]:
-        """Return the route of a step that begins now.
-
-        It uses a link only if all steps in flight do: it would overtake one that is relayed there.
-        """
-        routes = [flight.route for flight in self._flights.values()]
-        return tuple(
-            linked and not self._relay_steps and all(route[hop] for route in routes)
-            for hop, linked in enumerate(self._linked)
-        )
+    def _routes_in_flight(self) -> list[Route]:
+        return [flight.route for flight in self._flights.values()]
 
     def _done(
         self, flight: _StepInFlight, result: TaskResult, frames: tuple[Frame, ...], now: float
     ) -> StepDone:
         del self._flights[flight.number]
-        self._suspected = False
-        self._relay_steps = max(0, self._relay_steps - 1)
+        self._routes.step_ended()
         return StepDone(
             step=flight.step,
             token_ids=token_ids_of_frame(frames[0]) if flight.step.num_samples else [],
@@ -456,13 +394,8 @@ class StepsInFlight:
 
     def _break(self, flight: _StepInFlight, failure: TaskFailed) -> StepBroken:
         del self._flights[flight.number]
-        self._forget_again(flight)
+        self.to_forget.put_back(flight.forgotten)
         return StepBroken(flight.step, failure)
-
-    def _forget_again(self, flight: _StepInFlight) -> None:
-        """Have later tasks free and drop what a task did that some stages may not have got."""
-        self.release(flight.released)
-        self.drop({one.sequence_id: one.position for one in flight.seen_from})
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

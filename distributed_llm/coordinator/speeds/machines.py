@@ -108,17 +108,17 @@ class Machines:
             cost: of the model.
             kv_tokens: positions of KV cache that every stage must have room for.
         """
-        layer_bytes = cost.all_layer_bytes // cost.num_layers
+        layer_bytes = sum(cost.read_bytes) // cost.num_layers
         kv_bytes = max(1, int(cost.mean_kv_bytes * kv_tokens))
         ends = cost.all_weight_bytes - cost.all_layer_bytes
-        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.layer_bytes)
+        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.read_bytes)
         memory, overflows = dict(self.memory_bytes), {}
         for worker, own in self.overflows.items():
             if (size := memory.get(worker)) is None:
                 continue
             layers = max(0, size - fixed_bytes) // kv_bytes
             most = ends + layers * (layer_bytes + kv_bytes)
-            lost = (LAYERS_AT_ONCE + 1) * max(cost.layer_bytes) if own.ram_bytes else 0
+            lost = (LAYERS_AT_ONCE + 1) * max(cost.read_bytes) if own.ram_bytes else 0
             if (room := min(own.room_bytes - lost, most - size)) > 0:
                 memory[worker] = size + room
                 overflows[worker] = replace(own, room_bytes=room)

@@ -37,7 +37,7 @@ class Measurements:
     def __init__(self, cost: ModelCost, *, item_bytes: int, bytes_per_token: int) -> None:
         self._cost = cost
         self._item_bytes = item_bytes
-        self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
+        self._mean_bytes = sum(cost.read_bytes) / cost.num_layers
         self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
         self._overflows: dict[WorkerId, Overflow] = {}
@@ -75,9 +75,23 @@ class Measurements:
         return speed is not None and not speed.measured
 
     def tried(
-        self, worker: WorkerId, held: LayerRange, trials: Sequence[StageTrial], *, now: float
+        self,
+        worker: WorkerId,
+        held: LayerRange,
+        trials: Sequence[StageTrial],
+        *,
+        now: float,
+        away_s: float = 0.0,
     ) -> None:
-        """Learn from the trials of a worker on its new layers."""
+        """Learn from the trials of a worker on its new layers.
+
+        Args:
+            worker: that tried them.
+            held: its layers.
+            trials: none if it has tried nothing.
+            now: clock seconds.
+            away_s: see `PipelineStage`.
+        """
         speed = self._speeds.get(worker)
         if speed is None or not trials:
             return
@@ -88,6 +102,7 @@ class Measurements:
             source_layers=self._length(held, reading=True),
             is_last=held.stop == self._cost.num_layers,
             now=now,
+            away_s=away_s,
         )
 
     def left(self, worker: WorkerId) -> None:
@@ -137,6 +152,7 @@ class Measurements:
             layers_s=timing.layers_us / 1e6,
             other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
             now=now,
+            away_s=stage.away_s,
         )
 
     def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:

@@ -31,6 +31,10 @@ _ERROR_OF_TRIALS = 2.0
 """Assumed relative error after trials alone. It is large because other workers may have used the
 machine at the time; so before there are tasks, only nearly twice the rate is worth a move."""
 
+_OWN_SHARE = 0.1
+"""Share of the seconds in layers that were computing at least, whatever else they are expected to
+have taken: weights that are not on the device come while others compute, or faster than once."""
+
 _QUERIES = 4
 """Assumed query heads per KV head; models have 1 to 8."""
 
@@ -73,7 +77,7 @@ class Prior:
         item_s = (
             2 / capabilities.flops_per_s / item_bytes
         )  # multiply and add, per byte of parameters
-        layer_bytes = sum(cost.layer_bytes) / cost.num_layers - cost.table_bytes
+        layer_bytes = sum(cost.read_bytes) / cost.num_layers
         kv_bytes = sum(cost.layer_kv_bytes) / (cost.num_layers - cost.encoder_layers)
         tied = cost.num_layers - 1 in cost.sharers  # not where it is a matrix of both stacks alone
         head_bytes = cost.last_bytes + cost.shared_bytes * tied
@@ -160,6 +164,7 @@ class WorkerSpeed:
         is_last: bool,
         now: float,
         source_layers: float = 0.0,
+        away_s: float = 0.0,
     ) -> None:
         """Learn from steps that were tried on new layers.
 
@@ -169,12 +174,13 @@ class WorkerSpeed:
             is_last: likewise.
             now: likewise.
             source_layers: as `layers`, for trials with sources.
+            away_s: as for `observe`.
         """
         if not trials:
             return
         works = [work_of_trial(trial) for trial in trials]
         seconds = [
-            (work, trial.time.layers_us / 1e6 / length)
+            (work, _computed_s(trial.time.layers_us / 1e6, away_s) / length)
             for work, trial in zip(works, trials, strict=True)
             if (length := source_layers if trial.is_source else layers)
         ]
@@ -193,6 +199,7 @@ class WorkerSpeed:
         layers_s: float,
         other_s: float,
         now: float,
+        away_s: float = 0.0,
     ) -> float | None:
         """Learn from one task; return how long it was expected to take, None if that is unknown.
 
@@ -204,18 +211,21 @@ class WorkerSpeed:
             layers_s: seconds inside the layers.
             other_s: the other seconds of its compute time.
             now: clock seconds.
+            away_s: seconds of `layers_s` that weights are expected to take that are not on its
+                device. They say nothing of its speed, and are gone with the next layers.
         """
         beside, unseen = self._tasks, self._lasts
         if is_last:
             beside, unseen = unseen, beside
-        layer_s = self._layers.add(work, layers_s / layers, now) if layers else None
+        own_s = _computed_s(layers_s, away_s)
+        layer_s = self._layers.add(work, own_s / layers, now) if layers else None
         beside_s = beside.add(work, other_s, now)
         if layers and self._layers.jumped != 1.0:
             unseen.rescale(self._layers.jumped)
         self._tried = False
         if layer_s is None or beside_s is None:
             return None
-        expected_s = layers * layer_s + beside_s
+        expected_s = layers * layer_s + away_s + beside_s
         taken_s = max(layers_s + other_s, LEAST_S)
         self._errors.append(abs(expected_s - taken_s) / taken_s)
         return expected_s
@@ -278,3 +288,8 @@ class WorkerSpeed:
         if not tasks.measured:
             task_s = min(task_s, whole_s)
         return task_s, max(0.0, whole_s - task_s)
+
+
+def _computed_s(layers_s: float, away_s: float) -> float:
+    """Return the seconds in layers without those that weights took to come."""
+    return max(layers_s - away_s, _OWN_SHARE * layers_s)

@@ -30,10 +30,13 @@ _OF_TYPE: Mapping[str, str] = {
     "marian": "MarianTokenizer",
     "mbart": "MBartTokenizer",
     "mt5": "T5Tokenizer",
+    "mvp": "MvpTokenizer",
     "pegasus": "PegasusTokenizer",
     "plbart": "PLBartTokenizer",
+    "switch_transformers": "T5Tokenizer",
     "t5": "T5Tokenizer",
     "t5gemma": "GemmaTokenizer",
+    "t5gemma2": "GemmaTokenizer",
     "umt5": _GENERIC,
 }
 """Classes in transformers, by the model type; all types are here."""

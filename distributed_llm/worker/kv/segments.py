@@ -64,6 +64,10 @@ class KVBuffers:
         there = slice(start - self.first, stop - self.first)
         return KVBuffers(self.keys[:, there], self.values[:, there], first=start)
 
+    def narrow(self, key_dim: int) -> "KVBuffers":
+        """Return a view with the first `key_dim` numbers of each key."""
+        return KVBuffers(self.keys[..., :key_dim], self.values, first=self.first)
+
     def copy_from(self, other: "KVBuffers", start: int, stop: int) -> None:
         """Copy the positions `[start, stop)`, which both have, from others of the same segment."""
         mine, theirs = self.cut(start, stop), other.cut(start, stop)

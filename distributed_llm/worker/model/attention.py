@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.block_attention import attend_blocks
+from distributed_llm.worker.model.block_indexers import BlockChoice
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.indexers import Choice
 from distributed_llm.worker.model.key_block_attention import attend_picked
@@ -33,7 +35,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockChoice | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -53,7 +55,8 @@ def packed_attention(
             (`latents`), the part of all heads' keys, [1, 1, tokens, shared_dim].
         value: [1, kv_heads, tokens, value_dim]; appended to the cache. Of latent attention, the
             latents, [1, 1, tokens, rank].
-        attention_mask: has to be None, unless there are indices, which include it.
+        attention_mask: has to be None, unless there are indices, which include it; or by what the
+            tokens choose blocks of positions.
         scaling: factor of the scores; default 1 / sqrt(head_dim).
         sliding_window: number of positions that a token attends to, itself included; default all.
         softcap: scores become softcap * tanh(score / softcap).
@@ -71,7 +74,8 @@ def packed_attention(
     Raises:
         NotImplementedError: the model has a mask or a position bias of its own.
     """
-    masked = attention_mask is not None and indices is None
+    blocks = attention_mask if isinstance(attention_mask, BlockChoice) else None
+    masked = attention_mask is not None and indices is None and blocks is None
     if masked or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} brings its own mask or position bias")
     step = running_step()
@@ -83,9 +87,12 @@ def packed_attention(
     section = step.sections[layer] if step.sections else 0
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
-    if block_indices is not None:
-        told = (query[0], key[0], value[0], scoring, block_indices)
-        return attend_picked(step, layer, *told)[None], None
+    if blocks is not None or block_indices is not None:
+        told = (step, layer, query[0], key[0], value[0], scoring)
+        if blocks is not None:
+            return attend_blocks(*told, blocks)[None], None
+        assert block_indices is not None
+        return attend_picked(*told, block_indices)[None], None
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])

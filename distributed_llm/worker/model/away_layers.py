@@ -120,9 +120,11 @@ def away_nbytes(layers: Iterable[nn.Module]) -> int:
 def _movable(layer: nn.Module) -> Iterator[Tensor]:
     """Yield the tensors of a layer that are worth moving, each once.
 
-    Those of a block that other layers may call as well stay.
+    Those of a block that other layers may call as well stay. So do tables: a step reads some rows
+    of one, and would bring all of it.
     """
     seen = {id(tensor) for tensor in _tensors(block)} if (block := block_of(layer)) else set()
+    seen.update(id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding))
     for tensor in _tensors(layer):
         if not isinstance(tensor, Tensor) or id(tensor) in seen:
             continue

@@ -5,8 +5,10 @@ of a small layer. As a sum of as many products as the window has columns, it is 
 The C library computes a single column of bfloat16.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.activations import ACT2FN
 
@@ -53,16 +55,36 @@ def causal_conv1d_fn(
     return convolved(pad(hidden_states, (weight.shape[-1] - 1, 0)), weight, bias, activation)
 
 
+class DilatedConvolution(nn.Module):
+    """A convolution of each channel with columns that are some way apart, as `nn.Conv1d`.
+
+    Args:
+        convolution: without a bias, and without padding of its own.
+    """
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        given: Any = convolution
+        self.weight: nn.Parameter = given.weight
+        (self._apart,) = given.dilation
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """Return a column for each but the first of columns [sequences, channels, tokens]."""
+        return convolved(columns, self.weight[:, 0], None, None, apart=self._apart)
+
+
 def convolved(
-    columns: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    columns: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, apart: int = 1
 ) -> Tensor:
-    """Return a column for each but the first width - 1; sums are made in float32."""
+    """Return a column for each but the first (width - 1) * apart; sums are made in float32."""
     width = weight.shape[-1]
-    tokens = columns.shape[-1] - width + 1
+    tokens = columns.shape[-1] - (width - 1) * apart
     by_column = weight.float()[:, :, None]
     total = columns[..., :tokens].float() * by_column[:, 0]
     for number in range(1, width):
-        total.addcmul_(columns[..., number : number + tokens].float(), by_column[:, number])
+        total.addcmul_(
+            columns[..., number * apart : number * apart + tokens].float(), by_column[:, number]
+        )
     if bias is not None:
         total += bias[:, None]
     rounded = total.to(columns.dtype)

@@ -24,13 +24,16 @@ class PinnedLayer(AwayLayer):
         layer: to move there; its tensors lie there afterwards.
         copies: to the device.
 
+    Attributes:
+        copied: behind the latest copy into the buffers of each stage, by their `id`.
+
     Raises:
         NotEnoughMemory: the pages cannot be locked.
     """
 
     def __init__(self, layer: nn.Module, copies: Copies) -> None:
         self._copies = copies
-        self.copied: Mark | None = None
+        self.copied: dict[int, Mark] = {}
         super().__init__(layer)
 
     def _stored(self, contents: Sequence[Tensor], places: Sequence[int], size: int) -> Tensor:
@@ -44,8 +47,8 @@ class PinnedLayer(AwayLayer):
         if not hasattr(self, "memory"):
             return  # it could not be made
         with suppress(torch.AcceleratorError, AssertionError):  # of a device that has failed
-            if self.copied is not None:
-                self.copied.synchronize()
+            for mark in self.copied.values():
+                mark.synchronize()
             self._copies.unlock(self.memory)
 
 
@@ -112,7 +115,7 @@ class DeviceBuffers:
         buffer.filled = self._copies.copy(place.memory, target, buffer.free)
         buffer.holds = place
         if isinstance(place, PinnedLayer):
-            place.copied = buffer.filled
+            place.copied[id(self)] = buffer.filled
         if isinstance(place, LayerFile):
             place.give_back()
         return buffer

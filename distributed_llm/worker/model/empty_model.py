@@ -29,6 +29,7 @@ from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.config_faults import refused
 from distributed_llm.worker.model.fixed_rope import fix_rope
 from distributed_llm.worker.model.idle_experts import leave_out_idle_experts
+from distributed_llm.worker.model.ngram_layers import derive_from_config
 from distributed_llm.worker.model.own_attention import OWN_ATTENTION, use_packed_attention
 from distributed_llm.worker.model.rwkv_blocks import use_layers_with_caches
 from distributed_llm.worker.model.sorted_experts import tell_of_sorted_experts
@@ -170,6 +171,7 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         use_packed_attention(model)
     if stacks:
         join_stacks(model)
+    derive_from_config(model)
     tell_positions(model)
     use_layers_with_caches(model)
     use_xlstm_with_caches(model)

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distributed_llm.common.block_indexers import BLOCK_INDEXED, BlockSizes
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.block_indexers import block_starts
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
@@ -29,6 +31,7 @@ class Forward:
         keeps_kv: whether each of the layers appends keys and values in every step.
         attentions: how many times it does so.
         keeps_state: whether each of them makes a new state of its own.
+        blocks: sizes of the blocks of positions that attention picks, if it does.
 
     Attributes:
         sums: of the last hidden states, on the last stage.
@@ -44,6 +47,7 @@ class Forward:
         keeps_kv: Sequence[bool],
         attentions: int,
         keeps_state: Sequence[bool],
+        blocks: BlockSizes | None,
     ) -> None:
         self._model = stage_model.model
         self._decoder = stage_model.decoder
@@ -52,6 +56,7 @@ class Forward:
         config = stage_model.model.config
         self._streams = getattr(config, "altup_num_inputs", getattr(config, "hc_mult", 1))
         self._streams_first = hasattr(config, "altup_num_inputs")
+        self._blocks = blocks
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
@@ -78,7 +83,8 @@ class Forward:
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        return not shares and config.model_type not in OWN_ATTENTION | INDEXED | PICKS_BLOCKS
+        of_code = OWN_ATTENTION | INDEXED | BLOCK_INDEXED | PICKS_BLOCKS
+        return not shares and config.model_type not in of_code
 
     @property
     def progress(self) -> Callable[[], None] | None:
@@ -121,6 +127,9 @@ class Forward:
                 one new state if it keeps any.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
+        if self._blocks is not None:  # to turn their keys, as `PackedBlockIndexer` expects it
+            starts = block_starts(step.slices, self._blocks)
+            positions.insert(0, torch.tensor(starts, dtype=torch.int64))
         inputs = {
             "input_ids": sent(token_ids.to(torch.int64), self._device)[None],
             "position_ids": sent(torch.cat(positions), self._device)[None],

@@ -174,9 +174,22 @@ class Floats:
         self._transposed = transposed
 
     def __getitem__(self, index: Any) -> Tensor:
-        values = [self._values(piece) for piece in self._entry.pieces]
+        pieces = self._entry.pieces
+        if len(pieces) > 1 and all(piece.target is None for piece in pieces):
+            return self._one_by_one()[index]
+        values = [self._values(piece) for piece in pieces]
         joined = values[0] if len(values) == 1 else torch.cat(values, dim=max(-2, -values[0].dim()))
         return joined[index]
+
+    def _one_by_one(self) -> Tensor:
+        """Return pieces that are rows of a table; one at a time is in memory twice."""
+        pieces = self._entry.pieces
+        values = self._values(pieces[0])
+        rows = [piece.weight.shape[0] for piece in pieces]
+        joined = values.new_empty((sum(rows), *values.shape[1:]))
+        for place, piece in zip(torch.split(joined, rows), pieces, strict=True):
+            place.copy_(values if piece is pieces[0] else self._values(piece))
+        return joined
 
     def _values(self, piece: Piece) -> Tensor:
         if piece.weight.scheme is None and piece.target is None:

@@ -77,13 +77,25 @@ class Choice:
 
     def _scores(self, rows: slice, keys: Sequence[Tensor]) -> Tensor:
         """Return the scores of all positions, float32 [tokens, positions]."""
-        queries, weights = self._queries[rows].float(), self._weights[rows, None]
-        at_once = max(1, SCORES_AT_ONCE // (queries.shape[0] * queries.shape[1]))
-        scores = []
-        for some in (piece for one in keys for piece in torch.split(one, at_once)):
-            of_heads = torch.matmul(queries, some.float().T).mul_(self._scale).relu_()
-            scores.append(torch.matmul(weights, of_heads)[:, 0])
-        return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
+        return index_scores(self._queries[rows], self._weights[rows], keys, self._scale)
+
+
+def index_scores(queries: Tensor, weights: Tensor, keys: Sequence[Tensor], scale: float) -> Tensor:
+    """Return the scores of all keys, float32 [tokens, keys]: of each head, not below 0, weighted.
+
+    Args:
+        queries: [tokens, heads, dim].
+        weights: of the heads, float32 [tokens, heads].
+        keys: [n, dim] each.
+        scale: factor of the products.
+    """
+    queries = queries.float()
+    at_once = max(1, SCORES_AT_ONCE // (queries.shape[0] * queries.shape[1]))
+    scores = []
+    for some in (piece for one in keys for piece in torch.split(one, at_once)):
+        of_heads = torch.matmul(queries, some.float().T).mul_(scale).relu_()
+        scores.append(torch.matmul(weights[:, None], of_heads)[:, 0])
+    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=1)
 
 
 class PackedIndexer(nn.Module):

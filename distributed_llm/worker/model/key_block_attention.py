@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
+from distributed_llm.worker.model.chosen_rows import in_parts, joined
 from distributed_llm.worker.model.chunk_attention import attend_chunk, parts_of
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.key_blocks import NOT_PICKED, KeyBlockChoice
@@ -45,7 +46,7 @@ def attend_picked(
         [tokens, heads, value_dim].
     """
     dim, seen = query.shape[-1], choice.sizes.seen
-    beside = _in_parts(choice.keys, len(key))
+    beside = in_parts(choice.keys, len(key))
     key = torch.cat((key, beside), dim=-1)
     query = pad(query, (0, beside.shape[-1]))
     attended = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
@@ -62,8 +63,7 @@ def attend_picked(
             attended[rows] = _attend_to(picked, part, queries, kept, scoring, choice.sizes.block)
             continue
         if step.cache.coding is None:  # fused kernels want keys as wide as values
-            queries = queries[..., :dim]
-            held = [KVBuffers(one.keys[..., :dim], one.values) for one in held]
+            queries, held = queries[..., :dim], [one.narrow(dim) for one in held]
         attended[rows] = attend_chunk(step, queries, held, scoring, value.shape[-1])
     if step.single and see_all:
         at = sent(torch.tensor([part.row for part in step.single]), query.device)
@@ -104,7 +104,7 @@ class _KeptRows:
             for first, stop in self._coded.pieces(part.keys, part.start, part.stop):
                 rows = coding.decoded(part.cut(first, stop).keys, self._key_dim, dtype)
                 found.append(coding.turned_back(rows)[..., -beside:])
-        return torch.cat(found, dim=1).transpose(0, 1).flatten(1)[:, :dim]
+        return joined(torch.cat(found, dim=1), dim)
 
     def rotated(self, queries: Tensor) -> Tensor:
         """Return queries turned as the keys of `gathered` are."""
@@ -173,9 +173,3 @@ def _attend_to(
         weights = torch.softmax(scores, dim=-1).to(values.dtype)
         attended.append(torch.matmul(weights, values).transpose(0, 1).flatten(1, 2))
     return attended[0] if len(attended) == 1 else torch.cat(attended)
-
-
-def _in_parts(index_keys: Tensor, heads: int) -> Tensor:
-    """Return index keys [tokens, dim] as parts for the heads, [heads, tokens, part]."""
-    padded = pad(index_keys, (0, -index_keys.shape[-1] % heads))
-    return padded.view(len(padded), heads, -1).transpose(0, 1)

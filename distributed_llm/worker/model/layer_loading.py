@@ -21,12 +21,14 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.key_blocks import key_block_sizes
 from distributed_llm.common.latents import keeps_latents
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
+from distributed_llm.worker.model.block_indexers import use_packed_block_indexers
 from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Floats, Rows, WeightReader
@@ -44,6 +46,7 @@ from distributed_llm.worker.model.kernels import pack_linear_layers
 from distributed_llm.worker.model.key_blocks import use_key_block_indexers
 from distributed_llm.worker.model.latents import keep_latents
 from distributed_llm.worker.model.layer_cuts import CutFloats, LayerCut
+from distributed_llm.worker.model.ngram_layers import wrap_ngram_parts
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear, share_states
 from distributed_llm.worker.model.quantized.quantize import quantized
@@ -89,7 +92,8 @@ class ModelLoader:
         self._where = f"{checkpoint.place}, {checkpoint.model_type!r} model"
         self._described_by = checkpoint.described_by
         self._keeps_latents = keeps_latents(checkpoint.config)
-        self._picks_blocks = key_block_sizes(checkpoint.config) is not None
+        self._picks_blocks = block_sizes(checkpoint.config) is not None
+        self._picks_key_blocks = key_block_sizes(checkpoint.config) is not None
         self._device = device
         self._dtype = dtype
         self._mapping = conversions_of(model)
@@ -128,7 +132,10 @@ class ModelLoader:
                 keep_latents(layer)
                 use_packed_indexers(layer)
             if self._picks_blocks:
+                use_packed_block_indexers(layer)
+            if self._picks_key_blocks:
                 use_key_block_indexers(layer)
+            wrap_ngram_parts(layer)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
             replace_norms(self._shell)

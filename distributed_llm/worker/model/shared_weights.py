@@ -159,11 +159,15 @@ class SharedModules:
 
 def shared_nbytes(model: PreTrainedModel, donor: StageModel) -> int:
     """Return the bytes of the weights and buffers that a model shares with the donor."""
-    theirs = {tensor.data_ptr() for tensor in _tensors(donor.model)}
+    theirs = {id(t) for t in _tensors(donor.model)}
+    places = {t.data_ptr() for t in _tensors(donor.model)}  # other tensors may be the same matrix
     opaque = {id(m) for m in donor.model.modules() if isinstance(m, OpaqueWeights)}
-    ours = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(model)}
-    plain = sum(nbytes for place, nbytes in ours.items() if place in theirs)
-    return plain + sum(
+    ours = {
+        place: t.nbytes
+        for t in _tensors(model)
+        if (place := t.data_ptr()) in places or id(t) in theirs
+    }
+    return sum(ours.values()) + sum(
         module.weight_bytes
         for module in model.modules()
         if isinstance(module, OpaqueWeights) and id(module) in opaque

@@ -5,15 +5,11 @@ The indexer's keys lie behind the part of the keys that all heads share, in one 
 So queries end in zeros where rows are read whole.
 """
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
-from distributed_llm.worker.kv.segments import KVBuffers
-from distributed_llm.worker.model.chunk_attention import ChunkPart, parts_of
-from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.chosen_rows import ChosenRows
 from distributed_llm.worker.model.indexers import Choice
 from distributed_llm.worker.model.kernels import kernels_for_many_rows
 from distributed_llm.worker.model.latent_attention import (
@@ -67,9 +63,10 @@ def attend_chosen(
                 inputs = (query[:, rows], held, shared.shape[-1], scoring, expansion)
                 attended[rows] = attend_chunk_of_latents(step, *inputs)
                 continue
-            latent_rows = _LatentRows(step, held, shared, latents)
+            latent_rows = ChosenRows(step, held, shared, latents)
             if chooses:
-                choice.choose(part, latent_rows.index_keys(choice.keys.shape[-1]))
+                index_keys = latent_rows.index_keys(choice.keys.shape[-1])
+                choice.choose(part, [keys[0] for keys in index_keys])
             chosen = choice.of(part)
             attended[rows] = _attend_to(
                 chosen, part, query[:, rows], latent_rows, scoring, expansion
@@ -77,76 +74,11 @@ def attend_chosen(
     return attended
 
 
-class _LatentRows:
-    """Latents of all positions of a sequence, and the keys that all heads share, in one layer.
-
-    Args:
-        step: that runs.
-        held: as the KV cache keeps them.
-        shared: keys of some positions, for their size and dtype.
-        latents: likewise.
-    """
-
-    def __init__(
-        self, step: PackedStep, held: Sequence[KVBuffers], shared: Tensor, latents: Tensor
-    ) -> None:
-        self._parts = parts_of(held)
-        self._sizes = shared.shape[-1], latents.shape[-1]
-        coding = step.cache.coding
-        self._coded = CodedRows(coding, *self._sizes, latents.dtype) if coding else None
-
-    @property
-    def key_dim(self) -> int:
-        """Numbers of a key."""
-        return self._sizes[0]
-
-    @property
-    def width(self) -> int:
-        """Numbers of one position."""
-        return sum(self._sizes)
-
-    def index_keys(self, dim: int) -> list[Tensor]:
-        """Return the indexer's keys of all positions, [positions, dim] each."""
-        if self._coded is None:
-            return [part.keys[0, :, -dim:] for part in self._parts]
-        return [piece for part in self._parts for piece in self._decoded_keys(part, dim)]
-
-    def _decoded_keys(self, part: ChunkPart, dim: int) -> Iterator[Tensor]:
-        assert self._coded is not None
-        coding, dtype = self._coded.coding, self._coded.dtype
-        for first, stop in self._coded.pieces(part.keys, part.start, part.stop):
-            rows = part.cut(first, stop).keys[0]
-            yield coding.turned_back(coding.decoded(rows, self._sizes[0], dtype))[:, -dim:]
-
-    def rotated(self, queries: Tensor) -> Tensor:
-        """Return queries turned as the keys of `gathered` are."""
-        return self._coded.rotated(queries) if self._coded else queries
-
-    def gathered(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and latents, [tokens, positions, dim], of what tokens have chosen.
-
-        Args:
-            chosen: int64 [tokens, positions].
-        """
-        first = self._parts[0]
-        if len(self._parts) == 1:
-            keys, latents = first.keys[0][chosen], first.values[0][chosen]
-        else:
-            shape = chosen.shape
-            keys = first.keys.new_empty((*shape, first.keys.shape[-1]))
-            latents = first.values.new_empty((*shape, first.values.shape[-1]))
-            for part in self._parts:
-                inside = (chosen >= part.start) & (chosen < part.stop)
-                there = chosen[inside] - part.start
-                keys[inside], latents[inside] = part.keys[0][there], part.values[0][there]
-        return self._coded.decoded(keys, latents) if self._coded else (keys, latents)
-
-
 def _attend_to(
     chosen: Tensor,
     part: PackedSlice,
     queries: Tensor,
-    rows: _LatentRows,
+    rows: ChosenRows,
     scoring: Scoring,
     expansion: LatentExpansion,
 ) -> Tensor:
@@ -170,7 +102,7 @@ def _attend_to(
     attended = []
     for row in range(0, part.num_tokens, at_once):
         some = chosen[row : row + at_once]
-        keys, latents = rows.gathered(some)
+        keys, latents = (kept[0] for kept in rows.gathered(some))
         scores = row_scores(absorbed[row : row + at_once], keys, latents).float()
         first = part.start + row
         own = torch.arange(first, first + len(some), device=some.device)

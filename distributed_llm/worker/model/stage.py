@@ -6,6 +6,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import StageError
@@ -103,6 +104,7 @@ class Stage:
                 keeps_kv=keeps_kv(checkpoint.config)[own],
                 attentions=self._attentions,
                 keeps_state=[nbytes > 0 for nbytes in of_states],
+                blocks=block_sizes(checkpoint.config),
             )
         self._results = StepResults(
             self._forward, layers, dtype, last=self._last, width=checkpoint.hidden_size

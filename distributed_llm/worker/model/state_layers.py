@@ -113,14 +113,14 @@ class StateLayer(nn.Module):
         made: list[tuple[Tensor | slice, Tensor]] = []
         others: tuple[Any, ...] | None = None
         for group in step.groups:
-            rows = _rows_of(group, hidden_states.device)
+            rows = rows_of(group, hidden_states.device)
             taken = hidden_states[0, rows].view(len(group.parts), -1, hidden_states.shape[-1])
             output = self._run(group, layer, taken, kwargs)
             if isinstance(output, tuple):
                 output, *rest = output
                 others = (None,) * len(rest)
             made.append((rows, output.flatten(0, 1)))
-        mixed = _assembled(made, hidden_states.shape[1])[None]
+        mixed = assembled(made, hidden_states.shape[1])[None]
         return mixed if others is None else (mixed, *others)
 
     def _run(self, group: StateGroup, layer: int, states: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -134,7 +134,7 @@ class StateLayer(nn.Module):
         told = {**kwargs, self._cache: cache}
         with going_on_from(state), lending(cache.take if lends else None):
             output = compute(self.mixer, hidden_states=states, **told)
-        group.made[layer] = cache.made
+        group.made[layer].update(cache.made)
         return output
 
 
@@ -246,7 +246,10 @@ def wrap_mixers(model: nn.Module) -> None:
 def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        if isinstance(forward, FunctionType) and _UPDATES.intersection(forward.__code__.co_names):
+        if not isinstance(forward, FunctionType):
+            continue
+        code = forward.__code__
+        if _UPDATES.intersection(code.co_names) and "hidden_states" in code.co_varnames:
             yield module
 
 
@@ -272,7 +275,7 @@ def _goes_on_with_chunks(code: CodeType) -> bool:
     return _SCAN in code.co_names or not _INITIAL.isdisjoint(names)
 
 
-def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
+def rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     """Return where the tokens of a group are in the packed row."""
     first, last = group.parts[0], group.parts[-1]
     stop = last.row + last.num_tokens
@@ -281,7 +284,7 @@ def _rows_of(group: StateGroup, device: torch.device) -> Tensor | slice:
     return sent(torch.tensor([part.row for part in group.parts]), device)
 
 
-def _assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:
+def assembled(made: list[tuple[Tensor | slice, Tensor]], tokens: int) -> Tensor:
     """Return [tokens, hidden_size] of what was made of some rows each."""
     if len(made) == 1:
         return made[0][1]

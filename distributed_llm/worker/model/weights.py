@@ -23,6 +23,7 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_sizes import attentions_per_layer
+from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.offloading import Away
 from distributed_llm.common.schemes.bnb import BnbTableScheme
 from distributed_llm.common.schemes.reading import check_method
@@ -48,7 +49,7 @@ from distributed_llm.worker.model.shared_blocks import (
     share_blocks,
 )
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
-from distributed_llm.worker.model.stacks.joined import drop_bias, link_stacks
+from distributed_llm.worker.model.stacks.joined import drop_unread, link_stacks
 from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -146,7 +147,7 @@ def load_stage_model(
     _drop_unneeded(model, checkpoint, layers, shared, device)
     if checkpoint.stacks is not None:
         of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
-        drop_bias(model, unless_in=of_head)
+        drop_unread(model, unless_in=of_head)
     cut = LayerCut(checkpoint.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names, holders)
@@ -369,7 +370,9 @@ class WeightNames:
         path, known = (
             (self._path, target.parameter) if target else (self._checkpoint.layer_prefix, name)
         )
-        return f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        whole = f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+        part = table_part(whole)
+        return whole if part is None else part[0]
 
     def parameter(self, name: str) -> str:
         """Return the name of a weight outside the layers for transformers' loader."""
@@ -408,7 +411,8 @@ def _entries(
             matrices[name] = matrix
             continue
         own = pieces.setdefault(layer, {}).setdefault(name, {})
-        own[target.piece if target else 0] = Piece(weight, target)
+        part = table_part(weight.name)
+        own[target.piece if target else part[1] if part else 0] = Piece(weight, target)
     entries = {
         layer: [Entry(name, tuple(own[i] for i in sorted(own))) for name, own in by_name.items()]
         for layer, by_name in pieces.items()

@@ -71,7 +71,7 @@ def right_choice(gpu: Gpu, weight: Integers, device: torch.device) -> Choice:
 def used_text() -> str:
     """Return by which kernels this process multiplies weights of integers on its GPU, for people.
 
-    Empty if it holds none there.
+    Empty if it has loaded none there.
     """
     return ", ".join(f"{kind} by {text}" for kind, text in sorted(_used.items()))
 

@@ -1,19 +1,19 @@
 """Attention of encoder-decoders over packed sequences, called from within Hugging Face models.
 
-There are three kinds. Tokens of a *source* see all of it, and nothing is kept of that. Tokens of an
+There are four kinds. Tokens of a *source* see all of it, and nothing is kept of that. Tokens of an
 *answer* see those before them in the answer, whose keys and values are kept after the positions of
 the source. And they look *across*, at the keys and values that were made of the source as the
-encoder left it, which are kept at its positions.
+encoder left it, which are kept at its positions. Some models *merge* the last two: their answers
+see both by one softmax.
 """
 
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
+from transformers import AttentionInterface
 
 from distributed_llm.common.workspace import QUERIES_AT_ONCE
 from distributed_llm.worker.devices import sent
@@ -70,7 +70,9 @@ def packed_stack_attention(
     bias = getattr(module, "bias", None)
     if module.attends == "source":
         seen = Seen(scale, softcap, bias if isinstance(bias, RelativeBias) else None)
-        return _within_sources(step, seen, sliding_window, query[0], key[0], value[0])[None], None
+        both_ways = (sliding_window, sliding_window) if sliding_window else None
+        reach = getattr(module, "reach", both_ways)
+        return _within_sources(step, seen, reach, query[0], key[0], value[0])[None], None
     layer = int(module.layer_idx) - step.first_layer
     if module.attends == "across":
         scoring = Scoring(scale, 0, softcap, None, across=True)
@@ -78,6 +80,8 @@ def packed_stack_attention(
     step.appended[layer] += 1
     scoring = Scoring(scale, sliding_window or 0, softcap, None)
     own = (query[0], key[0], value[0])
+    if module.attends == "merged":
+        return _merged(step, layer, *own, Seen(scale, softcap), sliding_window or 0)[None], None
     if isinstance(bias, RelativeBias):
         return _within_answers_biased(step, layer, *own, Seen(scale, softcap, bias))[None], None
     return _within_answers(step, layer, *own, scoring)[None], None
@@ -162,17 +166,28 @@ class Seen:
 
 
 def _within_sources(
-    step: PackedStep, seen: Seen, window: int | None, query: Tensor, key: Tensor, value: Tensor
+    step: PackedStep,
+    seen: Seen,
+    reach: tuple[int, int] | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
 ) -> Tensor:
-    """Compute attention of whole sources, [tokens, heads, dim]."""
+    """Compute attention of whole sources, [tokens, heads, dim].
+
+    Args:
+        reach: how many tokens before itself a token sees, and how many after it; None: all.
+    """
 
     def too_far(queries: range, keys: range) -> Tensor:
-        return distances(queries, keys).abs() > (window or 0)
+        assert reach is not None
+        far = distances(queries, keys)
+        return (far < -reach[0]) | (far > reach[1])
 
     attended = []
     for part in step.slices:
         rows = slice(part.row, part.row + part.num_tokens)
-        hidden = too_far if window and part.num_tokens > window else None
+        hidden = too_far if reach and part.num_tokens > min(reach) else None
         attended.append(seen.attend(query[:, rows], key[:, rows], value[:, rows], 0, hidden))
     return torch.cat(attended)
 
@@ -211,6 +226,35 @@ def _within_answers_biased(
 def _later(queries: range, keys: range) -> Tensor:
     """Return which keys come after each query."""
     return distances(queries, keys) > 0
+
+
+def _merged(
+    step: PackedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, seen: Seen, window: int
+) -> Tensor:
+    """Append keys and values of answers, whose tokens see all of their source beside them.
+
+    Args:
+        window: how much of the answer a token sees, itself included; 0: everything before it.
+
+    Returns:
+        [tokens, heads, dim].
+    """
+    attended = []
+    for part in step.slices:
+
+        def hidden(queries: range, keys: range, source: int = part.source) -> Tensor:
+            far = distances(queries, keys)
+            unseen = far > 0
+            if window:
+                unseen |= far <= -window
+                unseen[:, :source] = False
+            return unseen
+
+        rows = slice(part.row, part.row + part.num_tokens)
+        held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
+        every = _positions(held, 0, part.start + part.num_tokens)
+        attended.append(seen.attend(*_numbers(step, query[:, rows], every), part.start, hidden))
+    return torch.cat(attended)
 
 
 def _across(step: PackedStep, layer: int, query: Tensor, scoring: Scoring) -> Tensor:
@@ -268,115 +312,3 @@ def _numbers(
     dim = queries.shape[-1]
     rows = CodedRows(step.cache.coding, dim, dim, queries.dtype)
     return rows.rotated(queries), *rows.decoded(keys, values)
-
-
-# ------------------------------------------------------------------ modules
-
-
-def replace_attention(model: PreTrainedModel) -> None:
-    """Replace the forward passes of attention that would not do for packed steps.
-
-    That of T5 and its kin makes biases for one text alone; across, any makes keys and values again.
-    The MLPs of T5 ask their matrix for its dtype, which one of integers does not have.
-    """
-    for module in model.modules():
-        if type(module).__name__ in _MLPS_OF_T5:
-            setattr(module, "forward", MethodType(_forward_mlp, module))  # noqa: B010
-        attends = getattr(module, "attends", None)
-        if attends == "across":
-            setattr(module, "forward", MethodType(_forward_across, module))  # noqa: B010
-        elif attends is not None and type(module).__name__ in _OF_T5:
-            setattr(module, "forward", MethodType(_forward_t5, module))  # noqa: B010
-
-
-_OF_T5 = frozenset({"MT5Attention", "T5Attention", "UMT5Attention"})
-_MLPS_OF_T5 = frozenset(
-    f"{kind}{form}ActDense" for kind in ("MT5", "T5", "UMT5") for form in ("Dense", "DenseGated")
-)
-
-
-def _forward_mlp(module: Any, hidden_states: Tensor) -> Tensor:
-    """Compute the MLP of T5, whose second matrix is float32 in a model of float16."""
-    if hasattr(module, "wi"):
-        inner = module.act(module.wi(hidden_states))
-    else:
-        inner = module.act(module.wi_0(hidden_states)) * module.wi_1(hidden_states)
-    weight = getattr(module.wo, "weight", None)  # integers have none
-    made: Tensor = module.wo(inner if weight is None else inner.to(weight.dtype))
-    return made
-
-
-def _forward_t5(
-    module: Any, hidden_states: Tensor, *_: object, **__: object
-) -> tuple[Tensor | None, ...]:
-    """Compute the attention of T5: without a scale, and with biases of relative positions."""
-    query, key, value = (
-        _in_heads(projection(hidden_states), module.key_value_proj_dim)
-        for projection in (module.q, module.k, module.v)
-    )
-    attended, _weights = packed_stack_attention(module, query, key, value, None, scaling=1.0)
-    return _given(module, module.o(attended.flatten(2)))
-
-
-def _forward_across(
-    module: Any, hidden_states: Tensor, *_: object, **__: object
-) -> tuple[Tensor | None, ...]:
-    """Compute attention across, of which keys and values are in the cache."""
-    if type(module).__name__ in _OF_T5:
-        query = _in_heads(module.q(hidden_states), module.key_value_proj_dim)
-        leave = module.o
-    else:
-        query = _in_heads(module.q_proj(hidden_states), module.head_dim)
-        leave = module.out_proj if hasattr(module, "out_proj") else module.o_proj
-    attended, _weights = packed_stack_attention(
-        *(module, query, query, query, None),
-        scaling=module.scaling,
-        softcap=getattr(module, "attn_logit_softcapping", None),
-    )
-    return _given(module, leave(attended.flatten(2)))
-
-
-def _in_heads(states: Tensor, dim: int) -> Tensor:
-    """Return [1, tokens, heads * dim] as [1, heads, tokens, dim]."""
-    return states.view(*states.shape[:-1], -1, dim).transpose(1, 2)
-
-
-def _given(module: nn.Module, output: Tensor) -> tuple[Tensor | None, ...]:
-    """Return what transformers' own forward pass of an attention module does."""
-    beside = 2 if type(module).__name__ in {"MT5Attention", "T5Attention"} else 1
-    return (output, *(None,) * beside)
-
-
-def buckets_of(module: Any) -> Callable[[Tensor], Tensor]:
-    """Return a function from distances to buckets of T5's biases."""
-    if type(module).__name__ == "UMT5Attention":
-        return module._relative_position_bucket  # type: ignore[no-any-return]
-
-    def bucket_of(distances: Tensor) -> Tensor:
-        buckets: Tensor = module._relative_position_bucket(
-            distances,
-            bidirectional=not module.is_decoder,
-            num_buckets=module.relative_attention_num_buckets,
-            max_distance=module.relative_attention_max_distance,
-        )
-        return buckets
-
-    return bucket_of
-
-
-def projected_source(module: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and values that attention across makes of a source.
-
-    Args:
-        module: the attention.
-        states: of the encoder, [1, tokens, hidden_size].
-
-    Returns:
-        Each [kv_heads, tokens, head_dim].
-    """
-    if type(module).__name__ in _OF_T5:
-        projections, dim = (module.k, module.v), module.key_value_proj_dim
-    else:
-        projections, dim = (module.k_proj, module.v_proj), module.head_dim
-    keys, values = (_in_heads(projection(states), dim)[0] for projection in projections)
-    return keys, values

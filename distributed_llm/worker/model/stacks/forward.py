@@ -7,6 +7,7 @@ passes tokens of answers through decoder layers, from the stage on that has the 
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,26 @@ from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.packed_step import PackedStep, running
 from distributed_llm.worker.model.shared_weights import StageModel
-from distributed_llm.worker.model.stacks.attention import projected_source
 from distributed_llm.worker.model.stacks.joined import stack_of
+from distributed_llm.worker.model.stacks.modules import projected_source
 from distributed_llm.worker.model.stacks.positions import positions_of
+
+
+@dataclass
+class _EncoderOutput(BaseModelOutput):
+    """What the encoder would give that is not asked.
+
+    Attributes:
+        router_logits: that models with experts pass on.
+    """
+
+    router_logits: None = None
+
+
+_MASKS = ("full_attention", "sliding_attention")
+"""Of a decoder that joins masks, of which none is used here."""
+
+_LOOKING_ACROSS = ("across", "merged")
 
 
 class StackForward:
@@ -72,6 +90,8 @@ class StackForward:
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
+        merges = any(module.attends == "merged" for module in self._across)
+        self._no_masks = dict.fromkeys(_MASKS, torch.empty(0)) if merges else None
         if self._is_last:
             self._decoder.register_forward_hook(self._keep_rows)
 
@@ -154,14 +174,21 @@ class StackForward:
             self._rows = sent(torch.tensor(rows), self._device)
             inputs = {f"decoder_{name}": given for name, given in self._positions(step).items()}
             made = self._model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=nothing),
+                encoder_outputs=_EncoderOutput(last_hidden_state=nothing),
                 decoder_input_ids=ids,
                 use_cache=False,
+                attention_mask=self._no_masks,
+                decoder_attention_mask=self._no_masks,
                 **inputs,
             )
             return cast(Tensor, made.logits[0])
         self._decoder(
-            input_ids=ids, encoder_hidden_states=nothing, use_cache=False, **self._positions(step)
+            input_ids=ids,
+            attention_mask=self._no_masks,
+            encoder_attention_mask=self._no_masks,
+            encoder_hidden_states=nothing,
+            use_cache=False,
+            **self._positions(step),
         )
         return None if self._is_last else cast(Tensor, self._hooks.outgoing)[0]
 
@@ -180,4 +207,4 @@ class StackForward:
 
 def _attention_across(layer: nn.Module) -> nn.Module:
     """Return the attention of a decoder layer that looks across."""
-    return next(m for m in layer.modules() if getattr(m, "attends", "") == "across")
+    return next(m for m in layer.modules() if getattr(m, "attends", "") in _LOOKING_ACROSS)

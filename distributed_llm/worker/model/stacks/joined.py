@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from distributed_llm.common.encoder_decoders import BIASED, PATH
-from distributed_llm.worker.model.stacks.attention import buckets_of, replace_attention
+from distributed_llm.worker.model.stacks.modules import buckets_of, replace_forwards
 from distributed_llm.worker.model.stacks.positions import (
     ComputedPositions,
     RelativeBias,
@@ -24,6 +24,12 @@ from distributed_llm.worker.model.stacks.positions import (
 Part = Literal["encoder", "decoder"]
 
 _TABLE = "relative_attention_bias"
+_LOOKS_AHEAD = "T5Gemma2SelfAttention"
+"""Attention whose window is as large as said with what it sees before a token and after it."""
+
+_BESIDE = "eoi_embedding"
+"""What T5Gemma 2 embeds the end of a picture by."""
+
 _HEAD_BIAS = "final_logits_bias"
 
 
@@ -33,6 +39,7 @@ def join_stacks(model: PreTrainedModel) -> None:
     Args:
         model: whole, without weights.
     """
+    _keep_text(model)
     shared = _shared_embedding(model)
     joined: list[nn.Module] = []
     for part in ("encoder", "decoder"):
@@ -52,12 +59,21 @@ def join_stacks(model: PreTrainedModel) -> None:
         if shared is not None:
             cast(Any, stack).embed_tokens = nn.Identity()
     setattr(model, PATH, nn.ModuleList(joined))
+    in_text = "encoder.text_model.embed_tokens"
     model.all_tied_weights_keys = {
-        name: source
+        name: source if shared is None else source.replace(in_text, "shared")
         for name, source in model.all_tied_weights_keys.items()
         if shared is None or "embed_tokens" not in name
     }
-    replace_attention(model)
+    replace_forwards(model)
+
+
+def _keep_text(model: PreTrainedModel) -> None:
+    """Put the text model of an encoder that reads pictures too in its place."""
+    inner = cast(Any, getattr(model, "model", None))
+    text = getattr(getattr(inner, "encoder", None), "text_model", None)
+    if text is not None:
+        inner.encoder, inner.shared = text, text.embed_tokens
 
 
 def link_stacks(model: PreTrainedModel, num_encoder_layers: int, device: torch.device) -> None:
@@ -75,6 +91,8 @@ def link_stacks(model: PreTrainedModel, num_encoder_layers: int, device: torch.d
         stack = stack_of(model, cast(Part, part))
         path, _ = _layers_of(stack)
         setattr(stack, path, nn.ModuleList(own))
+        if hasattr(stack.config, "layer_types"):
+            stack.config.layer_types = [cast(Any, layer).attention_type for layer in own]
         if shared is not None:
             cast(Any, stack).embed_tokens = shared
         for module in stack.modules():
@@ -83,8 +101,11 @@ def link_stacks(model: PreTrainedModel, num_encoder_layers: int, device: torch.d
         _give_biases(stack, own)
 
 
-def drop_bias(model: PreTrainedModel, *, unless_in: Container[str]) -> None:
-    """Have the head add no bias to logits, as files without one mean.
+def drop_unread(model: PreTrainedModel, *, unless_in: Container[str]) -> None:
+    """Drop what is no matrix of the head: its bias, and what is embedded beside the matrix.
+
+    Files without a bias mean that there is none, and stages that do not embed tokens may have the
+    matrix all the same.
 
     Args:
         model: of a stage, without weights.
@@ -93,6 +114,10 @@ def drop_bias(model: PreTrainedModel, *, unless_in: Container[str]) -> None:
     if _HEAD_BIAS in model._buffers and _HEAD_BIAS not in unless_in:
         del model._buffers[_HEAD_BIAS]
         setattr(model, _HEAD_BIAS, 0.0)
+    shared = _shared_embedding(model)
+    if hasattr(shared, _BESIDE) and f"model.shared.{_BESIDE}" not in unless_in:
+        del cast(nn.Module, shared)._parameters[_BESIDE]
+        setattr(shared, _BESIDE, torch.empty(0))  # transformers initialises it
 
 
 def stack_of(model: PreTrainedModel, part: Part) -> PreTrainedModel:
@@ -121,7 +146,12 @@ def _mark(layers: nn.ModuleList, part: Part) -> None:
             if type(module).__name__.endswith("Attention") and not _is_wrapper(module):
                 across = "cross" in name or "encoder_attn" in name or "EncDec" in name
                 of_stack = "source" if part == "encoder" else "answer"
+                if "Merged" in type(module).__name__:
+                    of_stack = "merged"
                 cast(Any, module).attends = "across" if across else of_stack
+                window = getattr(module, "sliding_window", None)
+                if window and type(module).__name__ == _LOOKS_AHEAD:
+                    cast(Any, module).reach = ((window + 1) // 2 - 1, window // 2)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
