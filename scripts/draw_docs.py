@@ -21,7 +21,7 @@ from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
 from distributed_llm.coordinator.trust.conduct import CONDUCT_STATES
 from distributed_llm.up.supervisor import UP_STATES
 from distributed_llm.weights.fetching.tensor import TENSOR_STATES
-from distributed_llm.worker.session.agent import AGENT_STATES
+from distributed_llm.worker.session.agent_states import AGENT_STATES
 from distributed_llm.worker.session.epoch_stage import STAGE_STATES
 from distributed_llm.worker.session.kv_move import KV_MOVE_STATES
 
@@ -39,7 +39,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
     "coordinator/requests/answer_states.py": ANSWER_STATES,
     "coordinator/trust/conduct.py": CONDUCT_STATES,
-    "worker/session/agent.py": AGENT_STATES,
+    "worker/session/agent_states.py": AGENT_STATES,
     "worker/session/epoch_stage.py": STAGE_STATES,
     "worker/session/kv_move.py": KV_MOVE_STATES,
     "weights/fetching/tensor.py": TENSOR_STATES,

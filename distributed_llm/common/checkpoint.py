@@ -10,7 +10,7 @@ import logging
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +40,10 @@ from distributed_llm.common.other_formats import (
     SINGLE_NAME,
     quantized,
 )
-from distributed_llm.common.per_layer_inputs import lies_along, per_layer_width
+from distributed_llm.common.outer_weights import OuterWeights, lacks_head
 from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
-from distributed_llm.common.shared_blocks import block_sources, every_stage_has, layer_of_block
+from distributed_llm.common.shared_blocks import block_sources, layer_of_block
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.tensor_index import is_draft, tensors_by_index
 from distributed_llm.common.tensors import DtypeName
@@ -54,20 +54,7 @@ from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
-_EMBEDDING_NAME = re.compile(
-    r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
-    r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
-)
-_NEVER_TIED_NAME = re.compile(
-    r"(^|\.)(wpe|embed_positions|positions_embed|project_in|embeddings_project|position_embd"
-    r"|word_embeddings_layernorm|embed_tokens_per_layer|altup_projections"
-    r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
-)
 _KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
-_HEAD_NAME = re.compile(
-    r"(^|\.)((lm_head|embed_out|output)\.(?!dense|layer_norm|norm|bias)|decoder\.weight$)"
-    r"|^head\.weight$"
-)
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 
@@ -292,86 +279,10 @@ class Checkpoint:
         return layer_of_block(self.config, name)
 
     @cached_property
-    def ties_embeddings(self) -> bool:
-        """Whether the head uses the matrix of the embedding."""
-        outside = (n for n in map(self._text.of, self.tensors) if not LAYER_NAME.match(n))
-        has_head = any(map(_HEAD_NAME.search, outside))
-        return not has_head or self.lone_head is not None
-
-    @cached_property
-    def lone_head(self) -> str | None:
-        """The head's matrix, if the files hold the matrix that is tied under its name alone."""
-        if self.config.get("tie_word_embeddings") is False:
-            return None
-        if any(self.is_embedding(n) and not _NEVER_TIED_NAME.search(n) for n in self.weights):
-            return None
-        heads = (name for name in self.weights if _HEAD_NAME.search(name))
-        return next((name for name in heads if name.endswith(".weight")), None)
-
-    def is_embedding(self, name: str) -> bool:
-        """Return whether parameter `name`, outside the layers, is used before the first layer.
-
-        Of an encoder-decoder: whether it is the matrix that its decoder embeds tokens by.
-        """
-        if self.stacks is not None:
-            return self.stacks.is_embedding(name)
-        return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
-
-    def holds_embedding(self, name: str) -> bool:
-        """Return whether weight `name` of the files is needed before the first layer."""
-        return self.is_embedding(name) or name == self.lone_head
-
-    def is_tied(self, name: str) -> bool:
-        """Return whether weight `name` of the files is the matrix of embedding and head."""
-        tied = self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
-        return tied and self.holds_embedding(name)
-
-    @cached_property
-    def per_layer_width(self) -> int:
-        """Numbers that each layer gets of a token id; see `per_layer_inputs`."""
-        return per_layer_width(self.config)
-
-    def is_of_every_stage(self, name: str) -> bool:
-        """Return whether every stage has parameter `name`, or the part of it for its layers."""
-        if self.stacks is not None:
-            return self.stacks.is_of_every_stage(name)
-        return every_stage_has(self.config, name)
-
-    def is_cut(self, name: str) -> bool:
-        """Return whether parameter `name`, outside the layers, has a part for each of them."""
-        return self.per_layer_width > 0 and lies_along(name) is not None
-
-    def is_used_by(self, layers: LayerRange, name: str) -> bool:
-        """Return whether a stage uses parameter `name`, outside the layers, but as a tied head."""
-        if self.is_of_every_stage(name):
-            return True
-        return any(layers.start <= user < layers.stop for user in self.users_of(name))
-
-    def users_of(self, name: str) -> Sequence[int]:
-        """Return the layers of which any stage that has one uses parameter `name`.
-
-        The parameter is outside the layers, and not of every stage. As a tied head, it is used by
-        the last stage as well.
-        """
-        if self.stacks is not None:
-            return self.stacks.users_of(name)
-        return (0,) if self.is_embedding(name) else (self.num_layers - 1,)
-
-    @property
-    def embedding_users(self) -> tuple[int, ...]:
-        """The layers of which any stage that has one holds the embedding that the head may share.
-
-        As a tied head, the last one holds it as well.
-        """
-        users = (0,) if self.stacks is None else self.stacks.embedding_users
-        return (*users, self.num_layers - 1) if self.ties_embeddings else users
-
-    def embeds(self, layers: LayerRange) -> bool:
-        """Return whether a stage looks token ids up in the matrix that a tied head shares."""
-        if self.stacks is None and self.is_of_every_stage("embed_tokens.weight"):
-            return True
-        starts = (0,) if self.stacks is None else self.stacks.embedding_users
-        return any(layers.start <= start < layers.stop for start in starts)
+    def outer(self) -> OuterWeights:
+        """What its weights outside the layers are, and which stages use them."""
+        names = map(self._text.of, self.tensors)
+        return OuterWeights(self.config, self.num_layers, self.stacks, names, self.weights)
 
     def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
         """Yield the weights that a stage with `layers` needs.
@@ -379,13 +290,14 @@ class Checkpoint:
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
         head is tied to it, the token embedding. What makes inputs of layers, every stage needs.
         """
-        uses_tied = layers.stop == self.num_layers or self.embeds(layers)
+        outer = self.outer
+        uses_tied = layers.stop == self.num_layers or outer.embeds(layers)
         for name, weight in self.weights.items():
             layer = self.layer_of(name)
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield weight
-            elif self.is_used_by(layers, name) or (uses_tied and self.is_tied(name)):
+            elif outer.is_used_by(layers, name) or (uses_tied and outer.is_tied(name)):
                 yield weight
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
@@ -476,7 +388,7 @@ def checkpoint_of(
         if names.holds(name) and not follows_from_config(name)
     }
     if PART_OF in config:
-        config = {**config, TIED: _lacks_head(map(names.of, of_text))}
+        config = {**config, TIED: lacks_head(map(names.of, of_text))}
     checkpoint = Checkpoint(folder, config, of_text, files)
     spare = {name for name in of_text if checkpoint.is_spare(name)}
     if not spare:
@@ -495,21 +407,6 @@ def _names_of(config: Mapping[str, Any], tensors: Iterable[str]) -> TextNames | 
     if is_encoder_decoder(config):
         return StackNames.of_files(config, tensors)
     return text_names(tensors, sizes.num_layers(config), is_part=PART_OF in config)
-
-
-def _lacks_head(names: Iterable[str]) -> bool:
-    """Return whether the files hold only one of embedding and head, so that both are that.
-
-    Of a text model, what config.json says of it is not what counts: there are several places for
-    it, and classes of transformers differ in which they heed.
-    """
-    has_head = has_embedding = False
-    for name in names:
-        if LAYER_NAME.match(name):
-            continue
-        has_head |= _HEAD_NAME.search(name) is not None
-        has_embedding |= _EMBEDDING_NAME.search(name) is not None
-    return not (has_head and has_embedding)
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

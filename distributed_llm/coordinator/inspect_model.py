@@ -124,7 +124,7 @@ def model_cost(
         quantize=quantize,
         windows=layer_windows(checkpoint.config, num_layers),
         layer_state_bytes=checkpoint.layer_state_bytes(dtype),
-        shared_by=checkpoint.embedding_users if checkpoint.stacks else (),
+        shared_by=checkpoint.outer.embedding_users if checkpoint.stacks else (),
         encoder_layers=encoder_layers(checkpoint.config),
     )
 
@@ -134,10 +134,10 @@ def _whose(checkpoint: Checkpoint, name: str) -> str | int:
 
     A number: those with that layer.
     """
-    if checkpoint.is_of_every_stage(name):
-        return "tables" if checkpoint.is_cut(name) else "each"
-    users = checkpoint.users_of(name)
-    if checkpoint.is_tied(name) or len(users) > 1:
+    if checkpoint.outer.is_of_every_stage(name):
+        return "tables" if checkpoint.outer.is_cut(name) else "each"
+    users = checkpoint.outer.users_of(name)
+    if checkpoint.outer.is_tied(name) or len(users) > 1:
         return "shared"
     (user,) = users
     return {0: "first", checkpoint.num_layers - 1: "last"}.get(user, user)

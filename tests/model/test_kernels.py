@@ -217,8 +217,8 @@ def test_packed_stages_give_what_others_give(
 
 def _keep(stage: Stage, kept: list[Tensor]) -> Any:
     def hook(*_: Any) -> None:
-        assert stage._forward._hooks.outgoing is not None
-        kept.append(stage._forward._hooks.outgoing[0])
+        assert stage._forward.hooks.outgoing is not None
+        kept.append(stage._forward.hooks.outgoing[0])
 
     return hook
 

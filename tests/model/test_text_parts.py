@@ -72,7 +72,7 @@ def text_parameters(whole: Any) -> int:
 def test_only_the_text_model_counts(folder: Path, checkpoint: Checkpoint, whole: Any) -> None:
     assert checkpoint.model_type == whole.config.text_config.model_type
     assert checkpoint.architecture == type(whole).__name__
-    assert checkpoint.ties_embeddings == whole.config.tie_word_embeddings
+    assert checkpoint.outer.ties_embeddings == whole.config.tie_word_embeddings
     assert checkpoint.num_parameters == text_parameters(whole)
     described = Checkpoint(folder, checkpoint.config, parameters_of(checkpoint.config))
     assert model_cost(described, "bfloat16") == model_cost(checkpoint, "bfloat16")

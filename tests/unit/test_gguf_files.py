@@ -77,9 +77,9 @@ def test_a_file_whatever_its_name(tmp_path: Path, reader: FakeReader) -> None:
 def test_what_a_checkpoint_knows_of_names_in_gguf(tmp_path: Path, reader: FakeReader) -> None:
     checkpoint = open_gguf(touch(tmp_path / "tiny.gguf"))
     assert checkpoint.layer_of("blk.1.attn_q.weight") == 1
-    assert checkpoint.holds_embedding("token_embd.weight")
-    assert not checkpoint.holds_embedding("output_norm.weight")
-    assert checkpoint.ties_embeddings
+    assert checkpoint.outer.holds_embedding("token_embd.weight")
+    assert not checkpoint.outer.holds_embedding("output_norm.weight")
+    assert checkpoint.outer.ties_embeddings
     names = [tensor.name for tensor in checkpoint.tensors_of(LayerRange(1, 2))]
     assert sorted(names) == ["blk.1.attn_q.weight", "output_norm.weight", "token_embd.weight"]
 

@@ -18,7 +18,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import IllegalTransition, StateTable
 from distributed_llm.common.types import Epoch, StepNumber
-from distributed_llm.worker.session.agent import AGENT_STATES, Agent, AgentCause, AgentState
+from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.agent_states import AGENT_STATES, AgentCause, AgentState
 from distributed_llm.worker.session.epoch_stage import (
     STAGE_STATES,
     EpochStage,

@@ -120,7 +120,7 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
     sizes = (
         checkpoint.weight_bytes(weight, order.dtype, order.quantize)
         for weight in checkpoint.weights_of(order.layers)
-        if not checkpoint.is_embedding(weight.name)
+        if not checkpoint.outer.is_embedding(weight.name)
     )
     return available if max(sizes, default=0) >= _MIN_PARALLEL_BYTES else 1
 
@@ -329,7 +329,7 @@ def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange)
     held = {weight.name for weight in checkpoint.weights_of(served)}
     missing = 0
     for weight in checkpoint.weights_of(order.layers):
-        is_cut = checkpoint.is_cut(weight.name)
+        is_cut = checkpoint.outer.is_cut(weight.name)
         if weight.name in held and not (is_cut and served != order.layers):
             continue
         size = checkpoint.weight_bytes(weight, order.dtype, order.quantize)

@@ -1,6 +1,6 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Forward:
         blocks: sizes of the blocks of positions that attention picks, if it does.
 
     Attributes:
+        hooks: on the layers, for progress after each and the time that they took.
         sums: of the last hidden states, on the last stage.
     """
 
@@ -60,7 +61,7 @@ class Forward:
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
         self.sums = HiddenSums(stage_model.decoder)
-        self._hooks = LayerHooks(
+        self.hooks = LayerHooks(
             stage_model.layers,
             first=stage_model.numbers.start == 0,
             last=stage_model.numbers.stop == num_layers,
@@ -85,20 +86,6 @@ class Forward:
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
         of_code = OWN_ATTENTION | INDEXED | BLOCK_INDEXED | PICKS_BLOCKS
         return not shares and config.model_type not in of_code
-
-    @property
-    def progress(self) -> Callable[[], None] | None:
-        """A function that is called after each layer, in the thread of `run`."""
-        return self._hooks.after_layer
-
-    @progress.setter
-    def progress(self, listener: Callable[[], None] | None) -> None:
-        self._hooks.after_layer = listener
-
-    @property
-    def layers_s(self) -> float:
-        """Seconds that the layers took in the latest complete pass; see `LayerHooks.seconds`."""
-        return self._hooks.seconds
 
     @torch.inference_mode()
     def run(
@@ -137,7 +124,7 @@ class Forward:
         }
         if hidden_states is not None:
             incoming = sent(hidden_states, self._device).to(self._dtype)
-            self._hooks.incoming = self._in_streams(incoming)
+            self.hooks.incoming = self._in_streams(incoming)
         self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
@@ -146,9 +133,9 @@ class Forward:
                     output = self._model(**inputs, logits_to_keep=kept).logits
                 else:
                     self._decoder(**inputs)
-                    output = self._hooks.outgoing
+                    output = self.hooks.outgoing
         finally:
-            self._hooks.forget()
+            self.hooks.forget()
             self.sums.spans = ()
         self._check_every_layer_ran(step)
         if output is None:

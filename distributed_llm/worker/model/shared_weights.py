@@ -82,14 +82,14 @@ class SharedModules:
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = layers
-        self._cut = LayerCut(checkpoint.per_layer_width, layers)
+        self._cut = LayerCut(checkpoint.outer.per_layer_width, layers)
         self._donor = donor
         self._tied: tuple[str, ...] = ()
         self._matrices: set[str] = set()
-        if checkpoint.ties_embeddings:
+        if checkpoint.outer.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
             weights = (weight.name for weight in checkpoint.weights_of(last))
-            held = map(name_of, filter(checkpoint.is_tied, weights))
+            held = map(name_of, filter(checkpoint.outer.is_tied, weights))
             self._matrices = {tied.get(name, name) for name in held}
             self._tied = (*tied.keys(), *tied.values())
 
@@ -119,7 +119,7 @@ class SharedModules:
         if self._cut.applies_to(name):
             return held == self._layers
         if name in {*self._tied, *self._matrices} and self._is_last(self._layers):
-            embeds = self._checkpoint.embeds
+            embeds = self._checkpoint.outer.embeds
             return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
@@ -151,7 +151,7 @@ class SharedModules:
         return None
 
     def _uses(self, layers: LayerRange, name: str) -> bool:
-        return self._checkpoint.is_used_by(layers, name)
+        return self._checkpoint.outer.is_used_by(layers, name)
 
     def _is_last(self, layers: LayerRange) -> bool:
         return layers.stop == self._checkpoint.num_layers

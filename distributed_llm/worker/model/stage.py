@@ -223,11 +223,11 @@ class Stage:
     @property
     def progress(self) -> Callable[[], None] | None:
         """A function that is called after each layer, in the thread of `run`."""
-        return self._forward.progress
+        return self._forward.hooks.after_layer
 
     @progress.setter
     def progress(self, listener: Callable[[], None] | None) -> None:
-        self._forward.progress = listener
+        self._forward.hooks.after_layer = listener
 
     @property
     def weight_bytes(self) -> int:
@@ -246,7 +246,7 @@ class Stage:
         Embedding, norm, head and sampling do not count. On a GPU read it after the result was
         copied to the CPU, or it waits for the layers.
         """
-        return self._forward.layers_s
+        return self._forward.hooks.seconds
 
     @property
     def kv_bytes(self) -> int:

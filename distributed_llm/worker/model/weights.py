@@ -146,9 +146,9 @@ def load_stage_model(
     )
     _drop_unneeded(model, checkpoint, layers, shared, device)
     if checkpoint.stacks is not None:
-        of_head = {name for name in checkpoint.weights if checkpoint.is_used_by(layers, name)}
+        of_head = {name for name in checkpoint.weights if checkpoint.outer.is_used_by(layers, name)}
         drop_unread(model, unless_in=of_head)
-    cut = LayerCut(checkpoint.per_layer_width, layers)
+    cut = LayerCut(checkpoint.outer.per_layer_width, layers)
     cut.shrink_modules(model)
     entries, matrices = _entries(checkpoint, layers, tied, shared, names, holders)
     own = []
@@ -177,7 +177,7 @@ def load_stage_model(
                 move_to_ram(own[-1], copies)
         loader.load_outer(entries.get(None, []), matrices, cut)
     _cut_config(checkpoint, model.config, layers)
-    if not checkpoint.embeds(layers):
+    if not checkpoint.outer.embeds(layers):
         _drop_tied_embedding(model, device)
     pack_linear_layers(model)
     replace_norms(model)
@@ -228,7 +228,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     )
     for number, layer in enumerate(empty_layers):
         loader.check_layer(layer, number, entries.get(number, []))
-    loader.load_outer(entries.get(None, []), {}, LayerCut(checkpoint.per_layer_width, layers))
+    loader.load_outer(entries.get(None, []), {}, LayerCut(checkpoint.outer.per_layer_width, layers))
 
 
 def _parts(entries: Iterable[Entry]) -> list[TensorInfo]:
@@ -312,9 +312,9 @@ def _drop_unneeded(
     device: torch.device,
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
-    first, last = checkpoint.embeds(layers), layers.stop == checkpoint.num_layers
+    first, last = checkpoint.outer.embeds(layers), layers.stop == checkpoint.num_layers
     tied = model.all_tied_weights_keys
-    separate = not last or not (first or checkpoint.ties_embeddings)
+    separate = not last or not (first or checkpoint.outer.ties_embeddings)
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
@@ -323,7 +323,7 @@ def _drop_unneeded(
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         if not own or name.startswith(dropped):
             continue
-        needed = checkpoint.is_used_by(layers, own[0])
+        needed = checkpoint.outer.is_used_by(layers, own[0])
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
             _replace(model, name, _absent(module, device, model.config.model_type))
             dropped = (*dropped, f"{name}.")
@@ -403,7 +403,7 @@ def _entries(
             layer = holders[block]
         target = names.target(weight.name)
         name = names.name(weight.name, target)
-        if weight.name == checkpoint.lone_head:
+        if weight.name == checkpoint.outer.lone_head:
             name = tied.get(name, name)
         if shared.has(name) if layer is None else shared.has_layer(layer):
             continue

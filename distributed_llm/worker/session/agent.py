@@ -5,9 +5,6 @@ with it: the next coordinator may be another one, and must not get a result of t
 Messages that arrive before the welcome, or after the connection was given up, are ignored. What a
 worker does within a session is decided in `stages`.
 
-An idle worker measures its machine again every ten seconds, because no task would show that it has
-become faster. It measures at once when it loses its layers, to have something to compare with.
-
 A signal ends an idle worker at once. A worker that serves asks the coordinator to move its layers
 and goes on serving until it is told that it may leave, a time limit has passed, or a second signal
 arrives.
@@ -18,7 +15,6 @@ share is away, a file is still being copied) does not: the coordinator lets it t
 """
 
 import math
-from enum import Enum
 from typing import assert_never
 
 from distributed_llm.common.errors import (
@@ -54,9 +50,9 @@ from distributed_llm.common.messages import (
     Welcome,
     WorkerHello,
 )
-from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.wording import layers_text, no_coordinator_text
+from distributed_llm.worker.session.agent_states import AGENT_STATES, AgentCause, AgentState
 from distributed_llm.worker.session.events import (
     Action,
     Computed,
@@ -75,7 +71,6 @@ from distributed_llm.worker.session.events import (
     Loaded,
     LoadFailed,
     Log,
-    Probe,
     Probed,
     Received,
     Reconnect,
@@ -95,6 +90,7 @@ from distributed_llm.worker.session.link_events import (
     PeerReceived,
 )
 from distributed_llm.worker.session.notices import Notices
+from distributed_llm.worker.session.probing import Probing
 from distributed_llm.worker.session.stages import Stages
 
 _GREETING_TIMEOUT_S = 4.0
@@ -102,65 +98,8 @@ _DROPPED = "dropped or ignored messages"
 _MOST_DROPPED = 5
 """Messages that are not obeyed of which the log tells in a minute; the others are counted."""
 
-_PROBE_EVERY_S = 10.0
-
-
-class AgentState(Enum):
-    """How far a worker is with its session.
-
-    Attributes:
-        CONNECTING: not connected; messages that still arrive are of no session, and ignored.
-        GREETING: connected, and has said hello; waits for the welcome.
-        JOINED: in a session.
-        LEAVING: in a session; serves until others have its layers.
-        ENDED: has ended, and ignores every event.
-    """
-
-    CONNECTING = "connecting"
-    GREETING = "greeting"
-    JOINED = "joined"
-    LEAVING = "leaving"
-    ENDED = "ended"
-
-
-class AgentCause(Enum):
-    """What changes the state of a worker's session.
-
-    Attributes:
-        CONNECTED: the connection to the coordinator was made.
-        WELCOMED: the coordinator accepted the hello.
-        SESSION_LOST: the connection broke, the coordinator fell silent or ended the session.
-        ASKED_TO_LEAVE: a signal came while it served; it asked the coordinator to let it leave.
-        STOPPED: a signal, an error, or the coordinator's permission ends it.
-    """
-
-    CONNECTED = "connected"
-    WELCOMED = "welcomed"
-    SESSION_LOST = "session lost"
-    ASKED_TO_LEAVE = "asked to leave"
-    STOPPED = "stopped"
-
 
 _S, _C = AgentState, AgentCause
-AGENT_STATES = StateTable(
-    "a worker's session",
-    _S.CONNECTING,
-    {
-        (_S.CONNECTING, _C.CONNECTED): _S.GREETING,
-        (_S.CONNECTING, _C.SESSION_LOST): _S.CONNECTING,  # the old connection closes as well
-        (_S.GREETING, _C.CONNECTED): _S.GREETING,  # connected anew twice, for that reason
-        (_S.GREETING, _C.WELCOMED): _S.JOINED,
-        (_S.GREETING, _C.SESSION_LOST): _S.CONNECTING,
-        (_S.JOINED, _C.SESSION_LOST): _S.CONNECTING,
-        (_S.JOINED, _C.ASKED_TO_LEAVE): _S.LEAVING,
-        (_S.LEAVING, _C.SESSION_LOST): _S.ENDED,
-        (_S.CONNECTING, _C.STOPPED): _S.ENDED,
-        (_S.GREETING, _C.STOPPED): _S.ENDED,
-        (_S.JOINED, _C.STOPPED): _S.ENDED,
-        (_S.LEAVING, _C.STOPPED): _S.ENDED,
-    },
-)
-
 _IN_SESSION = (_S.JOINED, _S.LEAVING)
 
 
@@ -205,7 +144,7 @@ class Agent:
         self._silence_timeout_s = 0.0
         self._heard_at = now
         self._heartbeat_at = now
-        self._probe_at = now
+        self._probing = Probing(self._session, now=now)
         self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._connect_by = now + connect_timeout_s if connect_timeout_s else None
         self._leave_by = math.inf
@@ -298,7 +237,7 @@ class Agent:
                     self._leave_by,
                     self._stages.next_deadline(),
                     self._notices.next_deadline(),
-                    math.inf if self._stages.epochs else self._probe_at,
+                    math.inf if self._stages.epochs else self._probing.next_deadline(),
                 )
             case AgentState.ENDED:
                 return None
@@ -352,9 +291,8 @@ class Agent:
         if self._heartbeat_at <= now:
             self._heartbeat_at = now + self._heartbeat_interval_s
             actions.append(SendHeartbeat(self._stages.epochs))
-        if self._probe_at <= now and not self._stages.epochs:
-            self._probe_at = now + _PROBE_EVERY_S
-            actions.append(Probe(self._session))
+        if not self._stages.epochs:
+            actions += self._probing.on_timer(now)
         return actions
 
     # -------------------------------------------------------------- messages
@@ -368,7 +306,7 @@ class Agent:
         had_layers = bool(self._stages.epochs)
         actions = self._obey(message, frames, now)
         if had_layers and not self._stages.epochs:
-            self._probe_at = now
+            self._probing.lost_layers(now)
         return actions
 
     def _obey(self, message: ToWorker, frames: tuple[Frame, ...], now: float) -> list[Action]:
@@ -440,7 +378,7 @@ class Agent:
         self._heartbeat_interval_s = welcome.heartbeat_interval_s
         self._silence_timeout_s = welcome.silence_timeout_s
         self._heartbeat_at = now
-        self._probe_at = now + _PROBE_EVERY_S
+        self._probing = Probing(self._session, now=now)
         return [Log(f"joined {self._address} as {welcome.worker_id}")]
 
     def _refused(self, refusal: Refused) -> list[Action]:

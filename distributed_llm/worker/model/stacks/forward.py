@@ -6,7 +6,6 @@ passes tokens of answers through decoder layers, from the stage on that has the 
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -55,6 +54,7 @@ class StackForward:
         dtype: to compute in.
 
     Attributes:
+        hooks: on the layers, as those of `Forward`.
         sums: of hidden states, of which there are none.
     """
 
@@ -79,7 +79,7 @@ class StackForward:
         self._dtype = dtype
         self._rows: Tensor | None = None
         self.sums = HiddenSums(nn.Identity())
-        self._hooks = LayerHooks(
+        self.hooks = LayerHooks(
             stage_model.layers,
             first=own.start in (0, num_encoder_layers),
             last=self._is_last,
@@ -94,20 +94,6 @@ class StackForward:
         self._no_masks = dict.fromkeys(_MASKS, torch.empty(0)) if merges else None
         if self._is_last:
             self._decoder.register_forward_hook(self._keep_rows)
-
-    @property
-    def progress(self) -> Callable[[], None] | None:
-        """A function that is called after each layer, in the thread of `run`."""
-        return self._hooks.after_layer
-
-    @progress.setter
-    def progress(self, listener: Callable[[], None] | None) -> None:
-        self._hooks.after_layer = listener
-
-    @property
-    def layers_s(self) -> float:
-        """Seconds that the layers took in the latest complete pass; see `LayerHooks.seconds`."""
-        return self._hooks.seconds
 
     @torch.inference_mode()
     def run(
@@ -135,13 +121,13 @@ class StackForward:
         """
         ids = sent(token_ids.to(torch.int64), self._device)[None]
         if hidden_states is not None:
-            self._hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
+            self.hooks.incoming = sent(hidden_states, self._device).to(self._dtype)[None]
         compute = self._read_sources if step.slices[0].is_source else self._write_answers
         try:
             with running(step), kernels_for(len(token_ids)):
                 output = compute(step, ids, rows)
         finally:
-            self._hooks.forget()
+            self.hooks.forget()
             self._rows = None
         wanted = [0] * self._num_encoders + [1] * len(self._decoding)
         if step.appended != wanted:
@@ -150,11 +136,11 @@ class StackForward:
 
     def _read_sources(self, step: PackedStep, ids: Tensor, rows: list[int]) -> Tensor | None:
         """Compute a source step; return what the encoder has made so far."""
-        states = self._hooks.incoming
+        states = self.hooks.incoming
         if self._num_encoders:
             states = self._encoder(input_ids=ids, **self._positions(step)).last_hidden_state
         else:
-            self._hooks.begin()
+            self.hooks.begin()
         assert states is not None
         for layer, across in enumerate(self._across, self._num_encoders):
             with turn_of(self._decoding[layer - self._num_encoders]):
@@ -163,8 +149,8 @@ class StackForward:
                 own = slice(part.row, part.row + part.num_tokens)
                 step.cache.append(layer, part.sequence_id, part.start, keys[:, own], values[:, own])
             step.appended[layer] += 1
-            self._hooks.report_progress()
-        self._hooks.end()
+            self.hooks.report_progress()
+        self.hooks.end()
         return None if self._is_last else states[0]
 
     def _write_answers(self, step: PackedStep, ids: Tensor, rows: list[int]) -> Tensor | None:
@@ -190,7 +176,7 @@ class StackForward:
             use_cache=False,
             **self._positions(step),
         )
-        return None if self._is_last else cast(Tensor, self._hooks.outgoing)[0]
+        return None if self._is_last else cast(Tensor, self.hooks.outgoing)[0]
 
     def _positions(self, step: PackedStep) -> dict[str, Tensor]:
         """Return the positions as stacks take them that embed none; others ask by themselves."""
