@@ -481,7 +481,9 @@ def test_a_type_that_no_worker_could_run(tmp_path: Path, model_type: str, words:
 
 
 def test_a_type_that_workers_may_try(tmp_path: Path) -> None:
-    serve.open_model(str(write(tmp_path, {"model_type": "gemma4_unified_text"})), CoordinatorSettings())
+    serve.open_model(
+        str(write(tmp_path, {"model_type": "gemma4_unified_text"})), CoordinatorSettings()
+    )
 
 
 # ------------------------------------------------------------------ files that are something else
