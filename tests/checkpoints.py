@@ -235,6 +235,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 16,
         **_DELTA_NET,
         **_SHARED_EXPERT,
+        "output_gate_type": "sigmoid",
         "eos_token_id": [5, 9],
         "hc_count": 3,
         "hc_lowrank": 10,

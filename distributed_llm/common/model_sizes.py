@@ -62,7 +62,8 @@ _ANY_SIZE = re.compile(
 _ROPE = ("rope_parameters", "rope_scaling")
 """Names of parameters of rotary positions."""
 
-_ROPE_BASES = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_ROTATED = "partial_rotary_factor"
+_ROPE_BASES = ("rope_theta", "rope_local_base_freq", _ROTATED)
 _ROPE_NUMBERS = frozenset(
     {
         *(*_ROPE_BASES, "factor", "attention_factor", "original_max_position_embeddings"),
@@ -106,6 +107,7 @@ def check_sizes(config: Config) -> None:
     """
     num_layers(config)
     hidden_size(config)
+    streams(config)
     source_size(config)
     if is_encoder_decoder(config):
         check_heads(config)
@@ -149,9 +151,11 @@ def _check_rope(config: Config) -> None:
             is_type, is_number = name in ("rope_type", "type"), name in _ROPE_NUMBERS
             if value is None or not (is_type or is_number):
                 continue
-            right = isinstance(value, str) if is_type else _is_number(value)
+            most = 1.0 if name == _ROTATED else math.inf
+            right = isinstance(value, str) if is_type else _is_number(value) and value <= most
             if not right:
                 wanted = "a name" if is_type else "a number from 0 on"
+                wanted = "a number from 0 to 1" if name == _ROTATED else wanted
                 raise CheckpointError(
                     f"config.json has {name} = {value!r:.60} among its rotary positions; it must "
                     f"be {wanted}. Copy that of the original model."

@@ -119,8 +119,10 @@ def list_text(items: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def layers_text(layers: LayerRange) -> str:
-    """Return "layer 3" or "layers 3-6"."""
+def layers_text(layers: LayerRange, encoder_layers: int = 0) -> str:
+    """Return "layer 3" or "layers 3-6"; of an encoder-decoder "encoder 3-6 and decoder 1"."""
+    if encoder_layers:
+        return stacks_text(layers, encoder_layers).replace(", ", " and ")
     return f"{'layer' if len(layers) == 1 else 'layers'} {layers}"
 
 
@@ -143,16 +145,21 @@ def stacks_text(layers: LayerRange, encoder_layers: int) -> str:
     return ", ".join(texts)
 
 
-def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]]) -> str:
+def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]], encoder_layers: int = 0) -> str:
     """Return who has which layers: "layers 1-2 of 6 on pc, 3-6 on mac", "all 6 layers on pc".
 
     Args:
         layer_map: workers and their layers, of the whole model, in order.
+        encoder_layers: as in `stacks_text`.
     """
     total = layer_map[-1][1].stop
     if len(layer_map) == 1:
         each = "its only layer" if total == 1 else f"all {total} layers"
         return f"{each} on {layer_map[0][0]}"
+    if encoder_layers:
+        return ", ".join(
+            f"{layers_text(ls, encoder_layers)} on {worker}" for worker, ls in layer_map
+        )
     (worker, layers), *others = layer_map
     first = f"{layers_text(layers)} of {total} on {worker}"
     return ", ".join([first, *(f"{layers} on {worker}" for worker, layers in others)])

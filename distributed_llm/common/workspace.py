@@ -197,8 +197,9 @@ def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     positions = context_length(config)
     blocks = -(-positions // sizes.block)
     picking = (positions + min(sizes.block, positions)) * sizes.key_dim * (2 * item_bytes + 4)
-    picking += _COPIES_OF_INDEX_SCORES * SCORES_AT_ONCE * 4
-    picking += kv_heads * min(tokens, QUERIES_AT_ONCE) * blocks * 8
+    queries = kv_heads * min(tokens, QUERIES_AT_ONCE)
+    at_once = max(sizes.block, min(SCORES_AT_ONCE // queries, positions))
+    picking += queries * (at_once * _COPIES_OF_INDEX_SCORES * 4 + blocks * 8)
     beside = -(-sizes.key_dim // kv_heads)
     width = kv_heads * (key_dim + beside + value_dim)
     most = min(sizes.seen, positions)

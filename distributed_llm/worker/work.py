@@ -21,6 +21,7 @@ from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.worker import devices
 from distributed_llm.worker.compute.copies import measure_copies
 from distributed_llm.worker.compute.disk import measure_disk
 from distributed_llm.worker.compute.probe import measure, usable_memory_bytes
@@ -115,7 +116,7 @@ def _with_offload(capabilities: Capabilities, offload_bytes: int) -> Capabilitie
                 "sent weights in every step: only NVIDIA's and AMD's GPUs are. Leave it out, or "
                 "start a worker with --device cpu beside."
             )
-        made = _with_ram(made, measure_copies(copies, device))
+        made = _with_ram(made, device, measure_copies(copies, device))
     if (on_disk := offload_bytes - made.ram_bytes) > 0:
         rate = measure_disk(offload_folder(), on_disk)
         logger.info(
@@ -126,9 +127,13 @@ def _with_offload(capabilities: Capabilities, offload_bytes: int) -> Capabilitie
     return made
 
 
-def _with_ram(capabilities: Capabilities, bytes_per_s: float) -> Capabilities:
-    """Note how much of the room for layers is in the machine's memory: at most what is free."""
-    usable = usable_memory_bytes(torch.device("cpu"))
+def _with_ram(capabilities: Capabilities, device: torch.device, bytes_per_s: float) -> Capabilities:
+    """Note how much of the room for layers is in the machine's memory.
+
+    That is at most a GPU's share of what is free: the others of the machine may have workers, too.
+    """
+    gpus = sum(torch.device(name).type == device.type for name in devices.present())
+    usable = usable_memory_bytes(torch.device("cpu")) // max(1, gpus)
     ram_bytes = min(capabilities.offload_bytes, usable)
     logger.info(
         "Layers that do not fit on the GPU may stay in memory: %s, copied at %.1f GB/s",

@@ -40,7 +40,7 @@ def test_all_heads_get_the_positions_that_a_token_has_chosen(sizes: list[int]) -
 def test_each_head_gets_the_positions_that_it_has_chosen(sizes: list[int]) -> None:
     chosen = torch.tensor([[[0, 8, 9], [28, 29, 39]], [[39, 0, 0], [30, 31, 9]]])
     keys, values = rows()
-    found = kept(sizes).gathered_by_head(chosen)
+    found = kept(sizes).gathered(chosen)
     for head in range(HEADS):
         assert torch.equal(found[0][head], keys[head, chosen[head]])
         assert torch.equal(found[1][head], values[head, chosen[head]])

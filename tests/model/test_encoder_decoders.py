@@ -4,7 +4,9 @@ The reference is transformers alone: `generate`, and a whole forward, on each te
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -76,11 +78,26 @@ class Expected:
         return int(sample(row, [HOT], [length], [as_token_ids(())])[0])
 
 
+@cache
+def checkpoint_of(model_type: str) -> Checkpoint:
+    return open_checkpoint(make(Path(mkdtemp()), model_type))
+
+
+@cache
+def whole_of(model_type: str) -> Any:
+    """Return the model of a checkpoint, as transformers has it."""
+    return build(model_type)
+
+
+@cache
+def expected_of(model_type: str) -> Expected:
+    return Expected(whole_of(model_type))
+
+
 @pytest.mark.parametrize("model_type", SETTINGS)
-def test_tokens_are_those_of_transformers(tmp_path: Path, model_type: str) -> None:
+def test_tokens_are_those_of_transformers(model_type: str) -> None:
     """Greedy and sampled; in 1 to 5 stages; ragged, computed again in one chunk, and shared."""
-    checkpoint = open_checkpoint(make(tmp_path, model_type))
-    expected = Expected(build(model_type))
+    checkpoint, expected = checkpoint_of(model_type), expected_of(model_type)
     for name, cuts in SPLITS.items():
         pipeline = StackPipeline(checkpoint, cuts)
         _check_bytes(pipeline.stages, checkpoint)
@@ -127,13 +144,13 @@ def _check_again(name: str, pipeline: StackPipeline, expected: Expected) -> None
 
 
 @pytest.mark.parametrize("model_type", SETTINGS)
-def test_padding_tokens_are_tokens_like_others(tmp_path: Path, model_type: str) -> None:
+def test_padding_tokens_are_tokens_like_others(model_type: str) -> None:
     """In a source, as the start, and within an answer; as with the mask that tokenizers make."""
     source = [7, PAD, 9, 11, PAD, PAD, 5, 60, 77, 2]
-    made = answered(build(model_type), source, NEW_TOKENS, (PAD,), forced_bos_token_id=PAD)
+    made = answered(whole_of(model_type), source, NEW_TOKENS, (PAD,), forced_bos_token_id=PAD)
     answer = [PAD, *made]
     assert answer[1] == PAD
-    pipeline = StackPipeline(open_checkpoint(make(tmp_path, model_type)), (2, 4))
+    pipeline = StackPipeline(checkpoint_of(model_type), (ENCODER_LAYERS,))
     pipeline.read([SOURCES[0], source], answer)
     parts = [(1, 0, 3), *((1, length - 1, length) for length in range(4, NEW_TOKENS + 1))]
     assert [pipeline.step([part], GREEDY) for part in parts] == [[t] for t in answer[3:]]
@@ -143,8 +160,8 @@ def test_every_type_is_tried() -> None:
     assert set(SETTINGS) == ENCODER_DECODERS
 
 
-def test_a_stage_with_encoder_layers_keeps_nothing(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(make(tmp_path, "t5"))
+def test_a_stage_with_encoder_layers_keeps_nothing() -> None:
+    checkpoint = checkpoint_of("t5")
     pipeline = StackPipeline(checkpoint, (2,))
     pipeline.read(SOURCES, (START,))
     assert pipeline.stages[0].kv_bytes == 0
@@ -152,9 +169,9 @@ def test_a_stage_with_encoder_layers_keeps_nothing(tmp_path: Path) -> None:
     assert pipeline.stages[1].num_computed_tokens(SequenceId(1)) == len(SOURCES[0])
 
 
-def test_a_source_that_fails_leaves_nothing_with_an_encoder(tmp_path: Path) -> None:
+def test_a_source_that_fails_leaves_nothing_with_an_encoder() -> None:
     """A stage of the encoder alone is not told which sequences are freed later."""
-    pipeline = StackPipeline(open_checkpoint(make(tmp_path, "t5")), (2,))
+    pipeline = StackPipeline(checkpoint_of("t5"), (2,))
     stage = pipeline.stages[0]
 
     def fail() -> None:
@@ -181,9 +198,9 @@ def _part(start: int, count: int, source: int, **values: Any) -> SequenceSlice:
     ],
 )
 def test_steps_that_are_of_no_kind_are_refused(
-    tmp_path: Path, parts: list[SequenceSlice], error: type[Exception]
+    parts: list[SequenceSlice], error: type[Exception]
 ) -> None:
-    checkpoint = open_checkpoint(make(tmp_path, "t5"))
+    checkpoint = checkpoint_of("t5")
     layers = LayerRange(0, NUM_LAYERS)
     stage = Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
     ids = torch.ones(sum(part.num_tokens for part in parts), dtype=torch.int32)
@@ -209,10 +226,9 @@ def _stages(plan: Plan) -> list[PipelineStage]:
 
 @pytest.mark.parametrize("name", AFTER)
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
-def test_layers_move_while_answers_are_written(tmp_path: Path, model_type: str, name: str) -> None:
+def test_layers_move_while_answers_are_written(model_type: str, name: str) -> None:
     """What decoder layers keep of sources and answers travels; nothing is computed again."""
-    checkpoint = open_checkpoint(make(tmp_path, model_type))
-    expected = Expected(build(model_type))
+    checkpoint, expected = checkpoint_of(model_type), expected_of(model_type)
     pipeline = StackPipeline(checkpoint, (2, 4))
     old = dict(zip(BEFORE, pipeline.stages, strict=True))
     new = {

@@ -17,7 +17,7 @@ from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.model_sizes import layer_kv_bytes
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.model import key_block_attention, key_blocks
+from distributed_llm.worker.model import block_attention, key_blocks
 from distributed_llm.worker.model.key_blocks import use_key_block_indexers
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, build_model, make_checkpoint
@@ -70,7 +70,7 @@ def test_what_is_picked_is_what_transformers_picks(
     checkpoint: Checkpoint, expected: Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces of one block or token, of a few, and of all."""
-    for module in (key_blocks, key_block_attention):
+    for module in (key_blocks, block_attention):
         monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
     monkeypatch.setattr(key_blocks, "QUERIES_AT_ONCE", min(at_once, 7))
     torch.testing.assert_close(last_states(checkpoint), expected, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from distributed_llm.common.ngrams import ngram_layers, ngram_windows, table_par
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.text_config import text_config
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.model.away_layers import away_nbytes
 from distributed_llm.worker.model.incoming import Entry, Floats, Piece, WeightReader
@@ -94,12 +94,12 @@ def test_ngrams_reach_over_steps_and_end_with_texts(
     torch.testing.assert_close(torch.cat(kept), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE_LEVELS)
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_a_table_is_planned_and_held_where_its_layer_is(
     checkpoint: Checkpoint, quantize: Quantize
 ) -> None:
     cost = model_cost(checkpoint, "float32", quantize)
-    for start, stop in ((0, 1), (1, 2), (2, 3), (0, 3)):
+    for start, stop in ((0, 1), (1, 3)):
         stage = load(checkpoint, start, stop, quantize=quantize)
         planned = cost.weight_bytes(LayerRange(start, stop))
         beside = 0.01 if quantize == "none" else 0.02  # rotary frequencies, sums of integers
@@ -194,7 +194,7 @@ class Reader(WeightReader):
     def plain(self, weight: StoredWeight) -> Tensor:
         numbers = torch.arange(self.read_rows, self.read_rows + weight.shape[0])[:, None]
         self.read_rows += weight.shape[0]
-        made: Tensor = numbers.repeat(1, weight.shape[1])
+        made: Tensor = numbers.repeat(1, weight.shape[1]).to(torch.bfloat16)
         self.alive.add(made)
         self.most = max(self.most, len(self.alive))
         return made
@@ -202,11 +202,12 @@ class Reader(WeightReader):
 
 def test_parts_of_a_table_are_read_one_after_the_other() -> None:
     shapes = [(rows, 4) for rows in (3, 3, 3, 3, 3, 2)]
-    infos = [TensorInfo(str(n), "", "I64", shape, 0, 0) for n, shape in enumerate(shapes)]
+    infos = [TensorInfo(str(n), "", "BF16", shape, 0, 0) for n, shape in enumerate(shapes)]
     weights = [StoredWeight(info.name, info.shape, {"": info}) for info in infos]
     reader = Reader()
     entry = Entry("table", tuple(map(Piece, weights)))
     found = Floats(reader, entry, torch.float32, transposed=False)[...]
+    assert found.dtype == torch.float32
     assert found.tolist() == [[row] * 4 for row in range(17)]
     assert reader.most <= 2
 

@@ -19,6 +19,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker import devices
 from distributed_llm.worker.model import latents
+from distributed_llm.worker.model.kernels import packed_nbytes
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.tensor_frames import frame_of
 from tests.checkpoints import make_checkpoint
@@ -133,6 +134,16 @@ def test_attention_of_other_kinds_waits_no_more_often(
     stage = Stage.load(other, LayerRange(1, 2), device=META, dtype=dtype)
     for parts in (PREFILL, MIXED, DECODE):
         assert waits_of(stage, parts, other.hidden_size) == ["copy"]
+
+
+def test_products_with_integers_wait_for_nothing(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
+    made = open_checkpoint(make_checkpoint(tmp_path, num_layers=3, **sizes))
+    middle = LayerRange(1, 2)
+    stage = Stage.load(made, middle, device=META, dtype=torch.bfloat16, quantize="int4")
+    assert packed_nbytes(stage._held.layers) > 0
+    for parts in (PREFILL, MIXED, DECODE):
+        assert waits_of(stage, parts, made.hidden_size) == ["copy"]
 
 
 # ------------------------------------------------------------------ memory that is pinned

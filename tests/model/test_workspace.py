@@ -16,6 +16,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.workspace import workspace_bytes
 from distributed_llm.worker.model import sampled_rows
+from distributed_llm.worker.model.kernels.native import recurrences
 from distributed_llm.worker.model.sampled_rows import RowToSample, sample_rows
 from distributed_llm.worker.model.sampler import RowsFailed
 from distributed_llm.worker.model.stage import Stage
@@ -71,7 +72,7 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
             **{"indexer_budget": 128, "indexer_compress_ratio": 16},
         },
     ),
-    "minimax_m3_vl_text": (2.0, _PICKED),
+    "minimax_m3_vl_text": (1.3, _PICKED),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""
@@ -182,11 +183,15 @@ def test_a_prompt_in_layers_with_a_state(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "qwen3_next", "rwkv"])
-def test_single_tokens_in_layers_with_a_state(family: str, begins: bool, tmp_path: Path) -> None:
+def test_single_tokens_in_layers_with_a_state(
+    family: str, begins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the states that sequences keep, which the latest step has made anew.
 
-    Those that begin are computed one by one, and need not be planned for.
+    Those that begin are computed one by one, and need not be planned for. Where the C library makes
+    the states, it needs less.
     """
+    monkeypatch.setattr(recurrences, "can_compute", lambda states: False)
     given = {"hidden_size": 256, "intermediate_size": 512, **MIXERS[family][1]}
     folder = make_checkpoint(tmp_path / "model", family, num_layers=2, **given)
     kept = 32 * sum(open_checkpoint(folder).layer_state_bytes("bfloat16"))

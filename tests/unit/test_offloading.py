@@ -23,7 +23,7 @@ from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.dry_run import dry_run
 from distributed_llm.coordinator.speeds.machines import Machines, Overflow
 from distributed_llm.coordinator.speeds.work import Work
-from distributed_llm.worker import work
+from distributed_llm.worker import devices, work
 from distributed_llm.worker.compute.copies import measure_copies
 from distributed_llm.worker.compute.disk import measure_disk
 from tests.made_up_copies import MadeUpCopies
@@ -321,10 +321,15 @@ def test_a_cpu_offers_its_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         work._with_offload(on_device("mps"), 3 * MIB)
 
 
-@pytest.mark.parametrize(("free", "in_ram", "disk"), [(4, 3, None), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("gpus", "free", "in_ram", "disk"), [(1, 4, 3, None), (1, 2, 2, 1), (2, 4, 2, 1)]
+)
 def test_a_gpu_offers_the_memory_of_its_machine_then_the_disk(
-    free: int, in_ram: int, disk: int | None, monkeypatch: pytest.MonkeyPatch
+    gpus: int, free: int, in_ram: int, disk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of several, each offers a part of the memory, for there is a worker for each."""
+    present = [*(f"cuda:{number}" for number in range(gpus)), "cpu"]
+    monkeypatch.setattr(devices, "present", lambda: present)
     measured: list[int] = []
 
     def measure(folder: Path, wanted: int) -> float:

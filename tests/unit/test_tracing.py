@@ -94,6 +94,8 @@ def test_answers_of_an_encoder_decoder_go_by_stages_that_write_them() -> None:
     status = world.core.status(now=world.now)
     (pipeline,) = status.pipelines
     assert "(6 layers, 2 of them the encoder's): serving" in headline(status)
+    planned = next(event.text for event in status.events if event.text.startswith("loading plan"))
+    assert f"encoder 1-2 on {encoder}, decoder 1-2 on {decoder[0]}, decoder 3-4 on" in planned
     assert [stage.step_s == 0.0 for stage in pipeline.stages] == [True, False, False]
     tokens = [link.bytes_sent // MODEL.activation_bytes for link in pipeline.links]
     assert tokens == [len(PROMPT), len(PROMPT) + 6]

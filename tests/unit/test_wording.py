@@ -59,6 +59,11 @@ from distributed_llm.common.wording import (
         (list_text(["a", "b", "c"]), "a, b and c"),
         (layers_text(LayerRange(0, 1)), "layer 1"),
         (layers_text(LayerRange(2, 6)), "layers 3-6"),
+        (layers_text(LayerRange(2, 6), 4), "encoder 3-4 and decoder 1-2"),
+        (
+            layer_map_text([("pc", LayerRange(0, 3)), ("mac", LayerRange(3, 6))], 4),
+            "encoder 1-3 on pc, encoder 4 and decoder 1-2 on mac",
+        ),
         (layer_map_text([("pc", LayerRange(0, 6))]), "all 6 layers on pc"),
         (layer_map_text([("pc", LayerRange(0, 1))]), "its only layer on pc"),
         (

@@ -54,7 +54,7 @@ class Cluster:
         registry = Registry(
             silence_timeout_s=settings.silence_timeout_s, task_timeout_s=settings.task_timeout_s
         )
-        event_log = EventLog()
+        event_log = EventLog(model.cost.encoder_layers)
         book = RequestBook(
             model.defaults,
             event_log,

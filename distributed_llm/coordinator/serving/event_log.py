@@ -177,6 +177,7 @@ class Entry:
         facts: the other fields of its template, by name.
         times: how often it happened.
         number: counts all events of the cluster from 1; 0 for those of requests.
+        encoder_layers: of the model, whose layers its text may name; 0: it is a decoder alone.
     """
 
     at: float
@@ -187,12 +188,14 @@ class Entry:
     facts: Mapping[str, Any] = field(default_factory=dict)
     times: int = 1
     number: int = 0
+    encoder_layers: int = 0
 
     @cached_property
     def text(self) -> str:
         """What happened, for people; every status repeats it."""
         known = {"worker": self.worker, "request": self.request, "epoch": self.epoch}
-        return _FORMATTER.format(self.kind.template, **known, **self.facts)[:_MAX_CHARS]
+        formatter = _Formatter(self.encoder_layers)
+        return formatter.format(self.kind.template, **known, **self.facts)[:_MAX_CHARS]
 
     def is_again(self, earlier: "Entry") -> bool:
         """Return whether it is what happened earlier, with the same facts."""
@@ -207,9 +210,18 @@ class Entry:
 
 
 class _Formatter(Formatter):
-    """str.format with the formats of `EventKind`."""
+    """str.format with the formats of `EventKind`.
+
+    Args:
+        encoder_layers: see `Entry`.
+    """
+
+    def __init__(self, encoder_layers: int) -> None:
+        self._encoder_layers = encoder_layers
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if of_layers := _OF_LAYERS.get(format_spec):
+            return of_layers(value, self._encoder_layers)
         words = _FORMATS.get(format_spec)
         return words(value) if words else format(value, format_spec)
 
@@ -229,18 +241,21 @@ _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "tokens": lambda count: count_text(count, "token"),
     "answers": lambda count: count_text(count, "answer"),
     "pipelines": lambda count: count_text(count, "pipeline"),
-    "layers": layers_text,
-    "map": layer_map_text,
     "stall": _stall_text,
     "because": lambda why: f" ({why})" if why else "",
 }
 
-
-_FORMATTER = _Formatter()
+_OF_LAYERS: Mapping[str, Callable[[Any, int], str]] = {
+    "layers": layers_text,
+    "map": layer_map_text,
+}
 
 
 class EventLog:
     """The latest events of one coordinator, a bounded number.
+
+    Args:
+        encoder_layers: see `Entry`.
 
     Attributes:
         now: when the core was last called, clock seconds; the time of new events.
@@ -248,7 +263,8 @@ class EventLog:
         counts: number of all events so far, of the cluster and of requests, by kind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, encoder_layers: int = 0) -> None:
+        self._encoder_layers = encoder_layers
         self._cluster: list[Entry] = []
         self._requests: deque[Entry] = deque(maxlen=MAX_REQUEST_EVENTS)
         self.now = 0.0
@@ -272,7 +288,11 @@ class EventLog:
         """Keep an event of the cluster; return the action that logs it."""
         self.counts[kind] += 1
         self._number += 1
-        entry = Entry(self.now, kind, worker, None, epoch, facts, number=self._number)
+        entry = Entry(
+            *(self.now, kind, worker, None, epoch, facts),
+            number=self._number,
+            encoder_layers=self._encoder_layers,
+        )
         self._keep(entry)
         return Log(entry.text, kind.level, kind.name.lower().replace("_", " "))
 

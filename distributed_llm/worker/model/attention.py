@@ -14,12 +14,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from distributed_llm.worker.devices import sent
-from distributed_llm.worker.model.block_attention import attend_blocks
-from distributed_llm.worker.model.block_indexers import BlockChoice
+from distributed_llm.worker.model.block_attention import BlockChoice, attend_blocks
+from distributed_llm.worker.model.block_indexers import BlockMeansChoice
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.indexers import Choice
-from distributed_llm.worker.model.key_block_attention import attend_picked
-from distributed_llm.worker.model.key_blocks import KeyBlockChoice
 from distributed_llm.worker.model.latent_attention import attend_latents
 from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
@@ -35,7 +33,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BlockChoice | None,
+    attention_mask: Tensor | BlockMeansChoice | None,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -43,7 +41,7 @@ def packed_attention(
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
     indices: Choice | None = None,
-    block_indices: KeyBlockChoice | None = None,
+    block_indices: BlockChoice | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of each packed sequence over its cached positions and its new tokens.
@@ -64,7 +62,7 @@ def packed_attention(
         slopes: [heads], as in `Scoring`.
         indices: by what the tokens choose the positions that they attend to, or have chosen them in
             an earlier layer; None: they attend to all.
-        block_indices: by what the tokens pick the blocks of positions that they attend to; None:
+        block_indices: by what the tokens choose the blocks of positions that they attend to; None:
             they attend to all.
         kwargs: for other attention implementations; ignored, except for `position_bias`.
 
@@ -74,8 +72,9 @@ def packed_attention(
     Raises:
         NotImplementedError: the model has a mask or a position bias of its own.
     """
-    blocks = attention_mask if isinstance(attention_mask, BlockChoice) else None
-    masked = attention_mask is not None and indices is None and blocks is None
+    masked = attention_mask is not None and indices is None
+    if isinstance(attention_mask, BlockMeansChoice):
+        block_indices, masked = attention_mask, False
     if masked or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} brings its own mask or position bias")
     step = running_step()
@@ -87,12 +86,9 @@ def packed_attention(
     section = step.sections[layer] if step.sections else 0
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux, section, slopes)
     step.windows[layer] = scoring.most_seen
-    if blocks is not None or block_indices is not None:
-        told = (step, layer, query[0], key[0], value[0], scoring)
-        if blocks is not None:
-            return attend_blocks(*told, blocks)[None], None
-        assert block_indices is not None
-        return attend_picked(*told, block_indices)[None], None
+    if block_indices is not None:
+        own = (query[0], key[0], value[0])
+        return attend_blocks(step, layer, *own, scoring, block_indices)[None], None
     expansion = expansion_of(module)
     if expansion is not None:
         own = (query[0], key[0], value[0])

@@ -6,6 +6,8 @@ cache. So queries end in zeros where rows are read whole.
 """
 
 import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,63 @@ from torch import Tensor
 
 from distributed_llm.common.workspace import EXPANDED_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.devices import sent
-from distributed_llm.worker.model.block_indexers import NOT_CHOSEN, BlockChoice
-from distributed_llm.worker.model.chosen_rows import ChosenRows, in_parts, joined
+from distributed_llm.worker.model.chosen_rows import NOT_CHOSEN, ChosenRows, in_parts, joined
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.kernels import kernels_for_many_rows
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
 from distributed_llm.worker.model.token_attention import attend_tokens
+
+
+class BlockChoice(Protocol):
+    """By what the tokens of a step choose blocks of positions."""
+
+    @property
+    def seen(self) -> int:
+        """Positions that a token attends to at most; in texts no longer than that, to all."""
+
+    @property
+    def key_dim(self) -> int:
+        """Numbers of an index key."""
+
+    @property
+    def every(self) -> int:
+        """Positions of which the last one's index key alone is read when tokens choose."""
+
+    def keys_to_keep(
+        self,
+        slices: Sequence[PackedSlice],
+        kept_before: Callable[[PackedSlice, int], Tensor],
+    ) -> Tensor:
+        """Return the index keys [tokens, dim] that are kept of a step.
+
+        Args:
+            slices: all of the step.
+            kept_before: returns what is kept of the positions of a slice's sequence from one on and
+                before the slice, [positions, dim].
+        """
+
+    def choose(self, part: PackedSlice, keys: Sequence[Tensor]) -> Tensor:
+        """Return what each token of a slice chooses, alike for all heads or for each.
+
+        Args:
+            part: a slice.
+            keys: that are read, of all positions in order, [positions, dim] each.
+
+        Returns:
+            int64 [tokens, any] or [kv_heads, tokens, any].
+        """
+
+    def positions(self, chosen: Tensor, first: int) -> Tensor:
+        """Return the positions that tokens attend to.
+
+        Args:
+            chosen: of these tokens, by `choose`.
+            first: position of the first of them.
+
+        Returns:
+            int64 [tokens, any] or [kv_heads, tokens, any]; where a token attends to fewer than
+            others, `NOT_CHOSEN` fills up its row.
+        """
 
 
 def attend_blocks(
@@ -44,7 +97,7 @@ def attend_blocks(
     Returns:
         [tokens, heads, value_dim].
     """
-    index_dim = choice.sizes.key_dim
+    index_dim, seen = choice.key_dim, choice.seen
     beside = -(-index_dim // len(key))  # the part of an index key that is behind a key
     width = key.shape[-1] + beside
 
@@ -56,22 +109,22 @@ def attend_blocks(
     key = torch.cat((key, in_parts(index_keys, len(key))), dim=-1)
     wide = F.pad(query, (0, beside))
     attended = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
-    see_all = all(part.start < choice.sizes.seen for part in step.single)
+    see_all = all(part.start < seen for part in step.single)
     for part in step.chunks if see_all else step.slices:
         rows = slice(part.row, part.row + part.num_tokens)
         own = (key[:, rows], value[:, rows])
         held = step.cache.append(layer, part.sequence_id, part.start, *own)
-        if part.start + part.num_tokens <= choice.sizes.seen:
-            seen = (query[:, rows], [one.narrow(query.shape[-1]) for one in held])
-            if step.cache.coding:
-                seen = (wide[:, rows], held)
-            attended[rows] = attend_chunk(step, *seen, scoring, value.shape[-1])
+        if part.start + part.num_tokens <= seen:
+            queries = wide[:, rows]
+            if step.cache.coding is None:  # fused kernels want keys as wide as values
+                queries, held = query[:, rows], [one.narrow(query.shape[-1]) for one in held]
+            attended[rows] = attend_chunk(step, queries, held, scoring, value.shape[-1])
             continue
         kept = ChosenRows(step, held, *own)
         with kernels_for_many_rows():
-            blocks = kept.index_keys(beside, every=choice.sizes.block)
-            chosen = choice.choose(part, [joined(some, index_dim) for some in blocks])
-            attended[rows] = _attend_to(chosen, wide[:, rows], kept, scoring)
+            read = [joined(some, index_dim) for some in kept.index_keys(beside, choice.every)]
+            chosen = choice.choose(part, read)
+            attended[rows] = _attend_to(choice, chosen, part.start, wide[:, rows], kept, scoring)
     if step.single and see_all:
         at = sent(torch.tensor([part.row for part in step.single]), query.device)
         single = (wide[:, at], key[:, at], value[:, at])
@@ -79,11 +132,20 @@ def attend_blocks(
     return attended
 
 
-def _attend_to(chosen: Tensor, queries: Tensor, kept: ChosenRows, scoring: Scoring) -> Tensor:
+def _attend_to(
+    choice: BlockChoice,
+    chosen: Tensor,
+    start: int,
+    queries: Tensor,
+    kept: ChosenRows,
+    scoring: Scoring,
+) -> Tensor:
     """Compute attention of tokens over what they have chosen.
 
     Args:
-        chosen: positions, int64 [tokens, positions]; `NOT_CHOSEN` does not count.
+        choice: by what they have.
+        chosen: by it.
+        start: position of the first token.
         queries: [heads, tokens, key_dim].
         kept: of all positions.
         scoring: how.
@@ -91,23 +153,26 @@ def _attend_to(chosen: Tensor, queries: Tensor, kept: ChosenRows, scoring: Scori
     Returns:
         [tokens, heads, value_dim].
     """
-    (heads, tokens, _), most = queries.shape, chosen.shape[1]
+    heads, tokens, _ = queries.shape
     queries = kept.rotated(queries * scoring.scale)
-    per_token = kept.heads * most * kept.width
-    at_once = max(1, min(SCORES_AT_ONCE // (heads * most), EXPANDED_AT_ONCE // per_token))
-    rows = range(0, tokens, at_once)
-    some = [(queries[:, row : row + at_once], chosen[row : row + at_once]) for row in rows]
-    attended = [_attended(*each, kept) for each in some]
+    per_token = kept.heads * choice.seen * kept.width
+    at_once = min(SCORES_AT_ONCE // (heads * choice.seen), EXPANDED_AT_ONCE // per_token)
+    at_once = max(1, at_once)
+    attended = []
+    for row in range(0, tokens, at_once):
+        some = slice(row, row + at_once)
+        positions = choice.positions(chosen[..., some, :], start + row)
+        attended.append(_attended(queries[:, some], positions, kept))
     return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def _attended(queries: Tensor, chosen: Tensor, kept: ChosenRows) -> Tensor:
+def _attended(queries: Tensor, positions: Tensor, kept: ChosenRows) -> Tensor:
     """Compute attention of so few tokens that what they have chosen is gathered at once."""
-    keys, values = kept.gathered(chosen.clamp(min=0))
+    keys, values = kept.gathered(positions.clamp(min=0))
     # [kv_heads, tokens, group, key_dim]
     grouped = queries.reshape(len(keys), -1, *queries.shape[1:]).transpose(1, 2)
     scores = torch.matmul(grouped, keys.transpose(-1, -2)).float()
-    scores.masked_fill_((chosen == NOT_CHOSEN)[:, None], float("-inf"))
+    scores.masked_fill_((positions == NOT_CHOSEN).unsqueeze(-2), float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(values.dtype)
     return torch.matmul(weights, values).transpose(0, 1).flatten(1, 2)
 

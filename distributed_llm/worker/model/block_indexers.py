@@ -1,8 +1,8 @@
 """Has indexers that pick blocks of positions tell what they pick by, and pick where all are held.
 
 In transformers, such an indexer returns which positions each token attends to, and its attention
-module adds that to a mask. Here it returns queries and keys of a step's tokens (`BlockChoice`),
-which take the way of the mask: keys of earlier positions are in the KV cache.
+module adds that to a mask. Here it returns queries and keys of a step's tokens
+(`BlockMeansChoice`), which take the way of the mask: keys of earlier positions are in the KV cache.
 
 There the last position of each block has the finished key of the block in the place of its own:
 nobody needs its own any more, and blocks are picked by reading one key of each.
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from distributed_llm.common.block_indexers import BlockSizes
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.workspace import QUERIES_AT_ONCE
+from distributed_llm.worker.model.chosen_rows import NOT_CHOSEN
 from distributed_llm.worker.model.indexers import index_scores
 from distributed_llm.worker.model.packed_step import PackedSlice
-
-NOT_CHOSEN = -1
-"""In the place of a position where a token has chosen fewer than others."""
 
 _NEEDED = ("index_qk_proj", "q_layernorm", "k_layernorm", "compress_ratio", "block_topk")
 """What indexers have that pick blocks."""
@@ -30,8 +28,8 @@ _NEEDED = ("index_qk_proj", "q_layernorm", "k_layernorm", "compress_ratio", "blo
 _ROTATION = "apply_rotary_pos_emb"
 
 
-class BlockChoice:
-    """What the tokens of a step choose blocks of positions by.
+class BlockMeansChoice:
+    """What the tokens of a step choose blocks of positions by: means of their keys.
 
     Args:
         queries: [tokens, heads, dim].
@@ -41,7 +39,9 @@ class BlockChoice:
             those of their positions, [blocks, dim].
 
     Attributes:
-        sizes: as given.
+        seen: positions that a token attends to at most.
+        key_dim: numbers of a key.
+        every: positions of a block, whose last one has the key of the block.
     """
 
     def __init__(
@@ -51,7 +51,10 @@ class BlockChoice:
         sizes: BlockSizes,
         finish: Callable[[Tensor], Tensor],
     ) -> None:
-        self.sizes = sizes
+        self.seen = sizes.seen
+        self.key_dim = sizes.key_dim
+        self.every = sizes.block
+        self._sizes = sizes
         self._queries = queries
         self._keys = keys
         self._finish = finish
@@ -70,15 +73,15 @@ class BlockChoice:
         """
         means, ends = [], []
         for part in slices:
-            starts = self.sizes.complete_in(part.start, part.start + part.num_tokens)
+            starts = self._sizes.complete_in(part.start, part.start + part.num_tokens)
             if not starts:
                 continue
             own = self._keys[part.row : part.row + part.num_tokens]
             if starts[0] < part.start:
                 own = torch.cat((kept_before(part, starts[0]), own))
-            blocks = own[: len(starts) * self.sizes.block].view(len(starts), -1, own.shape[1])
+            blocks = own[: len(starts) * self._sizes.block].view(len(starts), -1, own.shape[1])
             means.append(blocks.float().mean(dim=1).to(own.dtype))
-            last = part.row - part.start + self.sizes.block - 1
+            last = part.row - part.start + self._sizes.block - 1
             ends += [start + last for start in starts]
         if not means:
             return self._keys
@@ -95,27 +98,31 @@ class BlockChoice:
             part: a slice.
             keys: of all complete blocks in order, [blocks, dim] each.
         """
-        chosen = []
+        found = []
         for first in range(0, part.num_tokens, QUERIES_AT_ONCE):
             stop = min(first + QUERIES_AT_ONCE, part.num_tokens)
             queries = self._queries[part.row + first : part.row + stop]
             weights = queries.new_ones(queries.shape[:2], dtype=torch.float32)
             scores = index_scores(queries, weights, keys, queries.shape[-1] ** -0.5)
-            chosen.append(self._best(scores, part.start + first))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+            found.append(self._best(scores, part.start + first))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def positions(self, chosen: Tensor, first: int) -> Tensor:
+        """Return positions that tokens attend to: what they have chosen."""
+        return chosen
 
     def _best(self, scores: Tensor, start: int) -> Tensor:
         """Return the positions that tokens from `start` on choose by the scores of blocks."""
-        size, tokens = self.sizes.block, len(scores)
+        size, tokens = self._sizes.block, len(scores)
         within = torch.arange(size, device=scores.device)
         own = torch.arange(start, start + tokens, device=scores.device)[:, None]
-        rows = within.new_full((tokens, self.sizes.seen), NOT_CHOSEN)
+        rows = within.new_full((tokens, self._sizes.seen), NOT_CHOSEN)
         row = 0
         while row < tokens:  # tokens with as many complete blocks
             complete = (start + row + 1) // size
             there = slice(row, min(tokens, row + size - (start + row + 1) % size))
             # Of no more than are complete: with others, those would differ whose scores are equal.
-            best = scores[there, :complete].topk(min(self.sizes.most, complete)).indices
+            best = scores[there, :complete].topk(min(self._sizes.most, complete)).indices
             picked = (best[:, :, None] * size + within).flatten(1)
             after = complete * size + within[:-1]
             after = torch.where(after <= own[there], after, NOT_CHOSEN)
@@ -129,12 +136,12 @@ class ChoosingMask:
 
     dtype = torch.bool
 
-    def __and__(self, choice: BlockChoice) -> BlockChoice:
+    def __and__(self, choice: BlockMeansChoice) -> BlockMeansChoice:
         return choice
 
 
 class PackedBlockIndexer(nn.Module):
-    """An indexer that returns a `BlockChoice`.
+    """An indexer that returns a `BlockMeansChoice`.
 
     Args:
         indexer: of transformers.
@@ -162,7 +169,7 @@ class PackedBlockIndexer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         *_: object,
         **__: object,
-    ) -> BlockChoice:
+    ) -> BlockMeansChoice:
         """Return what tokens choose by, of their hidden states [1, tokens, hidden_size].
 
         Args:
@@ -185,11 +192,11 @@ class PackedBlockIndexer(nn.Module):
             return rotated[:, 0]
 
         sizes = BlockSizes(int(own.compress_ratio), int(own.block_topk), dim)
-        return BlockChoice(queries[0], keys, sizes, finish)
+        return BlockMeansChoice(queries[0], keys, sizes, finish)
 
 
 def use_packed_block_indexers(layer: nn.Module) -> None:
-    """Have the indexers of a loaded layer that pick blocks return a `BlockChoice`.
+    """Have the indexers of a loaded layer that pick blocks return a `BlockMeansChoice`.
 
     Raises:
         UnsupportedModel: they choose in another way.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -10,6 +9,9 @@ from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import parts_of
 from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep
+
+NOT_CHOSEN = -1
+"""In the place of a position where a token has chosen fewer than others."""
 
 
 class ChosenRows:
@@ -76,38 +78,24 @@ class ChosenRows:
         """Return keys and values, [heads, tokens, positions, dim], of what tokens have chosen.
 
         Args:
-            chosen: int64 [tokens, positions].
+            chosen: int64 [tokens, positions], or [heads, tokens, positions] where tokens have
+                chosen for each head.
         """
         both = [part.keys for part in self._parts], [part.values for part in self._parts]
-        keys, values = (self._taken(rows, chosen.view(-1)) for rows in both)
-        keys, values = (taken.view(len(taken), *chosen.shape, -1) for taken in (keys, values))
-        return self._coded.decoded(keys, values) if self._coded else (keys, values)
-
-    def gathered_by_head(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values, [heads, tokens, positions, dim], of what heads have chosen.
-
-        Args:
-            chosen: int64 [heads, tokens, positions].
-        """
-        first = self._parts[0]
-        heads = torch.arange(len(chosen), device=chosen.device)[:, None, None]
-        if len(self._parts) == 1:
-            keys, values = first.keys[heads, chosen], first.values[heads, chosen]
-        else:
-            keys = first.keys.new_empty((*chosen.shape, first.keys.shape[-1]))
-            values = first.values.new_empty((*chosen.shape, first.values.shape[-1]))
-            heads = heads.expand(chosen.shape)
-            for part in self._parts:
-                inside = (chosen >= part.start) & (chosen < part.stop)
-                there = heads[inside], chosen[inside] - part.start
-                keys[inside], values[inside] = part.keys[there], part.values[there]
+        keys, values = (self._taken(rows, chosen.flatten(-2)) for rows in both)
+        keys, values = (taken.view(len(taken), *chosen.shape[-2:], -1) for taken in (keys, values))
         return self._coded.decoded(keys, values) if self._coded else (keys, values)
 
     def _taken(self, rows: Sequence[Tensor], chosen: Tensor) -> Tensor:
         """Return rows [heads, positions, dim] of positions, of those of all parts."""
+        heads, _, dim = rows[0].shape
+        if chosen.dim() > 1:
+            taken = rows[0].new_empty((*chosen.shape, dim))
+            for head, own in enumerate(chosen):
+                taken[head : head + 1] = self._taken([one[head : head + 1] for one in rows], own)
+            return taken
         if len(rows) == 1:  # on CPUs, selecting is several times as fast as indexing
             return rows[0].index_select(1, chosen)
-        heads, _, dim = rows[0].shape
         taken = rows[0].new_empty((heads, len(chosen), dim))
         for part, own in zip(self._parts, rows, strict=True):
             inside = ((chosen >= part.start) & (chosen < part.stop)).nonzero()[:, 0]

@@ -161,7 +161,7 @@ class Floats:
     Args:
         reader: of its pieces.
         entry: to be read.
-        dtype: of quantized numbers; others have that of the files.
+        dtype: of quantized numbers and of tables; others have that of the files.
         transposed: the model holds matrices as [.., in_features, out_features].
     """
 
@@ -182,11 +182,11 @@ class Floats:
         return joined[index]
 
     def _one_by_one(self) -> Tensor:
-        """Return pieces that are rows of a table; one at a time is in memory twice."""
+        """Return pieces that are rows of a table, in `dtype`; one at a time is in memory twice."""
         pieces = self._entry.pieces
         values = self._values(pieces[0])
         rows = [piece.weight.shape[0] for piece in pieces]
-        joined = values.new_empty((sum(rows), *values.shape[1:]))
+        joined = values.new_empty((sum(rows), *values.shape[1:]), dtype=self._dtype)
         for place, piece in zip(torch.split(joined, rows), pieces, strict=True):
             place.copy_(values if piece is pieces[0] else self._values(piece))
         return joined

@@ -7,6 +7,7 @@ positions are in the KV cache.
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,8 @@ from torch.nn.functional import pad
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.key_blocks import KeyBlockSizes
 from distributed_llm.common.workspace import QUERIES_AT_ONCE, SCORES_AT_ONCE
+from distributed_llm.worker.model.chosen_rows import NOT_CHOSEN
 from distributed_llm.worker.model.packed_step import PackedSlice
-
-NOT_PICKED = -1
-"""In the place of a block where a token has picked fewer than others."""
 
 _NEEDED = ("q_proj", "k_proj", "q_norm", "k_norm", "block_size", "topk_blocks", "local_blocks")
 """What indexers have that pick blocks in this way."""
@@ -28,7 +27,7 @@ _ROTATION = "apply_rotary_pos_emb"
 
 
 class KeyBlockChoice:
-    """What the tokens of a step pick blocks of positions by.
+    """What the tokens of a step choose blocks of positions by: the best key of each.
 
     Args:
         queries: [heads, tokens, dim], of as many heads as keys and values have.
@@ -37,31 +36,59 @@ class KeyBlockChoice:
         local: blocks that every token picks, its own one and those before it.
 
     Attributes:
-        keys: as given.
-        sizes: as given.
+        seen: positions that a token attends to at most.
+        key_dim: numbers of a key.
+        every: 1, for the key of each position counts.
     """
 
+    every = 1
+
     def __init__(self, queries: Tensor, keys: Tensor, sizes: KeyBlockSizes, local: int) -> None:
-        self.keys = keys
-        self.sizes = sizes
+        self.seen = sizes.seen
+        self.key_dim = sizes.key_dim
+        self._keys = keys
+        self._sizes = sizes
         self._queries = queries
         self._local = local
 
-    def picked(self, part: PackedSlice, keys: Tensor) -> Tensor:
-        """Return the blocks that each token of a slice picks, int64 [heads, tokens, blocks].
+    def keys_to_keep(
+        self,
+        slices: Sequence[PackedSlice],
+        kept_before: Callable[[PackedSlice, int], Tensor],
+    ) -> Tensor:
+        """Return the keys [tokens, dim] that are kept of a step: those of its tokens."""
+        return self._keys
+
+    def choose(self, part: PackedSlice, keys: Sequence[Tensor]) -> Tensor:
+        """Return the blocks that each token of a slice chooses, int64 [heads, tokens, blocks].
 
         Args:
             part: a slice.
-            keys: of all positions, [positions, dim], those of the slice at the end.
+            keys: of all positions in order, [positions, dim] each, those of the slice at the end.
         """
-        keys = pad(keys.float(), (0, 0, 0, -len(keys) % self.sizes.block))
+        held = torch.cat([some.float() for some in keys])
+        held = pad(held, (0, 0, 0, -len(held) % self._sizes.block))
         found = []
         for first in range(0, part.num_tokens, QUERIES_AT_ONCE):
             stop = min(first + QUERIES_AT_ONCE, part.num_tokens)
             queries = self._queries[:, part.row + first : part.row + stop].float()
-            own = torch.arange(part.start + first, part.start + stop, device=keys.device)
-            found.append(self._best(self._scores(queries, keys, own), own // self.sizes.block))
+            own = torch.arange(part.start + first, part.start + stop, device=held.device)
+            found.append(self._best(self._scores(queries, held, own), own // self._sizes.block))
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def positions(self, chosen: Tensor, first: int) -> Tensor:
+        """Return the positions that tokens attend to, int64 [heads, tokens, positions].
+
+        Args:
+            chosen: blocks, [heads, tokens, blocks]; of the last one, what comes later is left out.
+            first: position of the first token.
+        """
+        size = self._sizes.block
+        within = torch.arange(size, device=chosen.device)
+        own = torch.arange(first, first + chosen.shape[1], device=chosen.device)[:, None, None]
+        places = chosen[..., None] * size + within
+        hidden = (places > own) | (chosen == NOT_CHOSEN)[..., None]
+        return places.masked_fill_(hidden, NOT_CHOSEN).flatten(2)
 
     def _scores(self, queries: Tensor, keys: Tensor, own: Tensor) -> Tensor:
         """Return the scores of all blocks, float32 [heads, tokens, blocks].
@@ -71,7 +98,7 @@ class KeyBlockChoice:
             keys: float32 [positions, dim], of whole blocks.
             own: positions of the tokens, after which nothing counts.
         """
-        size = self.sizes.block
+        size = self._sizes.block
         blocks = max(1, SCORES_AT_ONCE // (queries.shape[0] * queries.shape[1] * size))
         best = []
         for first in range(0, len(keys), blocks * size):
@@ -93,8 +120,8 @@ class KeyBlockChoice:
         local = own[:, None] - torch.arange(count, device=own.device)
         local = local.clamp_(min=0).expand(len(scores), -1, -1)
         scores.scatter_(-1, local, float("inf"))
-        best, blocks = scores.topk(min(self.sizes.most, scores.shape[-1]), dim=-1)
-        return blocks.masked_fill_(best == float("-inf"), NOT_PICKED)
+        best, blocks = scores.topk(min(self._sizes.most, scores.shape[-1]), dim=-1)
+        return blocks.masked_fill_(best == float("-inf"), NOT_CHOSEN)
 
 
 class KeyBlockIndexer(nn.Module):

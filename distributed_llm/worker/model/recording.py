@@ -45,27 +45,10 @@ _PURE = frozenset(
         *(_ATEN.linear.default, _ATEN.mm.default, _ATEN.addmm.default, _ATEN.matmul.default),
         *(_ATEN.softmax.int, _ATEN.topk.default, _ATEN.sum.dim_IntList, _ATEN.gather.default),
         *(_ATEN.zeros_like.default, _ATEN.masked_fill.Scalar, _ATEN.bitwise_not.default),
-        *(_ATEN.clamp.default, _ATEN.exp.default, _ATEN.softplus.default),
-        *(
-            _ATEN.concatenate.default,
-            _ATEN.where.self,
-            _ATEN.eq.Tensor,
-            _ATEN.eq.Scalar,
-            _ATEN.gt.Scalar,
-        ),
-        *(
-            _ATEN.sin.default,
-            _ATEN.cos.default,
-            _ATEN.sqrt.default,
-            _ATEN.log.default,
-            _ATEN.rsub.Scalar,
-        ),
-        *(
-            _ATEN.baddbmm.default,
-            _ATEN.bmm.default,
-            _ATEN.addcmul.default,
-            _ATEN.float_power.Tensor_Scalar,
-        ),
+        *(_ATEN.clamp.default, _ATEN.exp.default, _ATEN.softplus.default, _ATEN.log.default),
+        *(_ATEN.sin.default, _ATEN.cos.default, _ATEN.sqrt.default, _ATEN.rsub.Scalar),
+        *(_ATEN.concatenate.default, _ATEN.where.self, _ATEN.gt.Scalar, _ATEN.maximum.default),
+        _ATEN.baddbmm.default,
     }
 )
 

@@ -123,14 +123,18 @@ class Seen:
             first: position of the first query; that of the first key is 0.
             hidden: returns which keys queries do not see, bool [queries, keys]; None: they see all.
         """
-        heads = queries.shape[0]
-        if heads != keys.shape[0]:
-            keys = keys.repeat_interleave(heads // keys.shape[0], dim=0)
-            values = values.repeat_interleave(heads // values.shape[0], dim=0)
+        heads, kv_heads = queries.shape[0], keys.shape[0]
+        grouped = heads != kv_heads and queries.shape[1] == 1 and self._bias is None
+        if grouped:  # heads with the same keys are rows of one product, and nothing is copied
+            queries = queries.reshape(kv_heads, heads // kv_heads, -1)
+        elif heads != kv_heads:
+            keys = keys.repeat_interleave(heads // kv_heads, dim=0)
+            values = values.repeat_interleave(heads // kv_heads, dim=0)
         blocks = []
         for row in range(0, queries.shape[1], QUERIES_AT_ONCE):
             block = queries[:, row : row + QUERIES_AT_ONCE]
-            seen_by = range(first + row, first + row + block.shape[1])
+            at = range(first + row, first + row + block.shape[1])
+            seen_by = range(first, first + 1) if grouped else at
             mask = self._mask(seen_by, range(keys.shape[1]), hidden, queries)
             if self._softcap is None:
                 blocks.append(
@@ -144,7 +148,8 @@ class Seen:
             scores = scores if mask is None else scores + mask
             weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
             blocks.append(torch.matmul(weights, values))
-        return torch.cat(blocks, dim=1).transpose(0, 1)
+        attended = torch.cat(blocks, dim=1)
+        return (attended.reshape(heads, 1, -1) if grouped else attended).transpose(0, 1)
 
     def _mask(
         self,
@@ -305,10 +310,15 @@ def _numbers(
     step: PackedStep, queries: Tensor, held: Sequence[KVBuffers]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values as numbers that can be multiplied."""
-    keys = torch.cat([buffers.keys for buffers in held], dim=1)
-    values = torch.cat([buffers.values for buffers in held], dim=1)
+    keys = _joined([buffers.keys for buffers in held])
+    values = _joined([buffers.values for buffers in held])
     if step.cache.coding is None:
         return queries, keys, values
     dim = queries.shape[-1]
     rows = CodedRows(step.cache.coding, dim, dim, queries.dtype)
     return rows.rotated(queries), *rows.decoded(keys, values)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Return pieces [kv_heads, positions, dim] one after another; one alone is not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=1)
