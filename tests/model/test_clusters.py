@@ -35,6 +35,9 @@ ALL_TOKENS = NEW_TOKENS * (len(SHARED) + 2)
 ONE_BY_ONE = {"rwkv"}
 """Model types of which transformers mixes up the texts of a batch."""
 
+LEFT_OUT = {"zaya-windows"}
+"""Where layers keep states and a window, one plan has room for fewer answers than another."""
+
 REPRESENTATIVES = {
     "llama": "plain layers",
     "gemma2": "windows in some layers",
@@ -49,7 +52,7 @@ REPRESENTATIVES = {
 """One of each kind, for every run of the suite."""
 
 _EVERY: dict[str, tuple[str, dict[str, Any]]] = {
-    **VARIANTS,
+    **{name: made for name, made in VARIANTS.items() if name not in LEFT_OUT},
     "gemma3n-shared": ("gemma3n_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
     "gemma4-shared": ("gemma4_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
 }
