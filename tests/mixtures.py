@@ -66,6 +66,14 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "zaya": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "router_hidden_size": 12,
+        "cca_time0": 3,
+        "tie_word_embeddings": False,
+    },
     "ernie4_5_moe": {
         "moe_num_experts": 4,
         "moe_k": 2,

@@ -79,6 +79,25 @@ REAL: Mapping[str, RealConfig] = {
         kv_bytes=62 * 2 * 16 * 128 * 2,
         small={"sliding_window": 5, "query_pre_attn_scalar": 16},
     ),
+    "RWKV/rwkv-4-169m-pile": RealConfig(
+        {
+            "architectures": ["RwkvForCausalLM"],
+            "attention_hidden_size": 768,
+            "context_length": 1024,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "model_type": "rwkv",
+            "num_hidden_layers": 12,
+            "rescale_every": 6,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+            "vocab_size": 50277,
+        },
+        layers=12,
+        billions=0.1693,
+        kv_bytes=0,
+        small={"attention_hidden_size": 64, "rescale_every": 2},
+    ),
     "mistralai/Mistral-Small-3.2-24B-Instruct-2506": RealConfig(
         {
             "architectures": ["Mistral3ForConditionalGeneration"],

@@ -8,6 +8,7 @@ from typing import Protocol
 from distributed_llm.client.answers import Chunk
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.prompts import EncodedPrompt
+from distributed_llm.client.requests import Requests
 from distributed_llm.common.sampling_params import SamplingParams
 
 
@@ -28,18 +29,19 @@ observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 """Who hears of what is asked in this context; requests over HTTP have one each."""
 
 
-class ObservedClient(AsyncDistributedClient):
-    """A client that tells the observer of whoever asks it: many requests share its connection."""
+class ObservedRequests(Requests):
+    """Requests of which the observer is told of whoever asks: many share one connection."""
 
-    async def _stream(
+    async def stream(
         self, prompt: EncodedPrompt, sampling: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:
+        """Yield the answers to a prompt as `Requests` does; tell of them."""
         heard_by = observer.get()
         if heard_by is not None:
             heard_by.asked(sampling)
         error: BaseException | None = None
         try:
-            async with aclosing(super()._stream(prompt, sampling)) as chunks:
+            async with aclosing(super().stream(prompt, sampling)) as chunks:
                 async for chunk in chunks:
                     if heard_by is not None:
                         heard_by.came(chunk)
@@ -50,3 +52,9 @@ class ObservedClient(AsyncDistributedClient):
         finally:
             if heard_by is not None:
                 heard_by.ended(error)
+
+
+class ObservedClient(AsyncDistributedClient):
+    """A client that tells the observer of whoever asks it; see `ObservedRequests`."""
+
+    requests_type = ObservedRequests

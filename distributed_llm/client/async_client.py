@@ -1,18 +1,15 @@
 """The client: generates, chats, and asks the coordinator whatever it may be asked."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import msgspec
-import numpy as np
 
-from distributed_llm.client.answers import Answers, Chunk, Generation
+from distributed_llm.client.answers import Chunk, Generation
 from distributed_llm.client.batch import Pace, Progress, ask_all
 from distributed_llm.client.prompts import (
     Arguments,
-    EncodedPrompt,
     Messages,
     Prompt,
     Prompts,
@@ -20,9 +17,8 @@ from distributed_llm.client.prompts import (
     are_several,
     encode_chat,
     encode_prompt,
-    encode_token_ids,
 )
-from distributed_llm.client.session import Frames, Question, Reply, new_request_id
+from distributed_llm.client.requests import Requests
 from distributed_llm.client.shared_session import SharedSession
 from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.errors import InvalidRequest
@@ -34,23 +30,15 @@ from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
     CreateToken,
-    DecodeTokens,
-    Embed,
-    Embedded,
-    EncodePrompt,
-    Finished,
-    Generate,
     GetMembers,
     ModelInfo,
     Name,
     ReadmitMachine,
     RemoveMachine,
     RevokeToken,
-    TokenChunk,
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.transport import Login, new_key_pair
 from distributed_llm.common.units import split_address
 
@@ -74,6 +62,9 @@ class AsyncDistributedClient:
         ConfigError: `key` is none.
     """
 
+    requests_type = Requests
+    """What sends its requests."""
+
     def __init__(
         self,
         coordinator_address: str = "127.0.0.1:5555",
@@ -91,6 +82,7 @@ class AsyncDistributedClient:
         self._session = SharedSession(
             coordinator_address, _finder(key, insecure), connect_timeout_s
         )
+        self._requests = self.requests_type(self._session)
 
     async def __aenter__(self) -> Self:
         return self
@@ -173,12 +165,12 @@ class AsyncDistributedClient:
         """
         sampling = SamplingParams.from_arguments({"n": n, **params})
         if not are_several(prompt):
-            generations = await self._complete(encode_prompt(prompt, grammar), sampling)
+            generations = await self._requests.complete(encode_prompt(prompt, grammar), sampling)
             if progress:
                 progress(1, 1)
             return _answers(generations, n, details)
         every = await ask_all(
-            lambda one: self._complete(one, sampling),
+            lambda one: self._requests.complete(one, sampling),
             [encode_prompt(one, grammar) for one in prompt],
             Pace(sampling.n),
             give_up_after_s=sampling.timeout_s,
@@ -202,7 +194,8 @@ class AsyncDistributedClient:
             DistributedLLMError: as `generate` does; a wrong prompt or parameter is told at once,
                 the rest as the chunks are read.
         """
-        return self._stream(encode_prompt(prompt, grammar), SamplingParams.from_arguments(params))
+        encoded = encode_prompt(prompt, grammar)
+        return self._requests.stream(encoded, SamplingParams.from_arguments(params))
 
     @overload
     async def chat(
@@ -278,7 +271,7 @@ class AsyncDistributedClient:
         """
         sampling = _chat_params({"n": n, **params})
         prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
-        return _answers(await self._complete(prompt, sampling), n, details)
+        return _answers(await self._requests.complete(prompt, sampling), n, details)
 
     def stream_chat(
         self,
@@ -291,7 +284,7 @@ class AsyncDistributedClient:
     ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
         prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
-        return self._stream(prompt, _chat_params(params))
+        return self._requests.stream(prompt, _chat_params(params))
 
     async def identity(self) -> Identity:
         """Return who this client is to the coordinator.
@@ -336,7 +329,9 @@ class AsyncDistributedClient:
         """
         if not isinstance(text, str):
             raise InvalidRequest(f"Only text has token ids, not {type(text).__name__}.")
-        return await self._tokenize(encode_prompt(text), add_special_tokens)
+        return await self._requests.tokenize(
+            encode_prompt(text), add_special_tokens=add_special_tokens
+        )
 
     async def tokenize_chat(
         self,
@@ -351,7 +346,8 @@ class AsyncDistributedClient:
             InvalidRequest: also if the model has no chat template, or one that does not know the
                 tools or arguments. Otherwise as `tokenize`.
         """
-        return await self._tokenize(encode_chat(messages, tools, chat_template_kwargs), True)
+        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        return await self._requests.tokenize(prompt, add_special_tokens=True)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = False
@@ -362,13 +358,7 @@ class AsyncDistributedClient:
             InvalidRequest: they are no token ids, too many, or the model has no tokenizer.
                 Otherwise as `tokenize`.
         """
-        specs, frames = encode_token_ids(token_ids)
-        message = DecodeTokens(
-            request_id=new_request_id(), skip_special_tokens=skip_special_tokens, tensors=specs
-        )
-        _, tensors = await self._ask(message, frames)
-        (text,) = tensors or (b"",)
-        return bytes(text).decode()
+        return await self._requests.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
 
     @overload
     async def embed(self, prompt: Prompt, *, timeout_s: float | None = None) -> Embedding: ...
@@ -394,9 +384,9 @@ class AsyncDistributedClient:
         """
         SamplingParams.from_arguments({"timeout_s": timeout_s})
         if not are_several(prompt):
-            return await self._embed(encode_prompt(prompt), timeout_s)
+            return await self._requests.embed(encode_prompt(prompt), timeout_s)
         return await ask_all(
-            lambda one: self._embed(one, timeout_s),
+            lambda one: self._requests.embed(one, timeout_s),
             [encode_prompt(one) for one in prompt],
             Pace(1),
             give_up_after_s=timeout_s,
@@ -496,61 +486,6 @@ class AsyncDistributedClient:
     ) -> ClusterMembers:
         session = await self._session.get()
         return await session.administer(message, self._timeout_s)
-
-    async def _tokenize(self, prompt: EncodedPrompt, special: bool) -> TokenizedPrompt:
-        assert prompt.kind != "token_ids"
-        message = EncodePrompt(
-            request_id=new_request_id(),
-            prompt=prompt.kind,
-            add_special_tokens=special,
-            tensors=prompt.specs,
-        )
-        _, tensors = await self._ask(message, prompt.frames)
-        (token_ids,) = tensors or (b"",)
-        return TokenizedPrompt(token_ids_of_frame(token_ids))
-
-    async def _embed(self, prompt: EncodedPrompt, timeout_s: float | None) -> Embedding:
-        assert prompt.kind != "chat"
-        message = Embed(
-            request_id=new_request_id(),
-            prompt=prompt.kind,
-            timeout_s=timeout_s,
-            tensors=prompt.specs,
-        )
-        answer, (vector,) = await self._ask(message, prompt.frames)
-        assert isinstance(answer, Embedded)
-        return Embedding(np.frombuffer(bytes(vector), dtype="<f4"), answer.usage)
-
-    async def _ask(self, message: Question, frames: Frames) -> tuple[Reply, Frames]:
-        """Return the answer to a question, and its tensors."""
-        session = await self._session.get()
-        async with aclosing(session.request(message, frames)) as replies:
-            return await anext(replies)
-
-    async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
-        async with aclosing(self._stream(prompt, sampling)) as chunks:
-            return [chunk.generation async for chunk in chunks if chunk.generation]
-
-    async def _stream(
-        self, prompt: EncodedPrompt, sampling: SamplingParams
-    ) -> AsyncGenerator[Chunk, None]:
-        session = await self._session.get()
-        message = Generate(
-            request_id=new_request_id(),
-            prompt=prompt.kind,
-            params=sampling,
-            tensors=prompt.specs,
-            grammar=prompt.grammar,
-        )
-        answers = Answers(message.request_id, sampling)
-        async with aclosing(session.request(message, prompt.frames)) as replies:
-            async for reply, _ in replies:
-                if isinstance(reply, TokenChunk):
-                    yield answers.add(reply)
-                    continue
-                assert isinstance(reply, Finished)
-                for generation in answers.finish(reply):
-                    yield Chunk("", [], generation.choice, generation=generation)
 
 
 def _finder(key: str | None, insecure: bool) -> FindLogin:

@@ -160,6 +160,7 @@ VERIFIED: frozenset[str] = frozenset(
         "youtu",
         "zamba",
         "zamba2",
+        "zaya",
     }
 )
 """Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
@@ -175,9 +176,6 @@ EXCEEDS_FLOAT16: frozenset[str] = frozenset(
 _ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
 _OWN_ATTENTION = (
     "its attention is computed by code of its own, which knows nothing of packed sequences"
-)
-_OWN_STATE = (
-    "its layers keep a state (convolution, linear attention or state space) in a way of their own"
 )
 _ENCODER = "it is an encoder-decoder of another kind than those that are served, T5 and BART say"
 _ENCODER_IN_BLOCKS = "its encoder attends in blocks or windows of the text"
@@ -218,7 +216,6 @@ _REASONS: Mapping[str, tuple[str, ...]] = {
         "roformer",
         "xlm",
     ),
-    _OWN_STATE: ("zaya",),
     _ENCODER_IN_BLOCKS: ("bigbird_pegasus", "led", "longt5", "pegasus_x"),
     _TWO_VOCABULARIES: ("fsmt",),
     _SEVERAL_STREAMS: ("prophetnet", "xlm-prophetnet"),

@@ -159,8 +159,9 @@ class Checkpoint:
 
     @cached_property
     def hidden_size(self) -> int:
-        """Width of the hidden states between layers."""
-        return sizes.hidden_size(self.config) * sizes.streams(self.config)
+        """Width of the hidden states between layers, with what travels beside them."""
+        own = sizes.hidden_size(self.config) * sizes.streams(self.config)
+        return own + sizes.width_beside(self.config)
 
     @property
     def source_size(self) -> int:

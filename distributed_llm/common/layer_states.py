@@ -182,6 +182,14 @@ def _rwkv(config: Config) -> MixerSizes:
     return MixerSizes(2 * hidden_size(config), width, 3, 1)
 
 
+def _zaya(config: Config) -> MixerSizes:
+    heads, kv_heads = _size(config, "num_attention_heads"), _size(config, "num_key_value_heads")
+    dim, widths = _told(config, "head_dim") or 128, 0
+    for name in ("cca_time0", "cca_time1"):
+        widths += (_told(config, name) or 2) - 1
+    return MixerSizes((heads + kv_heads) * dim * widths + kv_heads * dim // 2)
+
+
 def _xlstm(config: Config) -> MixerSizes:
     heads = positive({"num_heads": 8, **config}, "num_heads")
     keys, values = (width // heads for width in xlstm_widths(config))
@@ -243,6 +251,7 @@ _SIZES_OF: Mapping[str, Callable[[Config], MixerSizes]] = {
     "recurrent_gemma": _griffin,
     "rwkv": _rwkv,
     "xlstm": _xlstm,
+    "zaya": _zaya,
 }
 
 _RECURRENT_IN_DTYPE = frozenset({"minimax"})

@@ -77,7 +77,7 @@ _ALL_BUT_EVERY: Mapping[str, _Every] = {
 
 _ALL_LAYERS: Mapping[str, str] = {
     **dict.fromkeys(("ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"), SLIDING),
-    "falcon_h1": HYBRID,
+    **dict.fromkeys(("falcon_h1", "zaya"), HYBRID),
     **dict.fromkeys(INDEXED, _INDEXED),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "granitemoehybrid", "nemotron_h"), LINEAR),
     **dict.fromkeys(("rwkv", "xlstm"), LINEAR),

@@ -15,6 +15,9 @@ _WINDOW_NAMES: Mapping[str, str] = {
 }
 """Under which name model types tell their window, if it is not the usual one."""
 
+_WITH_WINDOW = (SLIDING, "hybrid_sliding")
+"""Types of layers that have it."""
+
 _BEFORE = "sliding_window_size"
 """Under which MiMo tells its window, without the token itself."""
 
@@ -34,7 +37,7 @@ def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
         return sections
     name = window_setting(config)
     window = 0 if name is None else _positive(config, name) + (name == _BEFORE)
-    return tuple(window * (kind == SLIDING) for kind in layer_types(config, num_layers))
+    return tuple(window * (kind in _WITH_WINDOW) for kind in layer_types(config, num_layers))
 
 
 def window_setting(config: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from distributed_llm.common.layer_states import (
     mixer_sizes,
     xlstm_widths,
 )
-from distributed_llm.common.model_sizes import positive
+from distributed_llm.common.model_sizes import head_sizes, positive
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 _FLOAT = ITEM_BYTES["float32"]
@@ -36,6 +36,9 @@ _RWKV_COPIES = 6
 
 _XLSTM_COPIES, _XLSTM_PAIRS = 8, 6
 """xLSTM: numbers of all keys and values for every token; and of each pair of tokens of a piece."""
+
+_ZAYA_COPIES = 7
+"""ZAYA: numbers of queries, keys and values for every token."""
 
 _STEP_COPIES = 7
 """Copies of the states of a batch of single tokens: joined, taken, fading, added to, and read."""
@@ -86,6 +89,10 @@ def _chunk_bytes(config: Config, mixer: MixerSizes, tokens: int, item_bytes: int
             return tokens * values * _RECURRENT_COPIES * item_bytes
         case "rwkv":  # its window is two hidden states
             return tokens * _RWKV_COPIES * (values + mixer.window // 2) * item_bytes
+        case "zaya":
+            sizes = head_sizes(config)
+            numbers = (sizes.heads + 2 * sizes.kv_heads) * sizes.key_dim
+            return tokens * _ZAYA_COPIES * numbers * item_bytes
         case "xlstm":
             piece = min(tokens, positive({"chunk_size": _PIECE, **config}, "chunk_size"))
             numbers = _XLSTM_COPIES * sum(xlstm_widths(config)) + _XLSTM_PAIRS * mixer.heads * piece

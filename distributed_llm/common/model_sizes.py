@@ -214,6 +214,16 @@ def streams(config: Config) -> int:
     return 1 if name is None else positive({name: 4, **config}, name)
 
 
+def width_beside(config: Config) -> int:
+    """Return how many numbers layers hand on for each token beside its hidden state.
+
+    In ZAYA, each layer's router goes on from what that of the layer before made of the token.
+    """
+    if config.get("model_type") != "zaya":
+        return 0
+    return positive({"router_hidden_size": 256, **config}, "router_hidden_size")
+
+
 def context_length(config: Config, *, attends: bool = True) -> int:
     """Return how many positions a text may have in the model.
 

@@ -15,6 +15,9 @@ _SHARE = frozenset({"zamba", "zamba2"})
 """Model types with such blocks."""
 
 _IN_BLOCK = re.compile(r"(^|\.)(?P<layer>\d+)\.shared_transf(ormer)?\.")
+_OF_ALL: Mapping[str, re.Pattern[str]] = {"zaya": re.compile(r"(^|\.)input_hidden_states_")}
+"""Parameters that model types have outside of any module that one stage alone would have."""
+
 _EMBEDDING = re.compile(r"(^|\.)embed_tokens\.")
 
 
@@ -44,6 +47,8 @@ def layer_of_block(config: Mapping[str, Any], name: str) -> int | None:
 
 def every_stage_has(config: Mapping[str, Any], name: str) -> bool:
     """Return whether every stage has a parameter, or the part of it for its layers."""
+    if (of_all := _OF_ALL.get(str(config.get("model_type")))) is not None:
+        return bool(of_all.search(name))
     if config.get("model_type") in _SHARE:
         return bool(_EMBEDDING.search(name) or _IN_BLOCK.search(name))
     return per_layer_width(config) > 0 and is_of_every_stage(name)

@@ -48,6 +48,9 @@ REQUESTS = (
 """Which prompt each request has, and how it is answered; in the order in which they come."""
 ALL_TOKENS = NEW_TOKENS * sum(params.n for _, params in REQUESTS)
 
+LEFT_OUT = {"zaya-windows"}
+"""Where layers keep states and a window, one plan has room for fewer answers than another."""
+
 REPRESENTATIVES = {
     "llama": "plain layers",
     "gemma2": "windows in some layers",
@@ -62,7 +65,7 @@ REPRESENTATIVES = {
 """One of each kind, for every run of the suite."""
 
 _EVERY: dict[str, tuple[str, dict[str, Any]]] = {
-    **VARIANTS,
+    **{name: made for name, made in VARIANTS.items() if name not in LEFT_OUT},
     "gemma3n-shared": ("gemma3n_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
     "gemma4-shared": ("gemma4_text", {"num_layers": 6, "num_kv_shared_layers": 3}),
 }

@@ -94,6 +94,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
             "moe_intermediate_size": 24,
         },
     ),
+    "zaya-windows": (
+        "zaya",
+        {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 5},
+    ),
     "opt-norm-last": ("opt", {"do_layer_norm_before": False, "seed": 4}),
 }
 
@@ -207,7 +211,7 @@ def test_every_family_here_is_called_verified_and_no_other() -> None:
     ("family", "settings"),
     [
         ("llama", {"alibi": True}),
-        ("zaya", {}),
+        ("xlnet", {}),
         ("whisper", {}),
         ("mllama", {}),
         ("gemma", {"part_of": "paligemma"}),

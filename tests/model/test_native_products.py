@@ -18,6 +18,7 @@ from distributed_llm.worker.model.kernels.native import (
     library,
 )
 from distributed_llm.worker.model.kernels.native.experts import NativeWeight, experts_of
+from distributed_llm.worker.model.kernels.native.norms import NormKind, rms_norm
 from distributed_llm.worker.model.kernels.native.rows import native_rows, row_product
 
 HERE = library.supported()[1:]
@@ -160,6 +161,28 @@ def native_and_kernel(blocks: Int8Blocks | Int4Blocks) -> tuple[NativeWeight | N
 
 def rows_and_kernel(weight: Tensor, bias: Tensor) -> tuple[NativeWeight | None, Kernel]:
     return native_rows(weight, bias), lambda states: row_product(states, weight, bias)
+
+
+def test_states_of_another_width_are_refused() -> None:
+    """C would read or write beyond the memory of the smaller one."""
+    weight = torch.randn(16, 64).bfloat16()
+    codes = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
+    pairs = torch.ones(16, 2)
+    int8 = Int8Blocks(codes.view(torch.int8), torch.ones(16)).kernels()["native"]
+    int4 = Int4Blocks(codes, pairs, pairs).kernels()["native"]
+    experts = experts_of([native_rows(weight, None)] * 2)
+    assert experts is not None
+    calls: list[Callable[[Tensor], Tensor]] = [
+        lambda states: row_product(states, weight, None),
+        lambda states: rms_norm(states, weight[0], 1e-6, NormKind.PLUS_ONE),
+        lambda states: experts.products(states, torch.tensor([0, 1])),
+        *(int8, int4),
+    ]
+    for call in calls:
+        call(torch.randn(2, 64).bfloat16())
+        for width in (32, 128):
+            with pytest.raises(ValueError, match=f"states of {width} numbers"):
+                call(torch.randn(2, width).bfloat16())
 
 
 def test_weights_of_two_sizes_are_not_chosen_among() -> None:

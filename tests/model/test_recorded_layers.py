@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.model import recorded_layers
+from distributed_llm.worker.model import layer_program, recorded_layers
 from distributed_llm.worker.model.element_operations import elements_of, new_operation
 from distributed_llm.worker.model.experts import PackedExperts
 from distributed_llm.worker.model.kernels import chosen, native
@@ -210,6 +210,19 @@ def test_a_program_that_computes_something_else_is_not_used(
     monkeypatch.setattr("distributed_llm.worker.model.layer_program.elements_of", wrong)
     stage = stage_of(make_checkpoint(tmp_path, num_layers=1))
     assert programs_of(stage) == [set()]
+
+
+def test_large_states_that_torch_makes_are_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be in memory several times; the C library leaves them where they are."""
+    monkeypatch.setattr(layer_program, "_MOST_COPIED", 1 << 10)
+    recorded: dict[str, set[int]] = {"zamba": set(), "mamba2": {1, 2, 3}}
+    for family, rows in recorded.items():
+        stage = stage_of(make_checkpoint(tmp_path / family, family, num_layers=2))
+        for _ in states_of(stage, steps=4):
+            pass
+        assert programs_of(stage) == [rows] * 2
 
 
 def test_states_that_are_no_numbers_do_not_end_recording(tmp_path: Path) -> None:

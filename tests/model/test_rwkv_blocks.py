@@ -10,6 +10,7 @@ import torch
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import SequenceId
+from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.model.rwkv_blocks import use_layers_with_caches
 from distributed_llm.worker.model.state_layers import MixerCache
 from tests.checkpoints import HIDDEN_SIZE, VOCAB_SIZE, build_model, make_checkpoint
@@ -55,3 +56,11 @@ def test_stages_halve_by_the_numbers_of_their_layers(tmp_path: Path, every: int)
     torch.testing.assert_close(states, expected[0][0])
     states = middle.run([part], tokens.int(), states).hidden_states
     torch.testing.assert_close(states, expected[2][0])
+
+
+def test_stages_take_what_is_planned(tmp_path: Path) -> None:
+    """The last one has no embedding, though its head is called like none else."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, "rwkv", num_layers=LAYERS))
+    cost = model_cost(checkpoint, "float32")
+    for stage in load_stages(checkpoint, [1, 2, 1]):
+        assert stage.weight_bytes == cost.weight_bytes(stage.layers)

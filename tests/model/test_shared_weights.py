@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
 }
-WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+WITH_STATES = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "zaya")
 
 
 def load(
@@ -256,7 +256,7 @@ def test_every_kind_answers_as_transformers_after_a_move(tmp_path: Path, family:
             assert pipeline.decode() == [tokens[step] for tokens in expected]
 
 
-@pytest.mark.parametrize("family", [*REPRESENTATIVES, *WITHOUT_ATTENTION])
+@pytest.mark.parametrize("family", [*REPRESENTATIVES, *WITH_STATES])
 def test_the_default_dtype_does_not_matter_to_a_stage_that_runs(
     tmp_path: Path, family: str
 ) -> None:

@@ -97,6 +97,7 @@ MIXERS: dict[str, tuple[float, dict[str, Any]]] = {
     "recurrent_gemma": (1.2, {"block_types": ["recurrent"], "lru_width": 1024}),
     "kimi_linear": (1.1, {"linear_num_heads": 8, "linear_head_dim": 64}),
     "xlstm": (1.2, {"num_heads": 4, "chunk_size": 64}),
+    "zaya": (1.2, {"num_attention_heads": 8, "head_dim": 128, "moe_intermediate_size": 256}),
     "rwkv": (1.2, {"attention_hidden_size": 1024}),
 }
 """The same for models whose layers with a state take most, with what they have beside."""

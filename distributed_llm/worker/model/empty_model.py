@@ -38,6 +38,7 @@ from distributed_llm.worker.model.stacks.joined import join_stacks
 from distributed_llm.worker.model.temperature import tell_positions
 from distributed_llm.worker.model.text_classes import WITHOUT_HEAD, class_with_head
 from distributed_llm.worker.model.xlstm_blocks import use_xlstm_with_caches
+from distributed_llm.worker.model.zaya_layers import put_router_states_beside
 
 _DTYPES = ("dtype", "torch_dtype")
 
@@ -174,5 +175,6 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     tell_positions(model)
     use_layers_with_caches(model)
     use_xlstm_with_caches(model)
+    put_router_states_beside(model)
     tell_of_sorted_experts(model)
     return model

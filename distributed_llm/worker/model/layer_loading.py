@@ -54,6 +54,7 @@ from distributed_llm.worker.model.quantized.rows import from_rows
 from distributed_llm.worker.model.recurrent_blocks import replace_recurrent_blocks
 from distributed_llm.worker.model.state_layers import keep_plain, wrap_mixers
 from distributed_llm.worker.model.text_classes import conversions_of
+from distributed_llm.worker.model.zaya_layers import replace_zaya_projections
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class ModelLoader:
             replace_norms(self._shell)
             share_states(self._shell)
             replace_recurrent_blocks(layer, number)
+            replace_zaya_projections(layer)
             wrap_mixers(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())

@@ -52,6 +52,13 @@ _RECURRENCES = {
     "selective_update": Kind.SELECTIVE_UPDATE,
 }
 
+_MOST_COPIED = 1 << 19
+"""Bytes of a row that may be copied of an input.
+
+Of a larger state, which the C library does not make, torch's operations would need several copies
+for as many rows as there is memory for.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class _TorchStep:
@@ -126,6 +133,8 @@ class LayerProgram:
         ]
         self._attended = [tuple(map(self._memory.moved, (c.key, c.value))) for c in attention]
         in_memory = [n for n, tensor in enumerate(inputs) if self._memory.is_read(tensor)]
+        if any(inputs[number].nbytes > _MOST_COPIED * rows for number in in_memory):
+            raise Unrecordable("it is given too much to be copied")
         given = [n for n, tensor in enumerate(inputs) if tensor.data_ptr() in elsewhere]
         self.inputs = sorted([*in_memory, *given])
         self._shapes = [inputs[number].shape for number in self.inputs]

@@ -109,9 +109,11 @@ class SharedModules:
     def has(self, name: str) -> bool:
         """Return whether the module that a tensor belongs to, outside the layers, is shared.
 
-        What belongs to no module but the model itself is not.
+        What belongs to no module but the model itself, or to one that holds the layers, is not.
         """
-        if self._donor is None or "." not in name:
+        owner = name.rpartition(".")[0]
+        holds_layers = f"{self._checkpoint.layer_prefix}.".startswith(f"{owner}.")
+        if self._donor is None or not owner or holds_layers:
             return False
         held = self._donor.numbers
         if self._cut.applies_to(name):

@@ -86,6 +86,11 @@ class AbsentModule(nn.Module):
         super().__init__()
         self._size = size
 
+    @property
+    def weight(self) -> Tensor:
+        """A tensor where that of the module would be, of which some models ask the dtype."""
+        return torch.empty(0)
+
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the input, or zeros as wide as the output of the module would be."""
         if self._size is None:

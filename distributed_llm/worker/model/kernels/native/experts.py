@@ -60,7 +60,9 @@ class ExpertWeights:
 
         Raises:
             MemoryError: there is none for what is made on the way.
+            ValueError: states and weights are not equally wide.
         """
+        library.check_width(states, self._inputs)
         states, chosen = states.contiguous(), chosen.contiguous()
         choices = chosen.shape[0]
         output = states.new_empty(choices, self._channels)

@@ -184,6 +184,7 @@ def _multiply(
     With several weights, the product with the first one comes first, whole.
     """
     function, inputs, group = alike
+    library.check_width(states, inputs)
     if states.dtype not in _DTYPES:
         states = states.float()
     if inputs % 4:

@@ -14,6 +14,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -182,3 +183,13 @@ def _loaded(maps: Path) -> list[str]:
 
 def _beside_torch() -> list[str]:
     return [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))]
+
+
+def check_width(states: Tensor, width: int) -> None:
+    """Refuse states that are not as wide as the weight: C would read or write beyond their memory.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if states.shape[-1] != width:
+        raise ValueError(f"states of {states.shape[-1]} numbers and a weight of {width} do not fit")

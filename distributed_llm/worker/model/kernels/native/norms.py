@@ -41,7 +41,11 @@ def rms_norm(states: Tensor, weight: Tensor, epsilon: float, kind: NormKind) -> 
         weight: bfloat16 [columns].
         epsilon: added to the mean of squares.
         kind: what is computed.
+
+    Raises:
+        ValueError: the weight has another number of columns.
     """
+    library.check_width(states, len(weight))
     states = states.contiguous()
     output = torch.empty_like(states)
     columns = states.shape[-1]

@@ -24,9 +24,11 @@ def row_product(
     Raises:
         library.Missing: this machine cannot compute so, or not with numbers of another dtype.
         MemoryError: there is none for the states in float32.
+        ValueError: states and weight are not equally wide.
     """
     if states.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         raise library.Missing("only numbers of bfloat16 are multiplied row by row")
+    library.check_width(states, weight.shape[1])
     function = library.function("row_products", instructions or library.instructions())
     states = states.contiguous()
     output = states.new_empty(states.shape[0], weight.shape[0])
