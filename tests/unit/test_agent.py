@@ -1,5 +1,7 @@
 """The worker's decisions: sessions, heartbeats, epochs, tasks and their way on."""
 
+from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import msgspec
@@ -662,6 +664,31 @@ def test_lost_connection_ends_a_worker_that_leaves(how: str) -> None:
     else:
         actions = agent.on_timer(reached=True, now=4.0)
     assert without_logs(actions) == [End(15)]
+
+
+_AT_THE_END: dict[str, Callable[[Agent], list[Action]]] = {
+    "signal": lambda agent: agent.handle(Signalled(15), now=1.0),
+    "signal again": lambda agent: agent.handle(Signalled(15), now=1.0),
+    "gone": lambda agent: agent.handle(Disconnected(), now=1.0),
+    "session over": lambda agent: hear(agent, Refused(code="lost", message="it ends"), 1.0),
+    "may leave": lambda agent: hear(agent, MayLeave(), 1.0),
+    "dropped": lambda agent: hear(agent, DropStage(epoch=Epoch(3)), 1.0),
+}
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_worker_ends_whatever_its_coordinator_does_when_both_are_signalled(count: int) -> None:
+    """It ends at once, or once the coordinator is silent, and says so once."""
+    for order_of_events in permutations(_AT_THE_END, count):
+        if "signal" not in order_of_events:
+            continue
+        agent = ready_agent()
+        actions = [one for name in order_of_events for one in _AT_THE_END[name](agent)]
+        while (at := agent.next_deadline()) is not None and at <= 10.0:
+            actions += agent.on_timer(reached=False, now=at)
+        ends = [one for one in actions if isinstance(one, End)]
+        assert len(ends) == 1, order_of_events
+        assert agent.next_deadline() is None
 
 
 @pytest.mark.parametrize("state", ["connecting", "greeting", "idle", "loading", "no time"])
