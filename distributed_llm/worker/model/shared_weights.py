@@ -118,17 +118,18 @@ class SharedModules:
         held = self._donor.numbers
         if self._cut.applies_to(name):
             return held == self._layers
-        if name in {*self._tied, *self._matrices} and self._is_last(self._layers):
+        of_tied = {one.rpartition(".")[0] for one in (*self._tied, *self._matrices)}
+        if owner in of_tied and self._is_last(self._layers):
             embeds = self._checkpoint.outer.embeds
             return self._is_last(held) and embeds(held) == embeds(self._layers)
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the shared modules outside the layers, by name."""
+        """Yield the shared modules outside the layers, by each of their names."""
         if self._donor is None:
             return
         inside = {id(module) for module in self._donor.layers.modules()}
-        for name, module in self._donor.model.named_modules():
+        for name, module in self._donor.model.named_modules(remove_duplicate=False):
             own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
             if isinstance(module, OpaqueWeights):
                 own = ["weight"]
