@@ -7,7 +7,10 @@ and the positions of steps in flight, for which a margin is set aside.
 
 A position is charged the full price once and the price of the windowed layers for as long as they
 keep it. Prices are in parts of a block of all layers, as in the stage where the layers with a
-window have the least share: all other stages take less than they are charged.
+window have the least share: all other stages take less than they are charged. So a price is one of
+a plan: what sequences take in another plan is what they are charged there, by its own prices. Room
+and need are compared in *positions of capacity*, each of which has the price of a position in all
+layers (`KVWindows.tokens`); windows and states make them differ from positions of sequences.
 
 A state is charged like positions: so much that as many states as there is room for fill the whole
 capacity, on the stage that has room for the fewest. Then positions and states together fit on every
@@ -73,13 +76,15 @@ class KVWindows:
         least = min(told, key=lambda one: one.windowed_bytes / one.token_bytes, default=None)
         window = max((stage.window for stage in told), default=0)
         if least is None or not 0 < least.windowed_bytes <= least.token_bytes:
-            return cls(window, state=_blocks(state_tokens))  # others may have dropped some before
+            # Others may have dropped some before. A state is seldom charged whole blocks.
+            total = least.token_bytes if least and state_tokens else 1
+            return cls(window, total=total, state=_blocks(total * state_tokens))
         return cls(
             window,
             margin,
             least.windowed_bytes,
             least.token_bytes,
-            -(-least.token_bytes * state_tokens // KV_BLOCK),
+            _blocks(least.token_bytes * state_tokens),
         )
 
     @property
@@ -105,6 +110,10 @@ class KVWindows:
             return self.total * blocks
         kept = max(min(blocks - unseen, self.span), reached - unseen)
         return (self.total - self.windowed) * blocks + self.windowed * kept
+
+    def tokens(self, price: int) -> int:
+        """Return the positions of capacity that this is the price of, in whole blocks."""
+        return -(-price // self.total) * KV_BLOCK
 
     def longest(self, capacity_tokens: int) -> int:
         """Return the positions of the longest sequence that fits if it is alone.

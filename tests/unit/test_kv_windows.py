@@ -52,7 +52,7 @@ def test_what_is_charged_for_positions_and_states_fits_on_every_stage(
     """Whatever the states leave of the capacity is filled with positions."""
     windows = KVWindows.of_stages(told, margin=0)
     capacity = min(stage.tokens for stage in told)
-    left = capacity // KV_BLOCK - states * windows.state // windows.total
+    left = capacity // KV_BLOCK - -(-states * windows.state // windows.total)
     if left < 0:
         return
     for stage in told:
@@ -60,13 +60,63 @@ def test_what_is_charged_for_positions_and_states_fits_on_every_stage(
         assert taken <= stage.tokens * max(1, stage.token_bytes)
 
 
+plans = st.builds(
+    lambda windowed, state, room: KVWindows.of_stages(
+        [StageKV(room, 256, 70 if windowed else 0, windowed, state)], margin=64
+    ),
+    windowed=st.integers(0, 256),
+    state=st.one_of(st.just(0), st.integers(1, 5000)),
+    room=st.integers(640, 10_000),
+)
+
+
+@given(
+    plans=st.tuples(plans, plans),
+    answers=st.lists(
+        st.tuples(st.integers(1, 400), st.integers(0, 2), st.booleans()), min_size=1, max_size=5
+    ),
+)
+def test_what_a_plan_needs_is_what_is_charged_in_it(
+    plans: tuple[KVWindows, KVWindows], answers: list[tuple[int, int, bool]]
+) -> None:
+    """Answers of some length with snapshots, of which some have ended, go on in another plan."""
+    old, new = plans
+    book = KVLedger(10**6, old)
+    for number, (length, snapshots, ends) in enumerate(answers, 1):
+        tokens = [number] * length
+        assert book.open(SequenceId(number), tokens, length, None, shares_with=number)
+        assert book.reach(SequenceId(number), 0, length) == length
+        for each in range(min(snapshots, length)):
+            book.keep_snapshot(SequenceId(number), each + 1)
+        book.computed(SequenceId(number), length)
+        if ends:
+            book.end(SequenceId(number), keep=True)
+    needed = book.needed_tokens(new)
+    assert book.resize(10**6, new)
+    book.trim(0)
+    book.validate()
+    assert book.used_tokens == needed
+    assert book.resize(needed)
+
+
+@given(windowed=st.integers(0, 256), state=st.integers(1, 5000), room=st.integers(640, 10_000))
+def test_a_state_is_charged_alike_with_windows_and_without(
+    windowed: int, state: int, room: int
+) -> None:
+    told = [StageKV(room, 256, 70, windowed, state)]
+    none = [StageKV(room, 256, state_bytes=state)]
+    each = KVWindows.of_stages(told, margin=64).state_tokens
+    assert each == KVWindows.of_stages(none, margin=64).state_tokens
+    assert state / 256 <= each < state / 256 + 2
+
+
 def test_a_state_is_charged_as_on_the_stage_that_has_room_for_the_fewest() -> None:
     """300 states fill the room of the first stage, 500 that of one that keeps no positions."""
     told = [StageKV(9600, 10, state_bytes=320), StageKV(50_000, 0, state_bytes=100)]
-    assert KVWindows.of_stages(told, margin=0) == KVWindows(state=1)
+    assert KVWindows.of_stages(told, margin=0) == KVWindows(total=10, state=5)
     few = [told[0], StageKV(50_000, 0, state_bytes=1000)]
     windows = KVWindows.of_stages(few, margin=0)
-    assert windows == KVWindows(state=3)
+    assert windows == KVWindows(total=10, state=30)
     assert windows.longest(9600) == 9600 - 2 * 3 * KV_BLOCK
     windowed = [StageKV(9600, 10, window=128, windowed_bytes=5, state_bytes=640)]
     assert KVWindows.of_stages(windowed, 9) == KVWindows(128, 9, windowed=5, total=10, state=10)

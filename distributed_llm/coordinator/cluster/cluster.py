@@ -89,14 +89,11 @@ class Cluster:
         return {worker.id: planned(worker.capabilities).memory_bytes for worker in workers}
 
     def needed_tokens(self, pipeline: Pipeline, windows: KVWindows | None = None) -> int:
-        """Return the positions of KV cache without which a new plan would fail requests.
+        """Return the positions of capacity without which a new plan would fail requests.
 
         Args:
-            windows: of the layers of that plan, by which states are charged; None: as they are now.
+            windows: of the layers of that plan, by which all is charged; None: as they are now.
         """
         scheduler = pipeline.scheduler
-        used = scheduler.kv_tokens_used if scheduler else 0
-        if scheduler and windows:
-            more = windows.state_tokens - pipeline.kv_windows.state_tokens
-            used += round(scheduler.states.charged * more)
+        used = scheduler.needed_tokens(windows or pipeline.kv_windows) if scheduler else 0
         return max(used, min(self.book.most_reserved, pipeline.kv_tokens))

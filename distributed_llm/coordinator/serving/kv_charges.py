@@ -63,10 +63,6 @@ class KVCharges:
         free = self._capacity - self.used + self.reclaimable - HELD_STATES * self.windows.state
         return max(0, free // self.windows.total * KV_BLOCK)
 
-    def tokens(self, price: int) -> int:
-        """Return the positions that this is the price of in all layers, in whole blocks."""
-        return -(-price // self.windows.total) * KV_BLOCK
-
     def has_free(self, price: int) -> bool:
         """Return whether there is room for `price` more, and nothing has to be freed for it."""
         return self.used + price <= self._capacity

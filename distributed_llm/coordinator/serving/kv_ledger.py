@@ -52,7 +52,7 @@ class KVLedger:
     @property
     def used_tokens(self) -> int:
         """Positions charged, in whole blocks of all layers."""
-        return self._charges.tokens(self._charges.used)
+        return self._charges.windows.tokens(self._charges.used)
 
     @property
     def cached_tokens(self) -> int:
@@ -61,7 +61,18 @@ class KVLedger:
         ended = self._ended.keys()
         price = sum(one.price for one in segments if one.holders <= ended)
         states = sum(self._sequences[i].states for i in ended)
-        return self._charges.tokens(price + states * self._charges.windows.state)
+        return self._charges.windows.tokens(price + states * self._charges.windows.state)
+
+    def needed_tokens(self, windows: KVWindows) -> int:
+        """Return the positions of capacity without which what cannot be freed has no room.
+
+        Args:
+            windows: of the layers of the plan that has the room.
+        """
+        kept = [one for one in self._sequences.values() if not one.can_be_freed]
+        segments = {segment for one in kept for segment in one.segments}
+        price = sum(windows.price(one.blocks, one.unseen, one.reached) for one in segments)
+        return windows.tokens(price + windows.state * sum(one.states for one in kept))
 
     @property
     def room_tokens(self) -> int:

@@ -110,6 +110,10 @@ class Scheduler:
         """Positions of KV cache that running answers take."""
         return self._ledger.used_tokens - self._ledger.cached_tokens
 
+    def needed_tokens(self, windows: KVWindows) -> int:
+        """Return the positions of capacity that running answers take in a plan with `windows`."""
+        return self._ledger.needed_tokens(windows)
+
     @property
     def kv_tokens_cached(self) -> int:
         """Positions of KV cache that prefixes of ended sequences take."""
