@@ -77,8 +77,8 @@ def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
         named = dict.fromkeys((*_unusual(config, least=0), *names))
         return f"it does not allow {_shown(list(named), config)}"
     read = next((found for one in _causes(exc) for found in _names_read(one, known)), [])
-    if names := read or list(_unusual(config, least=1)):
-        return f"it fails where it reads {_shown(names, config)}"
+    if at_fault := dict.fromkeys((*_unusual(config, least=0 if read else 1), *read)):
+        return f"it fails where it reads {_shown(list(at_fault), config)}"
     return ""
 
 
@@ -87,8 +87,9 @@ def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[str]:
     usual = config_defaults(str(config.get("model_type"))).values
     for name, told in config.items():
         default = usual.get(name)
-        is_count = (type(default) is int and default > 0) or is_size(name)
-        right = type(told) is int and least <= told <= _MOST
+        may_count = type(default) is int or (default is None and not isinstance(told, bool))
+        is_count = (type(default) is int and default > 0) or (is_size(name) and may_count)
+        right = type(told) is int and (least if default else 0) <= told <= _MOST
         is_other = told is not None and told != default and not isinstance(told, list)
         if is_count and is_other and not right and name not in _NEVER_AT_FAULT:
             yield name
