@@ -93,7 +93,9 @@ def test_a_value_that_is_refused_is_named(
         assert not said or told, (name, value, said)
 
 
-UNNAMED_BY_TRANSFORMERS: list[tuple[str, tuple[str, ...], object]] = [
+HIDDEN: list[tuple[str, tuple[str, ...], object]] = [
+    ("qwen4_exp_text", ("indexer_budget",), ABSENT),
+    ("gpt_neox", ("num_attention_heads",), 5),
     ("longcat_flash", ("moe_topk",), HUGE),
     ("longcat_flash", ("zero_expert_num",), HUGE),
     ("kimi_linear", ("num_shared_experts",), "damaged"),
@@ -109,12 +111,14 @@ UNNAMED_BY_TRANSFORMERS: list[tuple[str, tuple[str, ...], object]] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "path", "value"), UNNAMED_BY_TRANSFORMERS)
-def test_a_value_that_transformers_does_not_name(
+@pytest.mark.parametrize(("family", "path", "value"), HIDDEN)
+def test_a_value_that_is_hidden_is_named(
     family: str, path: tuple[str, ...], value: object, tmp_path: Path
 ) -> None:
-    """It is called as in config.json, and what is right goes without blame."""
-    said = verdict(partial(plan_of, put(json_of(family), path, value), tmp_path), tmp_path)
+    """Where transformers names none, or another; and what is right goes without blame."""
+    config = json_of(family)
+    damaged = config_with(config, path[0], value) if len(path) == 1 else put(config, path, value)
+    said = verdict(partial(plan_of, damaged, tmp_path), tmp_path)
     assert path[-1] in said
     assert "chunk_size_feed_forward" not in said
 

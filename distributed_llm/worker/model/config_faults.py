@@ -4,6 +4,7 @@ Such errors are of any type, and speak of transformers' own code. But they name 
 a line that reads some.
 """
 
+import inspect
 import linecache
 import re
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from distributed_llm.common.config_defaults import config_defaults
 from distributed_llm.common.errors import CheckpointError
@@ -73,7 +75,8 @@ def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
     if field := _WRONG_FIELD.search(said):
         name = known.get(field[1], field[1])
         return f"{_shown([name], config)} is no value for it"
-    if names := _names_in(said, known):
+    in_text = _names_in(said, {**_declared_names(config), **known})
+    if names := in_text or list(_spelled_out(said, known)):
         named = dict.fromkeys((*_unusual(config, least=0), *names))
         return f"it does not allow {_shown(list(named), config)}"
     read = next((found for one in _causes(exc) for found in _names_read(one, known)), [])
@@ -117,8 +120,28 @@ def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
 
 
+def _declared_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of values of transformers' class for a config.json, each with itself.
+
+    Among them are those that have no default, which an error may miss. Not the names that all
+    classes have.
+    """
+    kind = CONFIG_MAPPING[config["model_type"]]
+    bases = [base for base in kind.__mro__ if base not in PretrainedConfig.__mro__]
+    names = (name for base in bases for name in inspect.get_annotations(base))
+    return {name: name for name in names if name not in _NEVER_AT_FAULT}
+
+
 def _names_in(text: str, known: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(known[word] for word in _WORD.findall(text) if word in known))
+
+
+def _spelled_out(text: str, known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names that a text has as words, such as "the number of attention heads"."""
+    words = text.lower().replace("number of ", "num ")
+    for name, key in known.items():
+        if "_" in name and re.search(rf"\b{name.replace('_', ' ')}\b", words):
+            yield key
 
 
 def _names_read(exc: BaseException, known: Mapping[str, str]) -> Iterator[list[str]]:
