@@ -96,6 +96,9 @@ def test_a_value_that_is_refused_is_named(
 HIDDEN: list[tuple[str, tuple[str, ...], object]] = [
     ("qwen4_exp_text", ("indexer_budget",), ABSENT),
     ("gpt_neox", ("num_attention_heads",), 5),
+    ("gpt-sw3", ("n_head",), 5),
+    ("olmo_hybrid", ("layer_types",), []),
+    ("bamba", ("mamba_d_head",), "damaged"),
     ("longcat_flash", ("moe_topk",), HUGE),
     ("longcat_flash", ("zero_expert_num",), HUGE),
     ("kimi_linear", ("num_shared_experts",), "damaged"),
