@@ -18,7 +18,7 @@ from distributed_llm.worker.model.sampler import sample
 ONE_BY_ONE = {"rwkv"}
 """Model types of which transformers mixes up the texts of a batch."""
 
-ROUNDING = 1e-4
+ROUNDING = 2e-4
 """By how much log-probabilities in float32 may differ between a cluster and transformers."""
 
 

@@ -48,6 +48,9 @@ REQUESTS = (
 """Which prompt each request has, and how it is answered; in the order in which they come."""
 ALL_TOKENS = NEW_TOKENS * sum(params.n for _, params in REQUESTS)
 
+_MOST_SCENES = 5
+"""How often other moments are drawn where not all has happened at those before."""
+
 LEFT_OUT = {"zaya-windows"}
 """Where layers keep states and a window, one plan has room for fewer answers than another."""
 
@@ -100,6 +103,20 @@ def make(name: str, folder: Path) -> Any:
     return build_model(family, **values)
 
 
+class Uneventful(AssertionError):
+    """Not all that should has happened to the answers: that depends on when it does."""
+
+
+def happens(what: object, text: str) -> None:
+    """Assert that something has happened to the answers of a scene.
+
+    Raises:
+        Uneventful: it has not.
+    """
+    if not what:
+        raise Uneventful(text)
+
+
 class Scene:
     """One cluster, its answers, and what happens to them in turn.
 
@@ -135,7 +152,8 @@ class Scene:
         """
         tokens = round(ALL_TOKENS * (share + self.draw.uniform(0.0, 0.1)))
         assert self.world.run(lambda: self.world.tokens() >= tokens, for_s=60.0)
-        assert any(0 < len(answer.token_ids) < NEW_TOKENS for _, answer in self.sampled())
+        written = [0 < len(answer.token_ids) < NEW_TOKENS for _, answer in self.sampled()]
+        happens(any(written), "none of those that are sampled is being written")
 
     def is_still(self) -> bool:
         """Whether it serves, and no layers move."""
@@ -189,16 +207,16 @@ class Scene:
         world.settle()
         world.check_drained()
         moves, totals = world.core._moves, world.core._book.totals
-        assert totals.preemptions > 0
+        happens(totals.preemptions, "none was preempted")
         stories = [self.world.core.story(request=name) for name, _ in self.sampled()]
         kinds = {entry.kind for story in stories for entry in story}
-        assert EventKind.ANSWER_PREEMPTED in kinds, "none of those that are sampled was"
-        assert totals.recovered > 0
-        assert moves.num_moves == 2
         assert world.counts["up", TaskFailed] == 0
+        happens(EventKind.ANSWER_PREEMPTED in kinds, "none of those that are sampled was preempted")
+        happens(totals.recovered, "none was computed again")
+        happens(moves.num_moves == 2, "a move was undone")
         if not any(world.cost.layer_state_bytes):
-            assert moves.copied_bytes["faster"] > 0
-            assert moves.begun["leaving"] == 2, "no copy failed"
+            happens(moves.copied_bytes["faster"], "nothing was copied")
+            happens(moves.begun["leaving"] == 2, "no copy failed")
 
 
 def play(name: str, folder: Path, seed: int) -> int:
@@ -251,12 +269,16 @@ def samplings(model: Any) -> list[Sampling]:
 def test_answers_are_those_of_transformers(
     name: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    seed = random.randrange(2**48) if pytestconfig.getoption("--schedules") else 0
-    try:
-        assert play(name, tmp_path, seed) <= (1 if seed else 0)
-    except BaseException as exc:
-        exc.add_note(f"in the scene of {name} with seed {seed}")
-        raise
+    many = pytestconfig.getoption("--schedules")
+    for left in reversed(range(_MOST_SCENES if many else 1)):
+        seed = random.randrange(2**48) if many else 0
+        try:
+            assert play(name, tmp_path / str(left), seed) <= (1 if many else 0)
+            return
+        except BaseException as exc:
+            exc.add_note(f"in the scene of {name} with seed {seed}")
+            if not (left and isinstance(exc, Uneventful)):
+                raise
 
 
 @pytest.mark.parametrize(

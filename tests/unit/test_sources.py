@@ -6,10 +6,11 @@ from dataclasses import replace
 from distributed_llm.common.messages import StageTime, TaskResult
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec, frame_of_token_ids
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import LayerRange, PeerId, SequenceId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Answer, Request
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import Dropped, SendTask, StepDone, StepsInFlight
 from tests.unit.fake_model import HIDDEN, MODEL, with_sources
 from tests.unit.test_move import stages
@@ -190,6 +191,32 @@ def test_a_step_that_begins_later_overtakes_nothing() -> None:
         steps.result(PEERS[2], result(writing, 2, first=2), frames, now=1.0), StepDone
     )
     assert not steps.has_overtaken, "the older one began at the first stage"
+
+
+def test_steps_that_may_overtake_others_free_what_those_do() -> None:
+    """They may need the room, whichever comes first; those that begin alike keep their order."""
+    bench, steps = Readers(), line(credits=8)
+    bench.ask(range(5))
+    bench.run()
+    bench.ask(range(100, 109))
+    writing, reading = bench.step(), bench.step()
+    freed, later = SequenceId(98), SequenceId(99)
+
+    def told(step: Step) -> tuple[list[SequenceId], list[int]]:
+        task = steps.begin(step, now=0.0).task
+        return sorted(task.released), [one.position for one in task.seen_from]
+
+    steps.to_forget.release([freed])
+    steps.to_forget.drop({SequenceId(0): 64})
+    assert told(reading) == ([freed], [64])
+    assert told(writing) == ([freed], [64])
+    steps.to_forget.release([later])
+    assert told(writing) == ([freed, later], [64])
+    assert told(reading) == ([later], []), "the first that reads goes before it"
+    assert told(writing) == ([freed], [64])
+    steps.abandon()
+    assert told(writing) == ([freed, later], [64]), "all of them may be lost"
+    assert told(writing) == ([], [])
 
 
 def test_a_result_with_times_of_other_stages_is_not_taken() -> None:

@@ -2,7 +2,7 @@
 
 from distributed_llm.common.messages import MAX_RELEASED, SeenFrom
 from distributed_llm.common.types import SequenceId
-from distributed_llm.coordinator.serving.to_forget import ToForget
+from distributed_llm.coordinator.serving.to_forget import Forgotten, ToForget, joined
 
 ONE, TWO, THREE = map(SequenceId, (1, 2, 3))
 
@@ -41,6 +41,17 @@ def test_a_task_says_so_much_at_most() -> None:
     expected = [ids[:MAX_RELEASED], ids[MAX_RELEASED:-1], ids[-1:]]
     assert [one.released for one in said] == expected
     assert [tuple(s.sequence_id for s in one.seen_from) for one in said] == expected
+
+
+def test_what_other_tasks_say_leaves_less_room() -> None:
+    to_forget = ToForget()
+    ids = tuple(map(SequenceId, range(MAX_RELEASED + 3)))
+    to_forget.release(ids[:MAX_RELEASED])
+    beside = Forgotten(released=ids[MAX_RELEASED:])
+    own = to_forget.take(beside)
+    assert own.released == ids[: MAX_RELEASED - 3]
+    assert joined([beside, own]).released == beside.released + own.released
+    assert to_forget.take().released == ids[MAX_RELEASED - 3 : MAX_RELEASED]
 
 
 def test_what_may_be_lost_is_said_again_unless_more_is_known_by_now() -> None:

@@ -42,7 +42,7 @@ from distributed_llm.coordinator.serving.step import (
     wrong_activations,
     wrong_tokens,
 )
-from distributed_llm.coordinator.serving.to_forget import Forgotten, ToForget
+from distributed_llm.coordinator.serving.to_forget import Forgotten, ToForget, joined
 
 FOREIGN_RESULT = "foreign_result"
 """Counter of results of steps that were never begun, or that another stage runs."""
@@ -111,7 +111,8 @@ class _StepInFlight:
     Attributes:
         ids: token ids of the step, as a tensor.
         masks: of the step, as a tensor; None if it has none.
-        forgotten: what its task has the stages forget.
+        forgotten: what its task has the stages forget, and no earlier one did.
+        said: all that its task has them forget.
         route: of the whole pipeline.
         first: index of the stage where it began.
         stage: index of the last stage that it was sent to by the coordinator.
@@ -124,6 +125,7 @@ class _StepInFlight:
     ids: tuple[TensorSpec, Frame]
     masks: tuple[TensorSpec, Frame] | None
     forgotten: Forgotten
+    said: Forgotten
     route: Route
     first: int
     stage: int
@@ -216,12 +218,17 @@ class StepsInFlight:
         depth = len(self._flights) + 1
         deadline = now + self._task_timeout_s
         first = 0 if step.is_source else self._first
+        # Steps that begin elsewhere may come later to a stage than this one, which may need the
+        # room that they free.
+        beside = joined(one.forgotten for one in self._flights.values() if one.first != first)
+        forgotten = self.to_forget.take(beside)
         flight = _StepInFlight(
             number=self._next_step,
             step=step,
             ids=ids,
             masks=frame_of_masks(step.masks) if step.masks else None,
-            forgotten=self.to_forget.take(),
+            forgotten=forgotten,
+            said=joined([beside, forgotten]),
             route=self._routes.choose(self._routes_in_flight()),
             first=first,
             stage=first,
@@ -352,8 +359,8 @@ class StepsInFlight:
             oldest=self._oldest,
             sequences=flight.step.slices,
             tensors=tuple(spec for spec, _ in tensors),
-            released=flight.forgotten.released,
-            seen_from=flight.forgotten.seen_from,
+            released=flight.said.released,
+            seen_from=flight.said.seen_from,
             route=flight.route[flight.stage :],
             timings=timings,
         )

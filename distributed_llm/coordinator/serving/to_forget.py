@@ -21,8 +21,16 @@ class Forgotten:
         seen_from: of sequences of which layers with a window drop earlier positions.
     """
 
-    released: tuple[SequenceId, ...]
-    seen_from: tuple[SeenFrom, ...]
+    released: tuple[SequenceId, ...] = ()
+    seen_from: tuple[SeenFrom, ...] = ()
+
+
+def joined(forgotten: Iterable[Forgotten]) -> Forgotten:
+    """Return what several tasks say, as one says it; beyond the limit of one it is left out."""
+    both = ToForget()
+    for one in forgotten:
+        both.put_back(one)
+    return both.take()
 
 
 class ToForget:
@@ -55,12 +63,16 @@ class ToForget:
         for sequence_id, position in seen_from.items():
             self._seen_from[sequence_id] = max(position, self._seen_from.get(sequence_id, 0))
 
-    def take(self) -> Forgotten:
-        """Return what the next task says, at most as much as one may."""
-        released = tuple(islice(self._released, MAX_RELEASED))
+    def take(self, beside: Forgotten = Forgotten()) -> Forgotten:
+        """Return what the next task says, at most as much as one may.
+
+        Args:
+            beside: what it says too, because other tasks do that it may overtake.
+        """
+        released = tuple(islice(self._released, MAX_RELEASED - len(beside.released)))
         for sequence_id in released:
             del self._released[sequence_id]
-        dropping = list(islice(self._seen_from.items(), MAX_RELEASED))
+        dropping = list(islice(self._seen_from.items(), MAX_RELEASED - len(beside.seen_from)))
         for sequence_id, _ in dropping:
             del self._seen_from[sequence_id]
         seen_from = tuple(SeenFrom(sequence_id=i, position=at) for i, at in dropping)
