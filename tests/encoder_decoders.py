@@ -106,9 +106,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """Return a random encoder-decoder, in float32."""
-    kind: Any = CONFIG_MAPPING[model_type]
+def config_of(model_type: str, **settings: Any) -> Any:
+    """Return the configuration of a small encoder-decoder, of transformers' class for it."""
     tokens = {
         "vocab_size": VOCAB_SIZE,
         "decoder_start_token_id": START,
@@ -116,10 +115,15 @@ def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel
         "eos_token_id": 2,
         "bos_token_id": 0,
     }
-    config = kind(**{**tokens, **SETTINGS[model_type], **settings})
+    return CONFIG_MAPPING[model_type](**{**tokens, **SETTINGS[model_type], **settings})
+
+
+def build(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """Return a random encoder-decoder, in float32."""
+    config = config_of(model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        of_kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[kind]
+        of_kind: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
         model: PreTrainedModel = of_kind(config)
         for name, parameter in model.named_parameters():
             if "embed_positions" in name and not parameter.requires_grad:

@@ -206,7 +206,7 @@ _NO_CONVOLUTION = (
     "its convolution of n-grams is of one token (ple_conv_kernel_size), with which transformers "
     "does not generate"
 )
-_CHUNKED = "config.json does not tell which of its layers see chunks of the text"
+_CHUNKED = "config.json does not tell which of its layers see chunks of the text (layer_types)"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
     _OWN_ATTENTION: (

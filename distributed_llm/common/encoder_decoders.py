@@ -61,6 +61,15 @@ _COUNTS = {
 _OWN_SIZES = ("decoder_attention_heads", "decoder_ffn_dim")
 """Names of sizes in which decoders may differ from encoders, which have them under like names."""
 
+_EXPERT_STEPS = ("encoder_sparse_step", "decoder_sparse_step")
+"""Names of numbers of layers of which one has experts."""
+
+STACK_SIZES = (
+    *("d_model", "d_kv", "d_ff", "num_heads"),
+    *("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
+"""Names of sizes that only encoder-decoders have under these."""
+
 _LAYER = re.compile(
     r"^(?:model\.|transformer\.)?(?P<stack>encoder|decoder)\.(?:text_model\.)?(?:block|layers)"
     r"\.(?P<layer>\d+)\.(?P<rest>.+)$"
@@ -106,12 +115,20 @@ def decoder_layers(config: Config) -> int:
     return _count(config, "decoder")
 
 
-def check_heads(config: Config) -> None:
-    """Raise if hidden states cannot be shared out among the heads of both stacks.
+def check_stacks(config: Config) -> None:
+    """Raise if the stacks cannot be made, where transformers would not name the value at fault.
 
     Raises:
-        CheckpointError: they cannot. transformers would name their size alone.
+        CheckpointError: heads of a stack cannot share its hidden states evenly, or it is not told
+            which of its layers have experts.
     """
+    for name in _EXPERT_STEPS:
+        every = config.get(name)
+        if name in config and (type(every) is not int or every < 0):
+            raise CheckpointError(
+                f"config.json has {name} = {every!r:.60}; it must be a number from 0 on, for every "
+                "so many layers have experts. Copy that of the original model."
+            )
     width = config.get("d_model")
     for name in ("encoder_attention_heads", "decoder_attention_heads"):
         heads = config.get(name)
@@ -192,6 +209,12 @@ def _count(config: Config, stack: str) -> int:
                     f"config.json has {name} = {value!r}; it must be a number of layers."
                 )
             return value
+    elif stack in config:
+        name = f"{stack}.{_TEXT}" if isinstance(config[stack], Mapping) else stack
+        raise CheckpointError(
+            f"config.json has {name} = {told!r:.60}; it must be an object, which describes the "
+            f"{stack}. Copy that of the original model."
+        )
     raise CheckpointError(
         f"config.json of the {config.get('model_type')!r} model does not tell how many layers its "
         f"{stack} has ({', '.join(_COUNTS[stack])}). Copy that of the original model."

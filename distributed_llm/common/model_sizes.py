@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from distributed_llm.common.encoder_decoders import (
+    STACK_SIZES,
     as_decoder,
-    check_heads,
+    check_stacks,
     decoder_layers,
     encoder_layers,
     is_encoder_decoder,
@@ -54,8 +55,8 @@ _SIZES = (
 """Names of sizes that not all models have; some have one for each layer."""
 
 _ANY_SIZE = re.compile(
-    r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts|n?groups|kernel|expand|ssm"
-    r"|channels|multiple|blocks)(_|$)"
+    r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts?|n?groups|kernel|expand|ssm"
+    r"|channels|multiple|blocks|topk)(_|$)"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 
@@ -106,11 +107,18 @@ def check_sizes(config: Config) -> None:
         CheckpointError: a size is not there, or no possible number; as in the functions below.
     """
     num_layers(config)
+    if is_encoder_decoder(config):
+        for name in STACK_SIZES:  # by their own names, before they have the usual ones
+            if config.get(name) is not None:
+                positive(config, name)
+        check_stacks(config)
+        encoder = of_decoder(as_decoder(config))
+        if encoder.get("vocab_size") is not None:
+            positive(encoder, "vocab_size")
+        _check_rope(encoder)
     hidden_size(config)
     streams(config)
     source_size(config)
-    if is_encoder_decoder(config):
-        check_heads(config)
     config = of_decoder(config)
     vocab_size = positive(config, "vocab_size")
     own_table = config.get("vocab_size_per_layer_input")

@@ -48,7 +48,7 @@ def test_of_deepseeks_attention_the_latents_are_counted() -> None:
     assert set(checkpoint.layer_kv_bytes("bfloat16", "int8")) == {512 + 2 + 64 + 2}
 
 
-@pytest.mark.parametrize("model_type", ["big_bird", "doge", "roformer", "rwkv"])
+@pytest.mark.parametrize("model_type", ["big_bird", "doge", "roformer"])
 def test_a_type_that_does_not_work_is_refused(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

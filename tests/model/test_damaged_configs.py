@@ -23,6 +23,7 @@ from distributed_llm.coordinator import serve
 from distributed_llm.worker.model.config_faults import computing
 from distributed_llm.worker.model.empty_model import parameters_of
 from distributed_llm.worker.model.stage import Stage
+from tests import encoder_decoders
 from tests.checkpoints import FAMILIES, config_of, make_checkpoint
 from tests.damages import HUGE, Json, damaged_values, paths_in, put, verdict
 from tests.real_configs import REAL, shrunk
@@ -43,7 +44,9 @@ IMPOSSIBLE: tuple[object, ...] = ("damaged", -1, HUGE, [], {})
 Of what is empty, another value may be told that does not fit it.
 """
 
-_NAMED = re.compile(r"\b\w+ = |\w+, which it lacks|config.json says|lacks tensor|has none of")
+_NAMED = re.compile(
+    r"\b\w+ ?= ?|\w+, which it lacks|config.json says|lacks tensor|has none of|\btells? "
+)
 
 
 def damages(config: Json, numbers: random.Random) -> Iterator[tuple[str, object]]:
@@ -60,7 +63,8 @@ def config_with(config: Json, name: str, value: object) -> Json:
 
 def json_of(family: str) -> Json:
     """Return the config.json of a small model."""
-    content: Json = json.loads(config_of(family).to_json_string(use_diff=False))
+    made = encoder_decoders.config_of if family in encoder_decoders.SETTINGS else config_of
+    content: Json = json.loads(made(family).to_json_string(use_diff=False))
     return {**content, "model_type": family}
 
 
@@ -74,7 +78,7 @@ def plan_of(config: Json, folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *encoder_decoders.SETTINGS])
 def test_a_value_that_is_refused_is_named(
     family: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
@@ -87,6 +91,44 @@ def test_a_value_that_is_refused_is_named(
         said = verdict(partial(plan_of, config_with(config, name, value), tmp_path), tmp_path)
         told = name in said if value in IMPOSSIBLE and value else _NAMED.search(said)
         assert not said or told, (name, value, said)
+
+
+HIDDEN: list[tuple[str, tuple[str, ...], object]] = [
+    ("qwen4_exp_text", ("indexer_budget",), ABSENT),
+    ("gpt_neox", ("num_attention_heads",), 5),
+    ("gpt-sw3", ("n_head",), 5),
+    ("olmo_hybrid", ("layer_types",), []),
+    ("bamba", ("mamba_d_head",), "damaged"),
+    ("longcat_flash", ("moe_topk",), HUGE),
+    ("longcat_flash", ("zero_expert_num",), HUGE),
+    ("kimi_linear", ("num_shared_experts",), "damaged"),
+    ("llama4_text", ("layer_types",), "damaged"),
+    ("mvp", ("d_model",), -1),
+    ("mvp", ("decoder_ffn_dim",), "damaged"),
+    ("mvp", ("decoder_start_token_id",), HUGE),
+    ("switch_transformers", ("encoder_sparse_step",), []),
+    ("t5gemma2", ("decoder",), []),
+    ("t5gemma2", ("encoder", "text_config"), "damaged"),
+    ("t5gemma2", ("encoder", "text_config", "vocab_size"), -1),
+    ("t5gemma2", ("encoder", "text_config", "rope_parameters"), "damaged"),
+]
+
+
+@pytest.mark.parametrize(("family", "path", "value"), HIDDEN)
+def test_a_value_that_is_hidden_is_named(
+    family: str, path: tuple[str, ...], value: object, tmp_path: Path
+) -> None:
+    """Where transformers names none, or another; and what is right goes without blame."""
+    config = json_of(family)
+    damaged = config_with(config, path[0], value) if len(path) == 1 else put(config, path, value)
+    said = verdict(partial(plan_of, damaged, tmp_path), tmp_path)
+    assert path[-1] in said
+    assert "chunk_size_feed_forward" not in said
+
+
+def test_a_dtype_of_a_part_that_is_none_hurts_nothing(tmp_path: Path) -> None:
+    """As that of a whole model: weights have their own."""
+    plan_of(put(json_of("t5gemma2"), ("encoder", "text_config", "dtype"), "damaged"), tmp_path)
 
 
 PUBLISHED = [name for name in REAL if "Phi-4" not in name]  # whose factors fit no smaller heads

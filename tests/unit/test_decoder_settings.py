@@ -152,7 +152,7 @@ def test_what_the_decoder_starts_with(
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({}, "do not tell .* decoder starts.* Write decoder_start_token_id into"),
+        ({}, "Neither .* tells .* decoder starts.* Write decoder_start_token_id into"),
         ({"decoder_start_token_id": VOCAB}, f"decoder_start_token_id={VOCAB}.* no token of its 50"),
         ({"bos_token_id": "<s>"}, "bos_token_id='<s>'"),
         ({"bos_token_id": -1}, "bos_token_id=-1"),

@@ -57,13 +57,14 @@ def decoder_start(said: Config, config: Config, vocab_size: int) -> tuple[int, .
                 continue
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise CheckpointError(
-                    f"The files of the model have {name}={token!r:.80}, with which its decoder "
-                    f"starts: that is no token of its {vocab_size}. Correct the file."
+                    f"generation_config.json or config.json of the model has {name}={token!r:.80}, "
+                    f"with which its decoder starts: that is no token of its {vocab_size}. Correct "
+                    "the file."
                 )
             return (token,)
     raise CheckpointError(
-        "The files of the model do not tell with which token its decoder starts. Write "
-        "decoder_start_token_id into its generation_config.json; the original model's has it."
+        "Neither generation_config.json nor config.json of the model tells with which token its "
+        "decoder starts. Write decoder_start_token_id into the former; the original model's has it."
     )
 
 

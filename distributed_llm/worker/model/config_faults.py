@@ -4,6 +4,7 @@ Such errors are of any type, and speak of transformers' own code. But they name 
 a line that reads some.
 """
 
+import inspect
 import linecache
 import re
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from distributed_llm.common.config_defaults import config_defaults
 from distributed_llm.common.errors import CheckpointError
@@ -26,6 +28,9 @@ _HOME = str(Path(transformers.__file__).parent)
 _OWN_HOME = str(Path(__file__).parents[2])
 _NEVER_AT_FAULT = frozenset({"dtype", "torch_dtype", "model_type", "architectures", "use_cache"})
 _MOST = 2**31 - 1
+_CONDITION_LINES = 2
+"""Lines before one that raises in which its condition may be."""
+
 _SHOWN_NAMES = 6
 _SHOWN_CHARS = 60
 
@@ -73,12 +78,13 @@ def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
     if field := _WRONG_FIELD.search(said):
         name = known.get(field[1], field[1])
         return f"{_shown([name], config)} is no value for it"
-    if names := _names_in(said, known):
+    in_text = _names_in(said, {**_declared_names(config), **known})
+    if names := in_text or list(_spelled_out(said, known)):
         named = dict.fromkeys((*_unusual(config, least=0), *names))
         return f"it does not allow {_shown(list(named), config)}"
-    read = next((found for one in _causes(exc) for found in _names_read(one, known)), [])
-    if names := read or list(_unusual(config, least=1)):
-        return f"it fails where it reads {_shown(names, config)}"
+    read = _first_read(exc, known, 0) or _first_read(exc, known, _CONDITION_LINES)
+    if at_fault := dict.fromkeys((*_unusual(config, least=0 if read else 1), *read)):
+        return f"it fails where it reads {_shown(list(at_fault), config)}"
     return ""
 
 
@@ -87,8 +93,9 @@ def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[str]:
     usual = config_defaults(str(config.get("model_type"))).values
     for name, told in config.items():
         default = usual.get(name)
-        is_count = (type(default) is int and default > 0) or is_size(name)
-        right = type(told) is int and least <= told <= _MOST
+        may_count = not isinstance(told if default is None else default, bool)
+        is_count = (type(default) is int and default > 0) or (is_size(name) and may_count)
+        right = type(told) is int and (least if default else 0) <= told <= _MOST
         is_other = told is not None and told != default and not isinstance(told, list)
         if is_count and is_other and not right and name not in _NEVER_AT_FAULT:
             yield name
@@ -106,7 +113,7 @@ def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the names that code may have for values of a config.json, each with its name there."""
     defaults = config_defaults(str(config.get("model_type")))
     known = {name: name for name in (*defaults.values, *config)}
-    for alias, own in defaults.aliases.items():
+    for alias, own in CONFIG_MAPPING[config["model_type"]].attribute_map.items():
         known |= {alias: own} if own in config else {own: alias} if alias in config else {}
     if "rope_scaling" in config:  # what transformers makes of it has another name
         known["rope_parameters"] = "rope_scaling"
@@ -116,16 +123,49 @@ def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
 
 
+def _declared_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of values of transformers' class for a config.json, each with itself.
+
+    Among them are those that have no default, which an error may miss. Not the names that all
+    classes have.
+    """
+    kind = CONFIG_MAPPING[config["model_type"]]
+    bases = [base for base in kind.__mro__ if base not in PretrainedConfig.__mro__]
+    names = (name for base in bases for name in inspect.get_annotations(base))
+    return {name: name for name in names if name not in _NEVER_AT_FAULT}
+
+
 def _names_in(text: str, known: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(known[word] for word in _WORD.findall(text) if word in known))
 
 
-def _names_read(exc: BaseException, known: Mapping[str, str]) -> Iterator[list[str]]:
-    """Yield the names in the lines of transformers that an error came through, innermost first."""
-    for frame in reversed(traceback.extract_tb(exc.__traceback__)):
-        if frame.filename.startswith(_HOME) and frame.lineno is not None:
+def _spelled_out(text: str, known: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names that a text has as words, such as "the number of attention heads"."""
+    words = text.lower().replace("number of ", "num ")
+    for name, key in known.items():
+        if "_" in name and re.search(rf"\b{name.replace('_', ' ')}\b", words):
+            yield key
+
+
+def _first_read(exc: BaseException, known: Mapping[str, str], above: int) -> list[str]:
+    """Return the names that `_names_read` yields first of an error or what it was raised from."""
+    return next((found for one in _causes(exc) for found in _names_read(one, known, above)), [])
+
+
+def _names_read(exc: BaseException, known: Mapping[str, str], above: int) -> Iterator[list[str]]:
+    """Yield the names in the lines of transformers that an error came through, innermost first.
+
+    Args:
+        exc: the error.
+        known: names that code may have, each with that in config.json.
+        above: how many lines before the innermost one are searched as well, and no others then.
+    """
+    frames = reversed(traceback.extract_tb(exc.__traceback__))
+    theirs = (frame for frame in frames if frame.filename.startswith(_HOME))
+    for frame in islice(theirs, 1 if above else None):
+        if frame.lineno is not None:
             last = frame.end_lineno or frame.lineno
-            lines = range(frame.lineno, last + 1)
+            lines = range(max(frame.lineno - above, 1), last + 1)
             text = "".join(linecache.getline(frame.filename, number) for number in lines)
             if names := _names_in(text, {**_kept_as(frame.filename, known), **known}):
                 yield names

@@ -79,7 +79,10 @@ def model_config(config: Mapping[str, Any], context_length: int | None = None) -
 
 
 def _leave_out_what_is_not_used(values: dict[str, Any]) -> None:
-    """Leave out a dtype that is none, as weights have their own, and padding that is no token."""
+    """Leave out a dtype that is none, as weights have their own, and padding that is no token.
+
+    Of parts as well that are described by themselves.
+    """
     for name in _DTYPES:
         named = str(values.get(name)).removeprefix("torch.")
         if isinstance(getattr(torch, named, None), torch.dtype):
@@ -89,6 +92,9 @@ def _leave_out_what_is_not_used(values: dict[str, Any]) -> None:
     padding, vocab_size = values.get("pad_token_id"), values.get("vocab_size")
     if type(padding) is int and type(vocab_size) is int and not 0 <= padding < vocab_size:
         values["pad_token_id"] = None
+    for part in values.values():
+        if isinstance(part, dict):
+            _leave_out_what_is_not_used(part)
 
 
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
