@@ -56,7 +56,7 @@ _SIZES = (
 
 _ANY_SIZE = re.compile(
     r"(^|_)(size|dim|inner|state|conv|rank|heads?|layers|experts?|n?groups|kernel|expand|ssm"
-    r"|channels|multiple|blocks|topk)(_|$)"
+    r"|channels|multiple|blocks)(_|$)|_topk$"
 )
 """What the names of other sizes have in them. They may be 0 where a model has none of something."""
 

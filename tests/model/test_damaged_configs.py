@@ -15,7 +15,7 @@ import torch
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable, UnsupportedModel
-from distributed_llm.common.model_sizes import positive
+from distributed_llm.common.model_sizes import is_size, positive
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.text_config import text_config
 from distributed_llm.common.types import LayerRange
@@ -124,6 +124,11 @@ def test_a_value_that_is_hidden_is_named(
     said = verdict(partial(plan_of, damaged, tmp_path), tmp_path)
     assert path[-1] in said
     assert "chunk_size_feed_forward" not in said
+
+
+def test_a_choice_is_no_size() -> None:
+    assert is_size("moe_topk")
+    assert not is_size("topk_method")
 
 
 def test_a_dtype_of_a_part_that_is_none_hurts_nothing(tmp_path: Path) -> None:
