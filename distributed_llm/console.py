@@ -262,8 +262,9 @@ def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
     Raises:
         DistributedLLMError: as the client does.
     """
-    held = next((worker for worker in client.status().workers if worker.name == name), None)
-    waiting, done = summary.drain_lines(name, held)
+    status = client.status()
+    held = next((worker for worker in status.workers if worker.name == name), None)
+    waiting, done = summary.drain_lines(name, held, status.encoder_layers)
     if waiting:
         _err.print(waiting, style="dim")
     client.drain_worker(name)

@@ -371,14 +371,15 @@ def answers_line(generations: Sequence[Generation]) -> str:
     )
 
 
-def drain_lines(name: str, held: WorkerStatus | None) -> tuple[str, str]:
+def drain_lines(name: str, held: WorkerStatus | None, encoder_layers: int = 0) -> tuple[str, str]:
     """Return what is said while a worker is waited for to leave, and once it has left.
 
     Args:
         name: of the worker.
         held: the worker, if it has layers.
+        encoder_layers: of the model; 0: it is a decoder alone.
     """
     if held is None or held.layers is None:
         return "", f"{name}, which had no layers, has left"
-    waiting = f"waiting until others serve {layers_text(held.layers)} of {name} ..."
+    waiting = f"waiting until others serve {layers_text(held.layers, encoder_layers)} of {name} ..."
     return waiting, f"{name} has left, and others serve its layers"

@@ -91,7 +91,8 @@ class Keyring:
         if login is None:
             raise NotEnrolled(
                 f"This machine has no key for the coordinator at {address}. Run `dllm token "
-                "create` where the coordinator runs, and here the line that it prints."
+                "create` where the coordinator runs, and here the line that it prints; if it was "
+                "started with --insecure, give --insecure here too."
             )
         return login
 

@@ -73,7 +73,7 @@ def test_this_machine_is_let_in_and_another_is_not_until_it_joins(
             assert refused.stderr.splitlines()[-1] == (
                 f"Error (not_enrolled): This machine has no key for the coordinator at {address}. "
                 "Run `dllm token create` where the coordinator runs, and here the line that it "
-                "prints."
+                "prints; if it was started with --insecure, give --insecure here too."
             )
         created = dllm(here, "token", "create", "--role", "client", "--coordinator", address)
         command = created.stdout.split()

@@ -80,7 +80,8 @@ def test_nothing_kept_is_told_with_what_to_do(keyring: Keyring, state: Path) -> 
         keyring.login(FAR)
     assert str(caught.value) == (
         f"This machine has no key for the coordinator at {FAR}. Run `dllm token create` where the "
-        "coordinator runs, and here the line that it prints."
+        "coordinator runs, and here the line that it prints; if it was started with --insecure, "
+        "give --insecure here too."
     )
     assert caught.value.exit_code == 3
     assert not state.exists()  # looking leaves nothing behind

@@ -187,10 +187,12 @@ def test_status_as_json_has_all_there_is() -> None:
 # ------------------------------------------------------------------ drain
 
 
-def drained(*answers: WorkerDrained, arguments: tuple[str, ...]) -> Result:
+def drained(
+    *answers: WorkerDrained, arguments: tuple[str, ...], status: ClusterStatus = MOVING
+) -> Result:
     """Return what `dllm drain` does when the coordinator answers it so."""
     results = []
-    with FakeCoordinator(status=MOVING) as coordinator:
+    with FakeCoordinator(status=status) as coordinator:
         command = threading.Thread(
             target=lambda: results.append(dllm(coordinator, "drain", *arguments))
         )
@@ -208,6 +210,11 @@ def test_drain_tells_that_the_worker_has_left() -> None:
     done = drained(WorkerDrained(worker="gaming-pc"), arguments=("gaming-pc",))
     assert (done.exit_code, done.stdout) == (0, "gaming-pc has left, and others serve its layers\n")
     assert done.stderr == "waiting until others serve layers 1-20 of gaming-pc ...\n"
+    translator = msgspec.structs.replace(MOVING, encoder_layers=12)
+    done = drained(WorkerDrained(worker="gaming-pc"), arguments=("gaming-pc",), status=translator)
+    assert done.stderr == (
+        "waiting until others serve encoder 1-12 and decoder 1-8 of gaming-pc ...\n"
+    )
     idle = drained(WorkerDrained(worker="pi"), arguments=("pi",))
     assert (idle.stdout, idle.stderr) == ("pi, which had no layers, has left\n", "")
 
