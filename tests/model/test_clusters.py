@@ -48,7 +48,7 @@ REQUESTS = (
 """Which prompt each request has, and how it is answered; in the order in which they come."""
 ALL_TOKENS = NEW_TOKENS * sum(params.n for _, params in REQUESTS)
 
-_MOST_SCENES = 5
+_MOST_SCENES = 12
 """How often other moments are drawn where not all has happened at those before."""
 
 REPRESENTATIVES = {
