@@ -358,10 +358,14 @@ def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
     (code_inside / "config.json").write_text(
         json.dumps({**config, "model_type": "nonesuch", "auto_map": {"A": "b.C"}})
     )
+    unfit = broken("unfit")
+    config = json.loads((unfit / "config.json").read_text())
+    (unfit / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     for folder, said in (
         (cut, "not a whole safetensors file"),
         (pickled, "a pickle"),
         (code_inside, "never run"),
+        (unfit, "config.json is that of another model"),
     ):
         code, text = failure("coordinator", str(folder), "--bind", "127.0.0.1:0")
         assert code == 2, text
