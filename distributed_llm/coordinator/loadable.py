@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,14 @@ def as_json(value: Asked | Verdict) -> bytes:
     return json.dumps(msgspec.to_builtins(value)).encode()
 
 
-def ensure_loadable(checkpoint: Checkpoint) -> None:
+def ensure_loadable(checkpoint: Checkpoint, tell: Callable[[str], None] = logger.info) -> None:
     """Refuse a checkpoint that workers could not load; of its weights only small parts are read.
 
     Takes some seconds, the first time. Where the question cannot be answered, it is left to the
     workers, and the log says so.
+
+    Args:
+        tell: called with a line for people, if it has to be asked.
 
     Raises:
         CheckpointError: tensors are missing, unknown, of the wrong shape, or contradict others.
@@ -97,7 +101,7 @@ def ensure_loadable(checkpoint: Checkpoint) -> None:
     known = _remembered(memory)
     if key in known:
         return
-    logger.info("checking whether workers can load %s", checkpoint.place)
+    tell(f"checking whether workers can load {checkpoint.place}")
     verdict = _answer(asked, checkpoint)
     if verdict is None:
         return

@@ -212,8 +212,13 @@ def _with_tokenizer(model: ServedModel, folder: Path) -> ServedModel:
     return model.with_tokenizer(Tokenizer.open(folder).facts())
 
 
-def open_to_serve(settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+def open_to_serve(
+    settings: CoordinatorSettings, tell: Callable[[str], None] = logger.info
+) -> tuple[ServedModel, Checkpoint]:
     """Return the model that `settings` names, checked as far as it can be before a worker has it.
+
+    Args:
+        tell: called with a line for people when it takes seconds.
 
     Raises:
         CheckpointError: the model cannot be read, split or loaded.
@@ -224,7 +229,7 @@ def open_to_serve(settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoin
     if settings.strategy == "custom":
         check_custom(settings.layers, model.cost)
     if settings.model:
-        ensure_loadable(checkpoint)
+        ensure_loadable(checkpoint, tell)
     return model, checkpoint
 
 

@@ -13,7 +13,7 @@ from distributed_llm.common.roles import Role
 from distributed_llm.local_process import LocalProcess
 from tests.api.fake_server import FakeServer, running
 from tests.checkpoints import make_checkpoint
-from tests.warm import warm_workers
+from tests.warm import checked, warm_workers
 
 __all__ = ["warm_workers"]
 
@@ -51,7 +51,7 @@ def new_key(address: str, name: str, role: Role) -> str:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """Two workers with a small random model that has a tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("api")
-    checkpoint = make_checkpoint(folder / "tiny", tokenizer=True, tie=False, seed=10)
+    checkpoint = checked(make_checkpoint(folder / "tiny", tokenizer=True, tie=False, seed=10))
     with LocalCluster(checkpoint, workers=2, coordinator={"strategy": "memory"}) as cluster:
         process = LocalProcess(
             "api",

@@ -382,7 +382,7 @@ def test_an_architecture_that_cannot_be_split_is_refused_with_its_reason(tmp_pat
         LocalCluster(tmp_path).start()
 
 
-def test_an_architecture_that_nobody_knows_is_refused_by_the_first_worker(
+def test_an_architecture_that_nobody_knows_is_refused_at_the_start(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     for path in checkpoint.iterdir():

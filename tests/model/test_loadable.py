@@ -4,35 +4,29 @@ import json
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from distributed_llm import load_check
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.coordinator import loadable
 from distributed_llm.coordinator.loadable import ensure_loadable
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import make_checkpoint
+from tests.warm import load_checks_here
 from tests.wholes import edit_config
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bytes]:
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[bytes]]:
     """The questions of a process that is played in this one; nothing is remembered yet."""
-    asked: list[bytes] = []
-
-    def answer(command: list[str], **options: Any) -> Any:
-        asked.append(options["input"])
-        Path(command[-1]).write_bytes(loadable.as_json(load_check.verdict(asked[-1])))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "cache"))
-    return asked
+    with load_checks_here() as asked:
+        yield asked
 
 
 @pytest.fixture
