@@ -163,7 +163,7 @@ def _names_in(text: str, known: _Names) -> list[_Path]:
 
 
 def _spelled_out(text: str, known: _Names) -> Iterator[_Path]:
-    """Yield the places of names that a text has as words, such as "the number of attention heads"."""
+    """Yield the places of names that a text spells out, as in "the number of attention heads"."""
     words = text.lower().replace("number of ", "num ")
     for name, paths in known.items():
         if "_" in name and re.search(rf"\b{re.escape(name.replace('_', ' '))}\b", words):
