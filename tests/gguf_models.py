@@ -18,6 +18,7 @@ from distributed_llm.common.model_files import TensorInfo, read_json
 from distributed_llm.common.other_formats import CONFIG_NAME
 from distributed_llm.gguf_texts.texts import write_texts
 from tests.checkpoints import make_tokenizer
+from tests.gguf_families import as_by_ollama, extra_tensors, sizes_of, stacked, tensors_of
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -37,6 +38,11 @@ ARCHITECTURES = {
     "granite": "granite",
     "cohere": "command-r",
     "cohere2": "cohere2",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4",
 }
 """The name in llama.cpp of each model type."""
 
@@ -51,6 +57,8 @@ def write_gguf(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     parts: int = 1,
+    by_ollama: bool = False,
+    experts_alone: bool = False,
     **fields: Any,
 ) -> Path:
     """Write a model, and return the (first) file.
@@ -60,21 +68,33 @@ def write_gguf(
             package cannot write gets random blocks.
         tokenizer: of byte pairs; None: a made one.
         parts: number of files.
+        by_ollama: with the names of ollama's own files of gpt-oss.
+        experts_alone: only experts are of that kind, all else is float32.
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
     architecture = ARCHITECTURES[model.config.model_type]
     most = -(-_count(model) // parts) if parts > 1 else 0
+    tensors = [*stacked(_tensors(model, architecture)), *extra_tensors(model)]
+    if by_ollama:
+        architecture, tensors = "gptoss", as_by_ollama(tensors)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
     _write_sizes(writer, model.config)
-    for name, value in fields.items():
+    for name, value in ({f"arch__{k}": v for k, v in sizes_of(model).items()} | fields).items():
         name = name.replace("__", ".").replace("arch.", f"{architecture}.")
         if name.endswith("token_id"):
+            writer.add_uint32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        elif type(value) is bool:
+            writer.add_bool(name, value)
+        elif type(value) is int:
             writer.add_uint32(name, value)
         else:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     _write_tokenizer(writer, tokenizer or make_tokenizer(), int(model.config.vocab_size))
-    for name, tensor in _tensors(model, architecture):
-        _write_tensor(writer, name, tensor, kind)
+    for name, tensor in tensors:
+        is_plain = experts_alone and "_exps." not in name
+        _write_tensor(writer, name, tensor, "F32" if is_plain else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,18 +103,20 @@ def write_gguf(
 
 
 def _count(model: PreTrainedModel) -> int:
-    return sum(1 for _ in _tensors(model, ARCHITECTURES[model.config.model_type]))
+    return len(stacked(_tensors(model, ARCHITECTURES[model.config.model_type])))
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = config.to_dict().get("head_dim")
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
-    if getattr(config, "intermediate_size", None):
+    kv_heads = config.to_dict().get("num_key_value_heads", config.num_attention_heads)
+    writer.add_head_count_kv(kv_heads)
+    if isinstance(getattr(config, "intermediate_size", None), int):
         writer.add_feed_forward_length(config.intermediate_size)
     if rope:
         full = rope.get("full_attention", rope)
@@ -125,8 +147,10 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if hasattr(config, "moe_intermediate_size"):
+        said = config.to_dict()
+        used = said.get("num_experts_per_tok") or said.get("top_k_experts")
+        writer.add_expert_used_count(used)
+    if getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
@@ -162,6 +186,9 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
     tied = config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
+            continue
+        if (own := tensors_of(model, name, tensor)) is not None:
+            yield from own
             continue
         values = tensor.float().numpy()
         if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):

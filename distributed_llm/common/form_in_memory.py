@@ -20,7 +20,7 @@ _GROUP = 64
 _KEPT = re.compile(
     r"(^|[._])(router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
     r"|(^|[._])(dt_proj|conv\w*(?!\.(in|out)_proj\.))(\.|$)"
-    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj|weights_proj)(\.|$)"
+    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj|attn_(k|v|kv)_b|weights_proj)(\.|$)"
     r"|(^|\.)block_inject_weight(\.|$)"
     r"|rotary|\bssm_|_bias$|\.bias$"
 )

@@ -25,6 +25,11 @@ _DIGITS = frozenset(
 _AS_OTHERS = {"stablelm2": "qwen2"}
 """Where it is cut as for other models."""
 
+_IMPLIED = {"gptoss": "gpt-4o"}
+"""How the text of architectures is cut whose files do not say it."""
+
+_GEMMA4 = "gemma4"
+
 _WHOLE_WORDS = frozenset(
     {
         *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
@@ -49,6 +54,11 @@ def write_tokenizer(header: Header, out: Path) -> None:
         return
     try:
         architecture, content, config = get_gguf_tokenizer(str(header.files[0]))
+        if architecture == _GEMMA4:
+            kind = content["tokenizer_type"] = _GEMMA4  # ollama's files say llama
+            config["add_bos_token"] = False  # the chat template writes it
+        elif architecture in _IMPLIED:
+            content["pre_tokenizer_type"] = _IMPLIED[architecture]
         backend, more = convert_gguf_tokenizer(architecture, content)
     except Exception as exc:
         raise UnsupportedModel(

@@ -33,7 +33,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     reader = TensorReader(checkpoint_place(checkpoint), lambda nbytes: None)
     pieces: dict[str, dict[int, Tensor]] = {}
     for name, info in checkpoint.tensors.items():
-        target = names.target(name)
+        (target,) = names.targets(name)
         numbers = reader.read(info)
         if info.dtype not in GGUF_BLOCKS:
             numbers = target.values(numbers.float())

@@ -198,7 +198,7 @@ def test_the_dtype_to_compute_in(tmp_path: Path, kind: str, dtype: str) -> None:
         ({"tokenizer__ggml__pre": "haiku"}, "cuts text in a way that is not known.*'haiku'"),
         ({"tokenizer__ggml__pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"tokenizer__ggml__model": "rwkv"}, "a tokenizer .rwkv. that transformers cannot"),
-        ({"general__architecture": "deepseek2"}, "architecture 'deepseek2', which is not read"),
+        ({"general__architecture": "plamo2"}, "architecture 'plamo2', which is not read"),
         ({"general__architecture": "mamba9"}, "architecture 'mamba9', which is not read"),
     ],
 )
