@@ -242,10 +242,12 @@ def random_blocks(kind: str, count: int) -> np.ndarray:
     nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     blocks = numbers.integers(0, 256, (count, nbytes), dtype=np.uint8)
     scales = (0.01 * numbers.standard_normal((count, 2))).astype(np.float16).view(np.uint8)
-    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}.get(kind, 0)
     wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
     if kind == "MXFP4":
         blocks[:, 0] = 110 + blocks[:, 0] % 30  # an exponent
+    elif kind == "IQ1_M":
+        blocks[:, -1] = 0x20 | blocks[:, -1] % 16  # the high bits of the scale
     else:
         blocks[:, at : at + wide] = scales[:, :wide]
     return blocks

@@ -221,13 +221,13 @@ def test_broken_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf", model).read_bytes()
     unknown = whole.replace(b"token_embd.weight\x02", b"token_embd.weight\x02", 1)
     at = unknown.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    other = unknown[:at] + (16).to_bytes(4, "little") + unknown[at + 4 :]
+    other = unknown[:at] + (9).to_bytes(4, "little") + unknown[at + 4 :]
     never = unknown[:at] + (999).to_bytes(4, "little") + unknown[at + 4 :]
     for content, words in (
         (whole[:-50], "is not a whole GGUF file"),
         (whole[:500], "is not a whole GGUF file"),
         (b"GGUF" + b"\xff" * 100, "of version 4294967295 of GGUF"),
-        (other, r"type IQ2_XXS \(token_embd\.weight\), which are not read.*Q4_K"),
+        (other, r"type Q8_1 \(token_embd\.weight\), which are not read.*Q4_K"),
         (never, "a type that is not known"),
     ):
         (tmp_path / "tiny.gguf").write_bytes(content)

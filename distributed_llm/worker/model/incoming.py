@@ -4,6 +4,7 @@ Floating-point numbers come as they are, whatever the files hold. Integers with 
 rows of bytes instead (`quantized/rows`), in a form that kernels compute with.
 """
 
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.gguf_types import GgufScheme
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.decoding import decoded, shape_of
+from distributed_llm.worker.model.quantized.gguf_rows import rows_of_blocks
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import to_rows
 from distributed_llm.worker.model.quantized.targets import Target
@@ -111,8 +114,15 @@ class WeightReader:
 
         Numbers that do not fit the form become the nearest ones.
         """
+        stored = piece.weight
         with self._decoding:
-            weight = self._decoded(piece.weight)
+            if isinstance(stored.scheme, GgufScheme):
+                assert piece.target is not None
+                blocks, kind = self._tensors.read(stored.parts[""]), stored.scheme.kind
+                check = functools.partial(_check_finite, stored)
+                rows = rows_of_blocks(blocks, kind, stored.shape[-1], form, check)
+                return piece.target.ordered(rows), None
+            weight = self._decoded(stored)
             if isinstance(weight, Tensor):
                 weight = quantized(weight, form)
             elif not weight.fits(form):
