@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,6 +16,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.gguf_files import open_gguf
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.gguf_texts.texts import write_texts
+from distributed_llm.gguf_texts.tokenizer import _cut_text
 from distributed_llm.worker.model.empty_model import model_config
 from tests.checkpoints import build_model, make_tokenizer
 from tests.gguf_models import write_gguf
@@ -249,3 +251,27 @@ def test_a_process_of_its_own_reads_the_files(
         "tiny-00001-of-00002.gguf",
         "tiny-00002-of-00002.gguf",
     }
+
+
+@pytest.mark.parametrize(
+    ("way", "pieces"),
+    [
+        ("glm4", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("hunyuan", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("bailingmoe", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("deepseek-coder", "I|'|ll| buy| |1|2|3|4|5| C|++| books|!|N|N|Größe| |你好|ABC|?| | x"),
+        ("deepseek-llm", "I|'|ll| buy| |12345| C|++| books|!|N|N|Gr|öß|e| |你好|ABC|?| | x"),
+        ("deepseek-v3", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("falcon", "I|'|ll| buy| |123|45| C|++| books|!|N|N|Größe| 你好ABC|?| | x"),
+        ("kimi-k2", "I'll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("seed-coder", "I|'ll| buy| |1|2|3|4|5| C|++| books|!|NN|Größe| 你好ABC|?| | x"),
+    ],
+)
+def test_how_text_is_cut(way: str, pieces: str) -> None:
+    """Each line break is written N; the pieces are those that llama.cpp makes tokens of."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    _cut_text(backend, way)
+    text = pieces.replace("|", "").replace("N", "\n")
+    assert backend.pre_tokenizer is not None
+    found = backend.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[slice(*place)] for _, place in found] == pieces.replace("N", "\n").split("|")
