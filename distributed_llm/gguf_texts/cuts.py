@@ -92,6 +92,7 @@ def patterns_of(way: str | None) -> Sequence[str] | None:
     Args:
         way: llama.cpp's name of it.
     """
-    if way in _AS_OTHERS:
-        return (GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[way]],)
-    return _OWN.get(way or "")
+    name = way or ""
+    if name in _AS_OTHERS:
+        return (GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[name]],)
+    return _OWN.get(name)
