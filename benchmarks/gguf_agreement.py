@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tests.checkpoints import build_model
-from tests.gguf_families import CASES
+from tests.gguf_cases import CASES
 from tests.gguf_models import write_gguf
 
 _PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38]

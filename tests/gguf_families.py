@@ -244,6 +244,96 @@ def as_by_ollama(tensors: Iterable[tuple[str, np.ndarray]]) -> list[tuple[str, n
     return list(found.items())
 
 
+def _routed_sizes(config: Any) -> dict[str, Any]:
+    found = {
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_count": config.n_routed_experts,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_gating_func": 2,
+    }
+    if config.n_group > 1:
+        found["expert_group_count"] = config.n_group
+        found["expert_group_used_count"] = config.topk_group
+    return found
+
+
+def _ernie_sizes(config: Any) -> dict[str, Any]:
+    return {
+        "expert_count": config.moe_num_experts,
+        "expert_used_count": config.moe_k,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.moe_intermediate_size
+        * config.moe_num_shared_experts,
+        "expert_shared_count": config.moe_num_shared_experts,
+        "interleave_moe_layer_step": config.moe_layer_interval,
+        "leading_dense_block_count": config.moe_layer_start_index,
+    }
+
+
+def _granite_shared_sizes(config: Any) -> dict[str, Any]:
+    return {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+
+
+def _hunyuan_sizes(config: Any) -> dict[str, Any]:
+    return {
+        "expert_used_count": config.moe_topk,
+        "expert_shared_feed_forward_length": config.intermediate_size,
+        "expert_feed_forward_length": config.intermediate_size,
+        "expert_shared_count": 1,
+    }
+
+
+def _minicpm3_sizes(config: Any) -> dict[str, Any]:
+    return {
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length": config.v_head_dim,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
+def _lfm2_sizes(config: Any) -> dict[str, Any]:
+    found = {
+        "shortconv.l_cache": config.conv_L_cache,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "attention.head_count_kv": [
+            config.num_key_value_heads if kind == "full_attention" else 0
+            for kind in config.layer_types
+        ],
+    }
+    if config.model_type == "lfm2_moe":
+        found |= {
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "leading_dense_block_count": config.num_dense_layers,
+            "expert_gating_func": 2,
+        }
+    return found
+
+
+def _split_correction(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    if name.endswith(("e_score_correction_bias", "expert_bias")):
+        return {"exp_probs_b.bias": tensor.reshape(-1)}
+    return None
+
+
+def _split_granite(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    if name == "block_sparse_moe.router.weight":
+        return {"ffn_gate_inp.weight": tensor}
+    if name == "shared_mlp.input_linear.weight":
+        gates, ups = tensor.chunk(2)
+        return {"ffn_gate_shexp.weight": gates, "ffn_up_shexp.weight": ups}
+    return None
+
+
+def _split_lfm2(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    if name == "conv.conv.weight":
+        return {"shortconv.conv.weight": tensor[:, 0]}
+    return _split_correction(config, name, tensor)
+
+
 def extra_tensors(model: PreTrainedModel) -> _Named:
     """Yield what a file has beside the parameters."""
     config: Any = model.config
@@ -258,6 +348,14 @@ def extra_tensors(model: PreTrainedModel) -> _Named:
 _SIZES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "deepseek_v2": _deepseek_sizes,
     "deepseek_v3": _deepseek_sizes,
+    "dots1": _routed_sizes,
+    "ernie4_5_moe": _ernie_sizes,
+    "glm4_moe": _routed_sizes,
+    "granitemoeshared": _granite_shared_sizes,
+    "hunyuan_v1_moe": _hunyuan_sizes,
+    "lfm2": _lfm2_sizes,
+    "lfm2_moe": _lfm2_sizes,
+    "minicpm3": _minicpm3_sizes,
     "gemma3n_text": _gemma3n_sizes,
     "gemma4_text": _gemma4_sizes,
     "gpt_oss": _gpt_oss_sizes,
@@ -265,68 +363,14 @@ _SIZES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 _SPLITS: Mapping[str, Callable[[Any, str, Tensor], dict[str, Tensor] | None]] = {
     "deepseek_v2": _split_deepseek,
     "deepseek_v3": _split_deepseek,
+    "dots1": _split_correction,
+    "ernie4_5_moe": _split_correction,
+    "glm4_moe": _split_correction,
+    "granitemoe": _split_granite,
+    "granitemoeshared": _split_granite,
+    "lfm2": _split_lfm2,
+    "lfm2_moe": _split_lfm2,
     "gemma3n_text": _split_gemma3n,
     "gemma4_text": _split_gemma4,
     "gpt_oss": _split_gpt_oss,
 }
-
-_WINDOWED = {"layer_types": ["sliding_attention"]}
-_GEMMA4 = {"vocab_size_per_layer_input": 320}
-_UNGROUPED = {"topk_method": "greedy", "n_group": None}
-_SHARED_KEYS: Mapping[str, Any] = {
-    "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
-    "num_layers": 5,
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-}
-
-CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "llama": ("llama", {"tie": True}),
-    "qwen2": ("qwen2", {"use_sliding_window": False, "sliding_window": None}),
-    "qwen3": ("qwen3", {}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {}),
-    "gemma3": ("gemma3_text", _WINDOWED),
-    "mixtral": ("mixtral", {"sliding_window": None}),
-    "qwen3moe": (
-        "qwen3_moe",
-        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-    ),
-    "phi3": ("phi3", {}),
-    "granite": ("granite", {}),
-    "command-r": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {**_WINDOWED, "sliding_window": 5}),
-    "gpt_oss": (
-        "gpt_oss",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
-    ),
-    "deepseek2": ("deepseek_v2", _UNGROUPED),
-    "deepseek2, lite": ("deepseek_v2", {**_UNGROUPED, "q_lora_rank": None}),
-    "deepseek3": ("deepseek_v3", {}),
-    "gemma3n": (
-        "gemma3n_text",
-        {
-            "hidden_size_per_layer_input": 256,
-            "vocab_size_per_layer_input": 320,
-            "laurel_rank": 64,
-            "activation_sparsity_pattern": [0.95],
-        },
-    ),
-    "gemma4": ("gemma4_text", _GEMMA4),
-    "gemma4, keys are values": (
-        "gemma4_text",
-        {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
-    ),
-    "gemma4, shared keys and values": ("gemma4_text", {**_GEMMA4, **_SHARED_KEYS}),
-    "gemma4, experts": (
-        "gemma4_text",
-        {
-            "hidden_size_per_layer_input": 0,
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 24,
-        },
-    ),
-}
-"""Tiny models, made so that a GGUF file of them says all that they are: model type and settings."""

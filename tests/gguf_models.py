@@ -43,8 +43,29 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "gemma3n_text": "gemma3n",
     "gemma4_text": "gemma4",
+    "arcee": "arcee",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone4": "exaone4",
+    "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "lfm2": "lfm2",
+    "lfm2_moe": "lfm2moe",
+    "minicpm3": "minicpm3",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
 }
 """The name in llama.cpp of each model type."""
+
+_ROTATED_IN_PAIRS = ("llama", "granite", "granitemoe", "smollm3", "arcee")
+"""Architectures whose queries and keys are stored in another order."""
 
 _ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms are stored with 1 added."""
@@ -123,12 +144,15 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_freq_base(full["rope_theta"])
         rotated = int(head_dim * full.get("partial_rotary_factor", 1.0))
         writer.add_rope_dimension_count(rotated)
-    if config.model_type in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+    if head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config.model_type in ("gemma2", "gemma3_text", "phi3", "cohere2") and config.sliding_window:
+    if (
+        config.model_type in ("gemma2", "gemma3_text", "phi3", "cohere2", "exaone4")
+        and config.sliding_window
+    ):
         writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "granite":
+    if config.model_type.startswith("granite"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -191,7 +215,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
             yield from own
             continue
         values = tensor.float().numpy()
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):
+        if match := re.fullmatch(r"model\.layers\.(\d+)\..*\.experts\.(\w+)", name):
             layer, half = match[1], values.shape[1] // 2
             if match[2] == "down_proj":
                 yield f"blk.{layer}.ffn_down_exps.weight", values
@@ -201,7 +225,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
             continue
         if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
             values = values.T
-        if architecture in ("llama", "granite") and re.search(r"\.[qk]_proj\.", name):
+        if architecture in _ROTATED_IN_PAIRS and re.search(r"\.[qk]_proj\.", name):
             heads = config.num_attention_heads
             heads = heads if ".q_proj." in name else config.num_key_value_heads
             paired = values.reshape(heads, 2, -1, *values.shape[1:])

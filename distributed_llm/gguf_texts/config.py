@@ -22,29 +22,45 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
 from distributed_llm.gguf_texts.checks import check_metadata
-from distributed_llm.gguf_texts.families import model_type_of, of_family
+from distributed_llm.gguf_texts.families import layers_of, model_type_of, of_family
 from distributed_llm.gguf_texts.header import Header
 
 _MODEL_TYPES: Mapping[str, str] = {
+    "arcee": "arcee",
     "cohere2": "cohere2",
     "command-r": "cohere",
     "deepseek2": "deepseek_v3",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "ernie4_5-moe": "ernie4_5_moe",
+    "exaone4": "exaone4",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gemma3n": "gemma3n_text",
     "gemma4": "gemma4_text",
+    "glm4": "glm4",
+    "glm4moe": "glm4_moe",
     "gpt-oss": "gpt_oss",
     "gpt2": "gpt2",
     "gptoss": "gpt_oss",
     "granite": "granite",
+    "granitemoe": "granitemoe",
+    "hunyuan-dense": "hunyuan_v1_dense",
+    "hunyuan-moe": "hunyuan_v1_moe",
     "llama": "llama",
+    "lfm2moe": "lfm2_moe",
+    "minicpm3": "minicpm3",
     "nemotron": "nemotron",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
@@ -85,6 +101,7 @@ _EXTRA_SIZES: tuple[tuple[str, str], ...] = (
 )
 """Names in the metadata, and in config.json of those models that have them."""
 
+_BIASES = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
 _SHOWN_CHARS = 60
 
 
@@ -112,6 +129,12 @@ def write_config(header: Header, out: Path) -> None:
     for key, name in _EXTRA_SIZES:
         if name in known and (value := header.get(key)) is not None:
             content[name] = value
+    if "attention_bias" in known:
+        content["attention_bias"] = any(name in header.tensors for name in _BIASES)
+    if "head_dim" in known and not content.get("head_dim"):  # as in llama.cpp
+        heads = header.get("attention.head_count")
+        content["head_dim"] = header.get("embedding_length") // heads
+    content["num_hidden_layers"] = layers_of(header)
     content |= of_family(header, content)
     written = kind(**content).to_dict() | {
         "dtype": _dtype(header),

@@ -20,6 +20,7 @@ _GROUPS: Mapping[tuple[str, int], tuple[int, int]] = {
 """Groups of experts, and those that a token may choose from, of models that many files of do not
 say it: by model type and number of experts."""
 
+_SHARED_UP = "blk.0.ffn_up_shexp.weight"
 _OWN_ROTARY = frozenset({"gpt2", "gemma3_text", "gemma3n_text", "gemma4_text"})
 
 
@@ -35,7 +36,14 @@ def model_type_of(header: Header, usual: str) -> str:
         corrected = any(name.endswith("exp_probs_b.bias") for name in header.tensors)
         gating = header.get("expert_gating_func") or (_SIGMOID if corrected else _SOFTMAX)
         return "deepseek_v3" if gating == _SIGMOID else "deepseek_v2"
+    if usual == "granitemoe" and _SHARED_UP in header.tensors:
+        return "granitemoeshared"
     return usual
+
+
+def layers_of(header: Header) -> int:
+    """Return the number of layers, without those that only predict further tokens."""
+    return int(header.get("block_count")) - int(header.get("nextn_predict_layers") or 0)
 
 
 def of_family(header: Header, content: _Content) -> dict[str, Any]:
@@ -128,19 +136,116 @@ def _of_deepseek(header: Header, content: _Content) -> dict[str, Any]:
     return found
 
 
+def _of_mla(header: Header, content: _Content) -> dict[str, Any]:
+    """Return the settings of MiniCPM 3, whose files say nothing of how it scales."""
+    rotated, keys = header.get("rope.dimension_count"), header.get("attention.key_length")
+    width = header.tensors["blk.0.attn_kv_b.weight"].shape[0] // header.get("attention.head_count")
+    return {
+        "q_lora_rank": header.get("attention.q_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": keys - rotated,
+        "v_head_dim": width - (keys - rotated),
+        "head_dim": rotated,
+        "num_key_value_heads": header.get("attention.head_count"),
+    }
+
+
+def _of_glm(header: Header, content: _Content) -> dict[str, Any]:
+    heads = header.get("attention.head_count")
+    return {
+        "head_dim": header.get("attention.key_length") or header.get("embedding_length") // heads,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in header.tensors,
+        "routed_scaling_factor": header.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(header.get("expert_weights_norm")),
+        "n_group": header.get("expert_group_count") or 1,
+        "topk_group": header.get("expert_group_used_count") or 1,
+    }
+
+
+def _of_dots(header: Header, content: _Content) -> dict[str, Any]:
+    return _of_glm(header, content) | {
+        "layer_types": ["full_attention"] * layers_of(header),
+        "sliding_window": None,
+    }
+
+
+def _of_granite_moe(header: Header, content: _Content) -> dict[str, Any]:
+    found = _of_granite(header, content)
+    if (shared := header.tensors.get(_SHARED_UP)) is not None:
+        found["shared_intermediate_size"] = shared.shape[0]
+    return found
+
+
+def _of_exaone4(header: Header, content: _Content) -> dict[str, Any]:
+    """Every fourth layer of the larger one sees all; the smaller one has no windows."""
+    window = header.get("attention.sliding_window")
+    number = layers_of(header)
+    types = [
+        "sliding_attention" if window and (n + 1) % 4 else "full_attention" for n in range(number)
+    ]
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _of_ernie(header: Header, content: _Content) -> dict[str, Any]:
+    found: dict[str, Any] = {"use_bias": "blk.0.attn_q.bias" in header.tensors}
+    if experts := header.get("expert_count"):
+        width = header.get("expert_feed_forward_length")
+        first = header.get("leading_dense_block_count") or 0
+        shared = header.tensors.get(f"blk.{first}.ffn_up_shexp.weight")
+        found |= {
+            "moe_num_experts": experts,
+            "moe_k": header.get("expert_used_count"),
+            "moe_layer_start_index": first,
+            "moe_layer_interval": header.get("interleave_moe_layer_step") or 1,
+            "moe_num_shared_experts": shared.shape[0] // width if shared else 0,
+        }
+    return found
+
+
+def _of_lfm2_moe(header: Header, content: _Content) -> dict[str, Any]:
+    """Files say a number of heads for each layer: none, if it is a convolution."""
+    heads = header.get("attention.head_count_kv")
+    return {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if number else "conv" for number in heads],
+        "norm_eps": header.get("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": header.get("shortconv.l_cache"),
+        "num_dense_layers": header.get("leading_dense_block_count") or 0,
+    }
+
+
+def _of_hunyuan_moe(header: Header, content: _Content) -> dict[str, Any]:
+    return {"moe_topk": header.get("expert_used_count")}
+
+
+def _of_seed(header: Header, content: _Content) -> dict[str, Any]:
+    return {"attention_out_bias": "blk.0.attn_output.bias" in header.tensors}
+
+
 _MAKERS: Mapping[str, Callable[[Header, _Content], dict[str, Any]]] = {
     "cohere": _of_cohere,
     "cohere2": _of_cohere2,
     "deepseek_v2": _of_deepseek,
     "deepseek_v3": _of_deepseek,
+    "dots1": _of_dots,
+    "ernie4_5": _of_ernie,
+    "ernie4_5_moe": _of_ernie,
+    "exaone4": _of_exaone4,
     "gemma2": of_largest,
     "gemma3_text": of_gemma3,
     "gemma3n_text": of_gemma3n,
     "gemma4_text": of_gemma4,
+    "glm4_moe": _of_glm,
     "gpt2": _of_gpt2,
     "gpt_oss": _of_gpt_oss,
     "granite": _of_granite,
+    "granitemoe": _of_granite_moe,
+    "granitemoeshared": _of_granite_moe,
+    "hunyuan_v1_moe": _of_hunyuan_moe,
+    "lfm2_moe": _of_lfm2_moe,
+    "minicpm3": _of_mla,
     "phi3": _of_phi3,
+    "seed_oss": _of_seed,
     "stablelm": _of_stablelm,
 }
 """By model type, what returns the settings that other families do not have, or have otherwise."""

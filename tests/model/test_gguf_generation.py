@@ -14,7 +14,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model.weights import load_stage_model
 from tests.checkpoints import build_model
-from tests.gguf_families import CASES
+from tests.gguf_cases import CASES
 from tests.gguf_models import open_here, write_gguf
 from tests.model.driver import CPU, load_stages
 

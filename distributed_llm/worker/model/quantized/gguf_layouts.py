@@ -37,7 +37,9 @@ _IN_LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (r".*experts\.down_proj", ("ffn_down_exps.weight",)),
     (r".*experts\.down_proj_bias", ("ffn_down_exps.bias",)),
-    (r".*e_score_correction_bias", ("exp_probs_b.bias",)),
+    (r".*e_score_correction_bias|feed_forward\.expert_bias", ("exp_probs_b.bias",)),
+    (r"block_sparse_moe\.router\.weight", ("ffn_gate_inp.weight",)),
+    (r"shared_mlp\.input_linear\.weight", ("ffn_gate_shexp.weight", "ffn_up_shexp.weight")),
     (r"self_attn\.sinks", ("attn_sinks.weight", "attn_sinks")),
     (r"self_attn\.kv_b_proj\.weight", ("attn_k_b.weight", "attn_v_b.weight")),
     (r"self_attn\.[qkv]_proj\.weight", ("attn_qkv.weight",)),
@@ -61,10 +63,15 @@ _LAYER = re.compile(r"(?:.+\.)?layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _PIECES: Mapping[str, tuple[int, Join]] = {
     "ffn_gate_exps": (0, "rows"),
     "ffn_up_exps": (1, "rows"),
+    "ffn_gate_shexp": (0, "rows"),
+    "ffn_up_shexp": (1, "rows"),
     "attn_k_b": (0, "stacks"),
     "attn_v_b": (1, "stacks"),
 }
 """Which of two pieces a tensor is, and how they make the parameter."""
+
+_IN_PIECES = re.compile(r"\.(gate_up_proj(_bias)?|input_linear\.weight|kv_b_proj\.weight)$")
+"""How parameters end that may be in two pieces."""
 
 _TAKING_TURNS = frozenset({"gpt-oss", "gptoss"})
 """Architectures whose rows of gates and ups take turns in a model of transformers."""
@@ -113,17 +120,19 @@ def parts_of(
     )
 
 
-def piece_of(leaf: str, architecture: str) -> tuple[int, Join] | None:
+def piece_of(leaf: str, parameter: str, architecture: str) -> tuple[int, Join] | None:
     """Return which of two pieces a tensor is, and how they are joined; None: it is the whole.
 
     Args:
         leaf: name of the tensor, without that of its layer.
+        parameter: that it becomes, or a part of it.
         architecture: by llama.cpp's name.
     """
     piece = _PIECES.get(leaf.partition(".")[0])
-    if piece is not None and leaf.startswith("ffn_") and architecture in _TAKING_TURNS:
-        return piece[0], "turns"
-    return piece
+    if piece is None or not _IN_PIECES.search(parameter):
+        return None
+    turns = leaf.startswith("ffn_") and architecture in _TAKING_TURNS
+    return (piece[0], "turns") if turns else piece
 
 
 def _of_latents(
@@ -133,5 +142,11 @@ def _of_latents(
     return numbers.swapaxes(-1, -2) if ".attn_k_b." in name else numbers
 
 
-CHANGES: Mapping[str, Change] = {"deepseek2": _of_latents}
+def _of_ernie(
+    numbers: "np.ndarray[Any, Any]", name: str, config: Mapping[str, Any]
+) -> "np.ndarray[Any, Any]":
+    return numbers[None] if name.endswith("exp_probs_b.bias") else numbers
+
+
+CHANGES: Mapping[str, Change] = {"deepseek2": _of_latents, "ernie4_5-moe": _of_ernie}
 """By llama.cpp's names of architectures, what is to be done to the numbers of their files."""

@@ -35,7 +35,11 @@ from distributed_llm.worker.model.quantized.gguf_layouts import (
 from distributed_llm.worker.model.quantized.targets import Target
 
 _LAYER = re.compile(r"^blk\.\d+\.")
-_AS_OTHERS = {"gemma": "gemma2", "granite": "llama"}
+_AS_OTHERS = {
+    "gemma": "gemma2",
+    **dict.fromkeys(("arcee", "granite", "granitemoe", "smollm3"), "llama"),
+    "lfm2moe": "lfm2",
+}
 """Architectures whose values are changed like those of others that transformers has a table for."""
 
 _PROBED_COLUMNS = 2
@@ -79,7 +83,7 @@ class GgufNames:
         if (leaf, shape) not in self._targets:
             self._targets[leaf, shape] = self._probe(name, shape)
         target = replace(self._targets[leaf, shape], parameter=parameters[0])
-        if (piece := piece_of(leaf, self._architecture)) is not None:
+        if (piece := piece_of(leaf, target.parameter, self._architecture)) is not None:
             target = replace(target, piece=piece[0], join=piece[1])
         return (target,)
 
