@@ -6,6 +6,15 @@ from typing import Any
 _WINDOWED = {"layer_types": ["sliding_attention"]}
 _GEMMA4 = {"vocab_size_per_layer_input": 320}
 _UNGROUPED = {"topk_method": "greedy", "n_group": None}
+_DELTA_NET: Mapping[str, Any] = {
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 _SHARED_KEYS: Mapping[str, Any] = {
     "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
     "num_layers": 5,
@@ -64,6 +73,9 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmoe": ("olmoe", {}),
     "qwen2moe": ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "qwen3next": ("qwen3_next", _DELTA_NET),
+    "qwen35": ("qwen3_5_text", _DELTA_NET),
+    "qwen35moe": ("qwen3_5_moe_text", _DELTA_NET),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "stablelm": ("stablelm", {}),

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.gguf_delta_nets import delta_net_sizes, split_delta_net
+
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _NUMBERED = re.compile(r"\.\d+$")
 _Named = Iterator[tuple[str, np.ndarray]]
@@ -356,6 +358,9 @@ _SIZES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "lfm2": _lfm2_sizes,
     "lfm2_moe": _lfm2_sizes,
     "minicpm3": _minicpm3_sizes,
+    "qwen3_next": delta_net_sizes,
+    "qwen3_5_text": delta_net_sizes,
+    "qwen3_5_moe_text": delta_net_sizes,
     "gemma3n_text": _gemma3n_sizes,
     "gemma4_text": _gemma4_sizes,
     "gpt_oss": _gpt_oss_sizes,
@@ -370,6 +375,9 @@ _SPLITS: Mapping[str, Callable[[Any, str, Tensor], dict[str, Tensor] | None]] = 
     "granitemoeshared": _split_granite,
     "lfm2": _split_lfm2,
     "lfm2_moe": _split_lfm2,
+    "qwen3_next": split_delta_net,
+    "qwen3_5_text": split_delta_net,
+    "qwen3_5_moe_text": split_delta_net,
     "gemma3n_text": _split_gemma3n,
     "gemma4_text": _split_gemma4,
     "gpt_oss": _split_gpt_oss,

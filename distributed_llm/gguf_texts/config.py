@@ -59,6 +59,7 @@ _MODEL_TYPES: Mapping[str, str] = {
     "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
     "stablelm": "stablelm",

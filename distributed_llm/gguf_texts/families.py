@@ -218,6 +218,23 @@ def _of_hunyuan_moe(header: Header, content: _Content) -> dict[str, Any]:
     return {"moe_topk": header.get("expert_used_count")}
 
 
+def _of_qwen3_next(header: Header, content: _Content) -> dict[str, Any]:
+    heads = header.get("ssm.time_step_rank")
+    interval = header.get("full_attention_interval") or 4
+    return {
+        "linear_conv_kernel_dim": header.get("ssm.conv_kernel"),
+        "linear_key_head_dim": header.get("ssm.state_size"),
+        "linear_num_key_heads": header.get("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": header.get("ssm.inner_size") // heads,
+        "norm_topk_prob": True,
+        "layer_types": [
+            "linear_attention" if (number + 1) % interval else "full_attention"
+            for number in range(layers_of(header))
+        ],
+    }
+
+
 def _of_seed(header: Header, content: _Content) -> dict[str, Any]:
     return {"attention_out_bias": "blk.0.attn_output.bias" in header.tensors}
 
@@ -245,6 +262,7 @@ _MAKERS: Mapping[str, Callable[[Header, _Content], dict[str, Any]]] = {
     "lfm2_moe": _of_lfm2_moe,
     "minicpm3": _of_mla,
     "phi3": _of_phi3,
+    "qwen3_next": _of_qwen3_next,
     "seed_oss": _of_seed,
     "stablelm": _of_stablelm,
 }

@@ -7,16 +7,12 @@ here says so by names: those of a model of transformers, and those in the files.
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from distributed_llm.worker.model.quantized.targets import Join, Target
-
-Change = Callable[["np.ndarray[Any, Any]", str, Mapping[str, Any]], "np.ndarray[Any, Any]"]
-"""Returns the numbers of a model for those of a tensor, by its name and config.json."""
 
 KNOWN_AS: Mapping[str, str] = {"gptoss": "gpt-oss"}
 """Architectures that ollama's own files call otherwise than llama.cpp."""
@@ -44,6 +40,8 @@ _IN_LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"self_attn\.kv_b_proj\.weight", ("attn_k_b.weight", "attn_v_b.weight")),
     (r"self_attn\.[qkv]_proj\.weight", ("attn_qkv.weight",)),
     (r"self_attn\.[qkv]_proj\.bias", ("attn_qkv.bias",)),
+    (r"linear_attn\.in_proj_qkvz\.weight", ("attn_qkv.weight", "attn_gate.weight")),
+    (r"(linear_attn|mixer|mamba)\.dt_bias", ("ssm_dt.bias",)),
     (r"layer_scalar", ("layer_output_scale.weight",)),
     (r"router\.scale", ("ffn_gate_inp.scale",)),
     (r"router\.per_expert_scale", ("ffn_down_exps.scale",)),
@@ -67,14 +65,27 @@ _PIECES: Mapping[str, tuple[int, Join]] = {
     "ffn_up_shexp": (1, "rows"),
     "attn_k_b": (0, "stacks"),
     "attn_v_b": (1, "stacks"),
+    "attn_qkv": (0, "stacks"),
+    "attn_gate": (1, "stacks"),
 }
 """Which of two pieces a tensor is, and how they make the parameter."""
 
-_IN_PIECES = re.compile(r"\.(gate_up_proj(_bias)?|input_linear\.weight|kv_b_proj\.weight)$")
+_IN_PIECES = re.compile(r"\.(gate_up_proj(_bias)?|(input_linear|kv_b_proj|in_proj_qkvz)\.weight)$")
 """How parameters end that may be in two pieces."""
 
 _TAKING_TURNS = frozenset({"gpt-oss", "gptoss"})
 """Architectures whose rows of gates and ups take turns in a model of transformers."""
+
+
+def stack_of(parameter: str, config: Mapping[str, Any]) -> int:
+    """Return of how many matrices the rows of a piece are, which are joined one by one; 0: of one.
+
+    Args:
+        parameter: that the piece belongs to.
+        config: content of config.json.
+    """
+    joined_by_head = parameter.endswith(".in_proj_qkvz.weight")
+    return int(config["linear_num_key_heads"]) if joined_by_head else 0
 
 
 def usual_name(name: str, architecture: str) -> str:
@@ -133,20 +144,3 @@ def piece_of(leaf: str, parameter: str, architecture: str) -> tuple[int, Join] |
         return None
     turns = leaf.startswith("ffn_") and architecture in _TAKING_TURNS
     return (piece[0], "turns") if turns else piece
-
-
-def _of_latents(
-    numbers: "np.ndarray[Any, Any]", name: str, config: Mapping[str, Any]
-) -> "np.ndarray[Any, Any]":
-    """Keys' part of `kv_b_proj` is the other way round in files, to be multiplied by queries."""
-    return numbers.swapaxes(-1, -2) if ".attn_k_b." in name else numbers
-
-
-def _of_ernie(
-    numbers: "np.ndarray[Any, Any]", name: str, config: Mapping[str, Any]
-) -> "np.ndarray[Any, Any]":
-    return numbers[None] if name.endswith("exp_probs_b.bias") else numbers
-
-
-CHANGES: Mapping[str, Change] = {"deepseek2": _of_latents, "ernie4_5-moe": _of_ernie}
-"""By llama.cpp's names of architectures, what is to be done to the numbers of their files."""

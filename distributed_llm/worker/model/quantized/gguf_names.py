@@ -24,12 +24,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.worker.model.quantized.gguf_changes import CHANGES
 from distributed_llm.worker.model.quantized.gguf_layouts import (
-    CHANGES,
     KNOWN_AS,
     more_names,
     parts_of,
     piece_of,
+    stack_of,
     usual_name,
 )
 from distributed_llm.worker.model.quantized.targets import Target
@@ -84,7 +85,8 @@ class GgufNames:
             self._targets[leaf, shape] = self._probe(name, shape)
         target = replace(self._targets[leaf, shape], parameter=parameters[0])
         if (piece := piece_of(leaf, target.parameter, self._architecture)) is not None:
-            target = replace(target, piece=piece[0], join=piece[1])
+            stack = stack_of(parameters[0], self._checkpoint.config)
+            target = replace(target, piece=piece[0], join=piece[1], stack=stack)
         return (target,)
 
     @cached_property
@@ -114,10 +116,11 @@ class GgufNames:
         narrow = (shape[0], *(min(size, _PROBED_COLUMNS) for size in shape[1:]))
         numbers = np.arange(np.prod(narrow, dtype=np.int64), dtype=np.float64).reshape(narrow)
         try:
-            done = self._process(numbers, name)
+            with np.errstate(all="ignore"):  # logarithms, of numbers that are none of theirs
+                done = self._process(numbers, name)
         except (ValueError, IndexError):  # it wants all columns
             return self._converted(name)
-        if done.shape != narrow:
+        if done.shape != narrow or not np.isfinite(done).all():
             return self._converted(name)
         rows = done.reshape(shape[0], -1)[:, 0] // (numbers.size // shape[0])
         if not np.array_equal(np.sort(rows), np.arange(shape[0])):

@@ -27,6 +27,7 @@ class Target:
         piece: which piece of the parameter it is; a matrix has its rows along the last dimension
             but one.
         join: how the pieces make the parameter.
+        stack: the rows, in order, are those of so many matrices; 0: of the piece as it is.
         rows: int64: row i of the piece is row `rows[i]` of the tensor; None: they are in order.
         convert: returns the numbers of the piece for those of the tensor, float32; None: they are
             the same, but for the order of rows, and integers may stay integers.
@@ -35,14 +36,17 @@ class Target:
     parameter: str
     piece: int = 0
     join: Join = "rows"
+    stack: int = 0
     rows: Tensor | None = None
     convert: Callable[[Tensor], Tensor] | None = None
 
     def ordered(self, tensor: Tensor) -> Tensor:
         """Return rows, of whatever they consist, in the order of the model."""
-        if self.rows is None:
+        if self.rows is not None:
+            tensor = tensor.index_select(max(tensor.dim() - 2, 0), self.rows.to(tensor.device))
+        if not self.stack:
             return tensor
-        return tensor.index_select(max(tensor.dim() - 2, 0), self.rows.to(tensor.device))
+        return tensor.reshape(*tensor.shape[:-2], self.stack, -1, tensor.shape[-1])
 
     def values(self, tensor: Tensor) -> Tensor:
         """Return the numbers of the piece for those of the tensor, float32."""
