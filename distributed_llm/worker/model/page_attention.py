@@ -134,9 +134,16 @@ def table_key(step: PackedStep, layer: int) -> TableKey:
     return TableKey(bool(step.cache.windows[layer]), *step.page_layers[layer])
 
 
-def host_tables(step: PackedStep) -> Mapping[TableKey, HostTables]:
-    """Return the tables of a step, for all layers that have ever attended to pages."""
-    keys = dict.fromkeys(table_key(step, layer) for layer in step.page_layers)
+def host_tables(step: PackedStep) -> Mapping[TableKey, HostTables] | None:
+    """Return the tables of a step for all layers; None if some do not attend to pages.
+
+    Which do is known once a step has run.
+    """
+    cache = step.cache
+    layers = [layer for layer in range(len(cache.windows)) if cache.knows(layer)]
+    if cache.pages is None or any(layer not in step.page_layers for layer in layers):
+        return None
+    keys = dict.fromkeys(table_key(step, layer) for layer in layers)
     return {key: _host_tables(step, key) for key in keys}
 
 
