@@ -12,8 +12,6 @@ HEADS, DIM = 2, 4
 BLOCK_BYTES = KV_BLOCK * HEADS * 2 * DIM * 4
 """Of one layer."""
 
-EVERYTHING, WINDOWED = 0, 1
-
 
 class Caches:
     """A cache with layers of both kinds, and the numbers that each sequence should hold."""
@@ -55,7 +53,7 @@ class Caches:
     def runs(self, number: int, length: int) -> int:
         """Return in how many pieces a sequence lies."""
         (segment,) = self.cache.segments(SequenceId(number))
-        return len(self.pages.runs(EVERYTHING, segment, 0, length))
+        return len(self.pages.runs(segment, 0, length, windowed=False))
 
 
 def test_sequences_that_grow_in_turns_lie_in_few_pieces() -> None:
