@@ -1,6 +1,6 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -113,34 +113,64 @@ class Forward:
             StageError: a layer did not call each attention exactly once, or did not make exactly
                 one new state if it keeps any.
         """
+        given = self._given(step, token_ids, hidden_states, rows)
+        return self._plainly(step, given, spans)
+
+    def _given(
+        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
+    ) -> dict[str, Tensor]:
+        """Return what a step is computed from, on the CPU; see `_compute`."""
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         if self._blocks is not None:  # to turn their keys, as `PackedBlockIndexer` expects it
             starts = block_starts(step.slices, self._blocks)
             positions.insert(0, torch.tensor(starts, dtype=torch.int64))
-        inputs = {
-            "input_ids": sent(token_ids.to(torch.int64), self._device)[None],
-            "position_ids": sent(torch.cat(positions), self._device)[None],
-            "use_cache": False,
-        }
+        given = {"token_ids": token_ids.to(torch.int64), "positions": torch.cat(positions)}
         if hidden_states is not None:
-            incoming = sent(hidden_states, self._device).to(self._dtype)
-            self.hooks.incoming = self._in_streams(incoming)
+            given["hidden_states"] = hidden_states
+        if rows:
+            given["rows"] = torch.tensor(rows)
+        return given
+
+    def _plainly(
+        self, step: PackedStep, given: Mapping[str, Tensor], spans: Spans
+    ) -> Tensor | None:
+        """Compute a step kernel by kernel."""
         self.sums.spans = spans
         try:
-            with running(step), kernels_for(len(token_ids)):
-                if rows:
-                    kept = sent(torch.tensor(rows), self._device)
-                    output = self._model(**inputs, logits_to_keep=kept).logits
+            return self._compute(step, {n: sent(one, self._device) for n, one in given.items()})
+        finally:
+            self.sums.spans = ()
+
+    def _compute(self, step: PackedStep, given: Mapping[str, Tensor]) -> Tensor | None:
+        """Compute a step from tensors on the device.
+
+        Args:
+            step: to compute.
+            given: `token_ids` and `positions`, int64 [tokens], the latter behind those of blocks;
+                `hidden_states` but on the first stage, as `run` takes them; `rows`, int64, but
+                where no logits are wanted.
+        """
+        inputs = {
+            "input_ids": given["token_ids"][None],
+            "position_ids": given["positions"][None],
+            "use_cache": False,
+        }
+        if "hidden_states" in given:
+            self.hooks.incoming = self._in_streams(given["hidden_states"].to(self._dtype))
+        output: Tensor | None
+        try:
+            with running(step), kernels_for(len(given["token_ids"])):
+                if "rows" in given:
+                    output = self._model(**inputs, logits_to_keep=given["rows"]).logits
                 else:
                     self._decoder(**inputs)
                     output = self.hooks.outgoing
         finally:
             self.hooks.forget()
-            self.sums.spans = ()
         self._check_every_layer_ran(step)
         if output is None:
             return None
-        return output[0] if rows else self._side_by_side(output)
+        return output[0] if "rows" in given else self._side_by_side(output)
 
     def _in_streams(self, states: Tensor) -> Tensor:
         """Return hidden states as layers take them.
