@@ -35,8 +35,13 @@ class HeldSequences:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys, values and states take."""
+        """Bytes of keys, values and states."""
         return self._cache.nbytes + self._states.nbytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that they take."""
+        return self._cache.memory_bytes + self._states.nbytes
 
     @property
     def tensors(self) -> list[object]:

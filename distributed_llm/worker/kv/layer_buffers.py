@@ -1,4 +1,4 @@
-"""The buffers of a stage's layers on a CPU: where they come from, and how they fill."""
+"""The buffers of a stage's layers: where they come from, and how they fill."""
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence

@@ -32,7 +32,8 @@ from distributed_llm.worker.model.failures import (
 )
 from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
-from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, PageLayer, grouped
+from distributed_llm.worker.model.page_choice import in_pages
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.step_results import StageOutput, StepResults
@@ -82,12 +83,17 @@ class Stage:
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
         self._attentions = attentions_per_layer(checkpoint.config)
-        self._cache = KVCache(len(layers) * self._attentions, kv_dtype=kv_dtype)
+        self._cache = KVCache(
+            len(layers) * self._attentions,
+            kv_dtype=kv_dtype,
+            in_pages=in_pages(checkpoint.config, device, dtype, kv_dtype),
+        )
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
         self._held_sequences = HeldSequences(self._cache, of_states, self._attentions)
         self._coarse_layers: set[int] = set()
+        self._page_layers: dict[int, PageLayer] = {}
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
         self._forward: Forward | StackForward
@@ -251,7 +257,7 @@ class Stage:
     @property
     def kv_bytes(self) -> int:
         """Bytes of memory that the KV cache and states of layers take now."""
-        return self._held_sequences.nbytes
+        return self._held_sequences.memory_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -350,6 +356,10 @@ class Stage:
         self._held_sequences.free(self._cache.sequence_ids)
         self._samplings.clear()
         self._released.clear()
+
+    def give_kv_back(self) -> None:
+        """Free the memory of the KV cache of a stage that holds no sequence."""
+        self._cache.give_back()
 
     def memory(self) -> list[object]:
         """Return what holds weights and KV cache, so that they can be freed one by one.
@@ -501,4 +511,5 @@ class Stage:
             [0] * num_layers,
             [one for one in self._sections for _ in range(self._attentions)],
             [one for one in self._lenders for _ in range(self._attentions)],
+            self._page_layers,
         )

@@ -25,6 +25,7 @@ from distributed_llm.worker.model.kernels.native.attention import (
 )
 from distributed_llm.worker.model.kernels.native.calls import Places, unrecorded
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
+from distributed_llm.worker.model.page_attention import attend_pages, reads_pages
 from distributed_llm.worker.model.partial_attention import (
     Partial,
     fused,
@@ -60,8 +61,9 @@ def attend_tokens(
     Returns:
         [tokens, heads, value_dim].
     """
-    coding = step.cache.coding
-    in_buffers = step.cache.pages is None
+    if reads_pages(step, scoring, query, value):
+        return attend_pages(step, layer, query, key, value, scoring)
+    coding, in_buffers = step.cache.coding, step.cache.pages is None
     if in_buffers and can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
         with unrecorded():
             places = make_places(step, layer, key, value, scoring)
