@@ -117,7 +117,8 @@ class _Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
         counts = by_index and any(tensor.dtype == torch.bool for tensor in given[1:])
         if counts or (not by_index and any(tag in func.tags for tag in _WAITS)):
             raise RuntimeError(f"{NOT_PERMITTED}: {func}")
-        output = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # what the operation does by itself is its own affair
+            output = func(*args, **kwargs)
         made = [value for value in tree_flatten(output)[0] if isinstance(value, Tensor)]
         if func is _ATEN.lift_fresh.default or self._of_the_cpu(given, kwargs):
             self._hosts.update((_place(tensor), tensor) for tensor in made)

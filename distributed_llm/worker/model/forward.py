@@ -1,6 +1,7 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.key_blocks import PICKS_BLOCKS
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.away_layers import place_of
 from distributed_llm.worker.model.block_indexers import block_starts
+from distributed_llm.worker.model.decode_graphs.capture import Capture
+from distributed_llm.worker.model.decode_graphs.packed_steps import GraphedSteps
+from distributed_llm.worker.model.decode_graphs.steps import DecodeGraphs
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
@@ -60,11 +65,14 @@ class Forward:
         self._blocks = blocks
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
+        self._layers = stage_model.layers
+        self._is_last = stage_model.numbers.stop == num_layers
+        self._graphed: GraphedSteps | None = None
         self.sums = HiddenSums(stage_model.decoder)
         self.hooks = LayerHooks(
             stage_model.layers,
             first=stage_model.numbers.start == 0,
-            last=stage_model.numbers.stop == num_layers,
+            last=self._is_last,
             new_event=event_type(device),
             after_layer=None,
         )
@@ -76,6 +84,21 @@ class Forward:
             ],
             *(device, dtype),
         )
+
+    def use_graphs(self, capture: Capture, room_bytes: int) -> None:
+        """Have decode steps become graphs from now on, unless layers forbid it.
+
+        Args:
+            capture: makes graphs.
+            room_bytes: of the device's memory that they may take.
+        """
+        is_away = any(place_of(layer) is not None for layer in self._layers)
+        if is_away or any(self._updating) or self._blocks is not None:
+            return
+        graphs = DecodeGraphs(capture, self._device, room_bytes)
+        model: Any = self._model
+        head = model.get_output_embeddings() if self._is_last else None
+        self._graphed = GraphedSteps(graphs, self.hooks, self._layers, head)
 
     def _calls_attention_plainly(self) -> bool:
         """Return whether a layer's attention depends on what it is given and its own cache alone.
@@ -114,7 +137,16 @@ class Forward:
                 one new state if it keeps any.
         """
         given = self._given(step, token_ids, hidden_states, rows)
-        return self._plainly(step, given, spans)
+
+        def plainly() -> Tensor | None:
+            return self._plainly(step, given, spans)
+
+        every_row = len(rows) == (len(token_ids) if self._is_last else 0)
+        if self._graphed is None or spans or not every_row or not self._graphed.take(step):
+            return plainly()
+        if hidden_states is not None:
+            given["hidden_states"] = hidden_states.to(self._dtype)
+        return self._graphed.run(step, given, self._compute, plainly)
 
     def _given(
         self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
