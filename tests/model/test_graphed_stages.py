@@ -4,9 +4,11 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import SequenceSlice
@@ -14,6 +16,7 @@ from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.worker.model import stage as stages
 from distributed_llm.worker.model.kernels import varlen
+from distributed_llm.worker.model.packed_step import running_step
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.made_up_graphs import MadeUpCapture
@@ -196,12 +199,12 @@ def test_layers_are_timed_and_progress_is_told_of_launches(
     told: list[float] = []
     stage.progress = lambda: told.append(stage.layers_s)
     texts.step((0, 5))
-    texts.decode([0], 2)
-    told.clear()
-    texts.decode([0], 1)
-    assert used(captures) == [1]
-    assert len(told) == 1
-    assert stage.layers_s > 0
+    for steps, expected in ((1, 2), (1, 2), (3, 3)):
+        told.clear()
+        texts.decode([0], steps)
+        assert len(told) == expected, "of each layer; of none that is recorded; of each launch"
+        assert stage.layers_s > 0
+    assert used(captures) == [3]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,24 @@ def test_what_looks_at_numbers_or_sequences_goes_on_as_ever(
     assert used(captures) == [0]
     (line,) = [text for text in caplog.messages if "graphs" in text]
     assert why in line
+
+
+def test_a_layer_that_looks_at_its_sequences_goes_on_as_ever(
+    checkpoint: Checkpoint, captures: list[MadeUpCapture], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it saw while it was recorded is not what it sees in a step."""
+    (stage,) = stages_of_one = load_stages(checkpoint, [2])
+
+    def look(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * (1 + sum(part.start for part in running_step().slices))
+
+    stage._held.layers[0].register_forward_hook(look)
+    pipeline = Pipeline(stages_of_one)
+    pipeline.prefill([[3, 1, 4, 1, 5]], [4])
+    for _ in range(4):
+        pipeline.decode()
+    assert used(captures) == [0]
+    assert "rows that make up a number" in caplog.text
 
 
 class Recordable(Exception):
