@@ -9,18 +9,23 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.model import page_choice
+from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.page_tables import Piece
+from distributed_llm.worker.kv.segments import Segment
+from distributed_llm.worker.model import page_attention, page_choice
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.kernels.gpu_choice import Gpu
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.token_schedule import Reading
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.made_up_varlen import Kernel, made_up
 from tests.model.driver import CPU, Pipeline, load_stages
+from tests.model.test_attention import Attention
 from tests.model.test_windows import check
 
 NUM_LAYERS = 3
 GENERATOR = torch.Generator().manual_seed(5)
-PROMPTS = [torch.randint(VOCAB_SIZE, (n,), generator=GENERATOR).tolist() for n in (300, 75, 9)]
+PROMPTS = [torch.randint(VOCAB_SIZE, (n,), generator=GENERATOR).tolist() for n in (150, 75, 9)]
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3": {},  # heads of queries share keys
     "gpt_oss": {},  # windows and sinks
@@ -56,7 +61,7 @@ def test_tokens_are_those_of_transformers(
     pipeline = Pipeline(load_stages(checkpoint, [1, 2]))
     assert all(stage._cache.pages for stage in pipeline.stages)
     pipeline.prefill(PROMPTS, [0, 0, 0])
-    for chunks in ([(0, 0, 190), (2, 0, 5)], [(0, 190, 299), (1, 0, 74)]):
+    for chunks in ([(0, 0, 90), (2, 0, 5)], [(0, 90, 149), (1, 0, 74)]):
         pipeline.run(chunks, sampling=None)
         forget(pipeline)
     pipeline.decode()
@@ -65,7 +70,7 @@ def test_tokens_are_those_of_transformers(
     assert kernel.calls == called + NUM_LAYERS
     pipeline.share(0, pipeline.done[0], [7, 8, 9])
     pipeline.share(0, pipeline.done[0], [7])
-    pipeline.share(1, pipeline.done[1], [1] * 90, take=True)
+    pipeline.share(1, pipeline.done[1], [1] * 40, take=True)
     lengths = [*map(len, PROMPTS), *map(len, pipeline.texts[3:])]
     alive = [0, 2, 3, 4, 5]
     for _ in range(4):
@@ -77,7 +82,7 @@ def test_tokens_are_those_of_transformers(
     for stage in pipeline.stages:  # given up and computed again, as after a preemption
         stage._held_sequences.free([SequenceId(2)])
     pipeline.done[2] = 0
-    for _ in range(8):
+    for _ in range(4):
         pipeline.decode(numbers=alive)
         forget(pipeline)
     check(whole, pipeline.texts, lengths)
@@ -87,8 +92,8 @@ def test_moved_layers_go_on_in_the_pages_that_they_have(
     kernel: Kernel, checkpoint: Checkpoint, whole: Any
 ) -> None:
     pipeline = Pipeline(load_stages(checkpoint, [2, 1]))
-    pipeline.prefill(PROMPTS, [200, 60, 4])
-    for _ in range(3):
+    pipeline.prefill(PROMPTS, [100, 60, 4])
+    for _ in range(2):
         pipeline.decode()
     forget(pipeline)
     old, last = pipeline.stages
@@ -105,10 +110,46 @@ def test_moved_layers_go_on_in_the_pages_that_they_have(
     assert before
     assert pages.tensors_of(0)[0] is before.tensors_of(0)[0]
     pipeline.stages = [new]
-    for _ in range(6):
+    for _ in range(4):
         pipeline.decode()
         forget(pipeline)
     check(whole, pipeline.texts, [*map(len, PROMPTS)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": 40}, {"with_sinks": True}, {"window": 100, "with_sinks": True}]
+)
+def test_attention_is_the_sum_of_its_pieces(
+    dtype: torch.dtype, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pieces so short, and so few put together at once, that there are many of both."""
+    monkeypatch.setattr(page_attention, "_LEAST_PIECE", 8)
+    monkeypatch.setattr(page_attention, "EXPANDED_AT_ONCE", 3000)
+    attention = Attention(dtype, **settings)
+    attention.cache = KVCache(1, in_pages=True)
+    with made_up(monkeypatch, (dtype,)) as kernel:
+        attention.step((0, 0, 130), (1, 0, 20))
+        for position in range(6):
+            attention.step((0, 130 + position, 1), (1, 20 + position, 1))
+        attention.share(2, 0, 100)
+        attention.share(3, 0, 100)
+        attention.step((0, 136, 1), (2, 100, 1), (1, 26, 3), (3, 100, 1))
+        called = kernel.calls
+        attention.step((2, 101, 1), (0, 137, 1), (3, 101, 1))
+        assert kernel.calls == called + 1
+
+
+def test_pieces_of_long_texts_are_longer() -> None:
+    segment = Segment(0, 0, 1)
+    for length, size in ((100, 256), (4096, 256), (4097, 512), (100_000, 8192)):
+        reading = Reading(segment, 0, length, (0,))
+        pieces = list(page_attention._pieces(reading, [(640, length)]))
+        assert sum(piece.length for piece in pieces) == length
+        assert [piece.start for piece in pieces] == [640 + n * size for n in range(len(pieces))]
+        assert {piece.length for piece in pieces[:-1]} <= {size}
+    cut = list(page_attention._pieces(Reading(segment, 250, 600, (3,)), [(1274, 262), (64, 88)]))
+    assert cut == [Piece(1274, 6, (3,)), Piece(1280, 256, (3,)), Piece(64, 88, (3,))]
 
 
 # ------------------------------------------------------------------ kernels that are not used

@@ -49,6 +49,7 @@ class LayerPages(LayerMemory):
         self._blocks = (Blocks(), Blocks())  # of layers without and with a window
         self._tensors: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._indices: dict[object, Tensor] = {}
+        self._whole: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +74,7 @@ class LayerPages(LayerMemory):
         """Free all tensors; no segment has blocks."""
         self._tensors = [None] * len(self._tensors)
         self._blocks = (Blocks(), Blocks())
+        self._whole.clear()
         self._changed()
 
     # -------------------------------------------------------------- blocks of segments
@@ -86,14 +88,17 @@ class LayerPages(LayerMemory):
         each layer, which nobody has.
         """
         wanted = segment.capacity // KV_BLOCK
-        for windowed in self._kinds():
+        self._indices.clear()
+        kinds = [kind for kind in self._kinds() if len(segment.blocks[kind]) < wanted]
+        for windowed in kinds:
             own, limit = segment.blocks[windowed], self._limit(windowed, max_bytes)
+            self._whole.pop((segment.number, windowed), None)
             while len(own) < wanted:
                 before = own[-1] if own and own[-1] != _DROPPED else None
                 held = max(len(own), wanted - len(own))
                 own.append(self._blocks[windowed].take(before, held, limit))
-        self._indices.clear()
-        self._fit(segments, max_bytes)
+        if kinds:
+            self._fit(segments, max_bytes)
 
     def drop_unseen(self, segment: Segment, before: int) -> None:
         """Let others take the blocks that `segment` counts as unseen, in layers with a window."""
@@ -101,45 +106,68 @@ class LayerPages(LayerMemory):
         there = slice(before // KV_BLOCK, min(segment.unseen // KV_BLOCK, len(own)))
         self._free(own[there], windowed=True)
         own[there] = [_DROPPED] * len(own[there])
+        self._whole.pop((segment.number, True), None)
 
     def drop(self, segment: Segment) -> None:
         """Let others take the blocks of a segment that nobody reads any more."""
         for windowed in (False, True):
             self._free(segment.blocks[windowed], windowed=windowed)
+            self._whole.pop((segment.number, windowed), None)
         segment.blocks = ([], [])
 
     def _free(self, numbers: Iterable[int], *, windowed: bool) -> None:
         self._blocks[windowed].free([number for number in numbers if number != _DROPPED])
 
-    def runs(self, layer: int, segment: Segment, first: int, stop: int) -> list[Run]:
-        """Return where a layer has positions `[first, stop)` of a segment, in their order.
+    def runs(self, segment: Segment, first: int, stop: int, *, windowed: bool) -> list[Run]:
+        """Return where positions `[first, stop)` of a segment are, in their order.
 
         Args:
-            layer: number of the layer within the stage.
             segment: with these positions.
             first: counted from the segment's start.
             stop: likewise.
+            windowed: whether in layers with a window, or in the others.
         """
-        return runs_of(segment.blocks[bool(self.windows[layer])], first, stop)
+        runs = []
+        for at, start, count in self._runs_of(segment, windowed):
+            low, high = max(first, at), min(stop, at + count)
+            if low < high:
+                runs.append((start + low - at, high - low))
+        return runs
 
-    def slot(self, layer: int, segment: Segment, offset: int) -> int:
-        """Return where a layer has one position of a segment, counted from its start."""
-        number = segment.blocks[bool(self.windows[layer])][offset // KV_BLOCK]
-        return number * KV_BLOCK + offset % KV_BLOCK
+    def _runs_of(self, segment: Segment, windowed: bool) -> list[tuple[int, int, int]]:
+        """Return all runs of a segment: which position, where that is, and how many follow."""
+        key = segment.number, windowed
+        whole = self._whole.get(key)
+        if whole is None:
+            whole = self._whole[key] = []
+            for place, number in enumerate(segment.blocks[windowed]):
+                if place and number == segment.blocks[windowed][place - 1] + 1:
+                    at, start, count = whole[-1]
+                    whole[-1] = at, start, count + KV_BLOCK
+                elif number != _DROPPED:
+                    whole.append((place * KV_BLOCK, number * KV_BLOCK, KV_BLOCK))
+        return whole
+
+    def slot(self, segment: Segment, offset: int, *, windowed: bool) -> int:
+        """Return where one position of a segment is, counted from its start; see `runs`."""
+        return segment.blocks[windowed][offset // KV_BLOCK] * KV_BLOCK + offset % KV_BLOCK
 
     # -------------------------------------------------------------- keys and values
 
     def write(self, layer: int, segment: Segment, first: int, keys: Tensor, values: Tensor) -> None:
         """Write positions of a segment; see `LayerMemory.write`."""
         self._prepare(layer, keys, values)
-        self._put(layer, self.runs(layer, segment, first, first + keys.shape[1]), keys, values)
+        runs = self.runs(segment, first, first + keys.shape[1], windowed=self._windowed(layer))
+        self._put(layer, runs, keys, values)
 
     def write_tokens(
         self, layer: int, places: Sequence[tuple[Segment, int]], keys: Tensor, values: Tensor
     ) -> None:
         """Write one token into each of several segments."""
         self._prepare(layer, keys, values)
-        self._put(layer, [(self.slot(layer, *place), 1) for place in places], keys, values)
+        windowed = self._windowed(layer)
+        runs = [(self.slot(*place, windowed=windowed), 1) for place in places]
+        self._put(layer, runs, keys, values)
 
     def write_slots(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write tokens as `write_tokens` does, where `slots` says, int64 [tokens] on the device."""
@@ -157,16 +185,16 @@ class LayerPages(LayerMemory):
 
     def read(self, layer: int, segment: Segment, first: int, stop: int) -> KVBuffers:
         """Return positions of a segment: views where they lie in one piece, else copies."""
-        return self._got(layer, self.runs(layer, segment, first, stop), first)
+        runs = self.runs(segment, first, stop, windowed=self._windowed(layer))
+        return self._got(layer, runs, first)
 
     def read_chain(self, layer: int, segments: Sequence[Segment], stop: int) -> list[KVBuffers]:
         """Return what a layer keeps of a sequence, in one piece."""
         runs: list[Run] = []
         ends = [after.start - each.start for each, after in itertools.pairwise(segments)]
         for segment, end in zip(segments, [*ends, stop], strict=True):
-            first = segment.unseen if self.windows[layer] else 0
-            if first < end:
-                runs += self.runs(layer, segment, first, end)
+            windowed = self._windowed(layer)
+            runs += self.runs(segment, segment.unseen * windowed, end, windowed=windowed)
         return [self._got(layer, _joined(runs), 0)]
 
     def _got(self, layer: int, runs: list[Run], first: int) -> KVBuffers:
@@ -220,6 +248,7 @@ class LayerPages(LayerMemory):
     def _share(self, segments: Mapping[int, Segment], shared: SharedLayers) -> None:
         """Take tensors of other pages, and the blocks that segments have there."""
         assert isinstance(shared.memory, LayerPages)
+        shared.memory.trim(shared.segments.values())
         for layer, there in shared.layers.items():
             self._tensors[layer] = shared.memory._tensors[there]
         for windowed in {bool(self.windows[layer]) for layer in shared.layers}:
@@ -229,6 +258,9 @@ class LayerPages(LayerMemory):
                 self._blocks[windowed].set_taken(taken)
 
     # -------------------------------------------------------------- tensors
+
+    def _windowed(self, layer: int) -> bool:
+        return bool(self.windows[layer])
 
     def _kinds(self) -> list[bool]:
         """Return whether there are layers without a window, and with one."""
@@ -306,6 +338,17 @@ class LayerPages(LayerMemory):
         self._tensors[layer] = made[0], made[1]
         self._changed()
 
+    def trim(self, segments: Iterable[Segment]) -> None:
+        """Free the blocks that nobody has, where they are a fifth of all or more; no step runs.
+
+        Args:
+            segments: all of the cache.
+        """
+        for windowed in self._kinds():
+            taken = sum(n != _DROPPED for each in segments for n in each.blocks[windowed]) + 1
+            if 4 * self._held(windowed) > 5 * taken:
+                self._close_up(windowed, segments)
+
     def _close_up(self, windowed: bool, segments: Iterable[Segment]) -> None:
         """Have the layers of one kind have no blocks but those that are taken."""
         own = [segment.blocks[windowed] for segment in segments]
@@ -314,6 +357,7 @@ class LayerPages(LayerMemory):
         new = {old: place for place, old in enumerate(numbers, 1)}
         for each in own:
             each[:] = [new.get(old, _DROPPED) for old in each]
+        self._whole.clear()
         self._blocks[windowed].close_up(len(numbers))
         for layer in self._layers(windowed):
             keys, values = self.tensors_of(layer)
@@ -328,15 +372,6 @@ class LayerPages(LayerMemory):
     def _changed(self) -> None:
         self.generation += 1
         self._indices.clear()
-
-
-def runs_of(blocks: Sequence[int], first: int, stop: int) -> list[Run]:
-    """Return where positions `[first, stop)` lie that are in these blocks, in their order."""
-    runs = []
-    for place in range(first // KV_BLOCK, -(-stop // KV_BLOCK)):
-        low, high = max(first, place * KV_BLOCK), min(stop, (place + 1) * KV_BLOCK)
-        runs.append((blocks[place] * KV_BLOCK + low % KV_BLOCK, high - low))
-    return _joined(runs)
 
 
 def _joined(runs: Iterable[Run]) -> list[Run]:

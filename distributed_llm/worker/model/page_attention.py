@@ -8,14 +8,15 @@ themselves do that by who else is served.
 Heads of queries that share keys become rows of one matrix, as do tokens that share positions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from distributed_llm.common.workspace import EXPANDED_AT_ONCE
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.page_tables import HostTables, Piece, TableKey, TokenTables
-from distributed_llm.worker.kv.pages import runs_of
+from distributed_llm.worker.kv.pages import Run
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.packed_step import PackedStep, PageLayer, Scoring
 from distributed_llm.worker.model.partial_attention import Partial, merged, with_sinks
@@ -40,7 +41,9 @@ def reads_pages(step: PackedStep, scoring: Scoring, query: Tensor, value: Tensor
     if scoring.softcap is not None or scoring.slopes is not None or scoring.across:
         return False
     dim = query.shape[-1]
-    return dim == value.shape[-1] and varlen.is_right(query.device, query.dtype, dim)
+    if dim != value.shape[-1] or query.dtype != value.dtype:
+        return False
+    return varlen.is_right(query.device, query.dtype, dim)
 
 
 def attend_pages(
@@ -83,14 +86,35 @@ def attend_pages(
     if tables.shape.parts == 1 and scoring.sinks is None:
         found = of_rows.index_select(0, tables.places[0])
     else:
-        # [kv_heads, rows * group] to [parts, tokens, group, kv_heads]
-        sums = lse.view(kv_heads, -1, group).permute(1, 2, 0)[tables.places]
-        sums = sums.masked_fill(~tables.counts[..., None, None], float("-inf"))
-        whole = merged(of_rows[tables.places], sums)
-        found = whole.attended
-        if scoring.sinks is not None:
-            found = with_sinks(whole, scoring.sinks.view(kv_heads, group).T)
+        sinks = None if scoring.sinks is None else scoring.sinks.view(kv_heads, group).T
+        # [kv_heads, rows * group] to [rows, group, kv_heads]
+        found = _put_together(
+            of_rows, lse.view(kv_heads, -1, group).permute(1, 2, 0), tables, sinks
+        )
     return found.transpose(1, 2).reshape(tokens, -1, dim)
+
+
+def _put_together(
+    attended: Tensor, lse: Tensor, tables: TokenTables, sinks: Tensor | None
+) -> Tensor:
+    """Return the attention of tokens, [tokens, group, kv_heads, dim].
+
+    Args:
+        attended: of their parts, [rows, group, kv_heads, dim].
+        lse: of these, [rows, group, kv_heads].
+        tables: of the step.
+        sinks: [group, kv_heads]; or None.
+    """
+    parts, tokens = tables.places.shape
+    at_once = max(1, EXPANDED_AT_ONCE // (parts * attended[0].numel()))
+    found = []
+    for first in range(0, tokens, at_once):
+        there = slice(first, first + at_once)
+        places, counts = tables.places[:, there], tables.counts[:, there]
+        sums = lse[places].masked_fill(~counts[..., None, None], float("-inf"))
+        whole = merged(attended[places], sums)
+        found.append(whole.attended if sinks is None else with_sinks(whole, sinks))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def attend_chunk_of_pages(
@@ -134,9 +158,16 @@ def table_key(step: PackedStep, layer: int) -> TableKey:
     return TableKey(bool(step.cache.windows[layer]), *step.page_layers[layer])
 
 
-def host_tables(step: PackedStep) -> Mapping[TableKey, HostTables]:
-    """Return the tables of a step, for all layers that have ever attended to pages."""
-    keys = dict.fromkeys(table_key(step, layer) for layer in step.page_layers)
+def host_tables(step: PackedStep) -> Mapping[TableKey, HostTables] | None:
+    """Return the tables of a step for all layers; None if some do not attend to pages.
+
+    Which do is known once a step has run.
+    """
+    cache = step.cache
+    layers = [layer for layer in range(len(cache.windows)) if cache.knows(layer)]
+    if cache.pages is None or any(layer not in step.page_layers for layer in layers):
+        return None
+    keys = dict.fromkeys(table_key(step, layer) for layer in layers)
     return {key: _host_tables(step, key) for key in keys}
 
 
@@ -158,26 +189,31 @@ def _host_tables(step: PackedStep, key: TableKey) -> HostTables:
         assert pages is not None
         last = [(step.cache.segments(one.sequence_id)[-1], one.start) for one in step.single]
         slots = [
-            runs_of(segment.blocks[key.windowed], at - segment.start, at - segment.start + 1)[0][0]
-            for segment, at in last
+            pages.slot(segment, position - segment.start, windowed=key.windowed)
+            for segment, position in last
         ]
         seen = Scoring(1.0, key.window, None, None, key.section)
         readings = readings_of(step, seen)
-        pieces = [piece for one in readings for piece in _pieces(one, windowed=key.windowed)]
+        pieces = [
+            piece
+            for one in readings
+            for piece in _pieces(
+                one, pages.runs(one.segment, one.first, one.stop, windowed=key.windowed)
+            )
+        ]
         made = step.made[key] = HostTables(slots, pieces, key.group)
     return made
 
 
-def _pieces(reading: Reading, *, windowed: bool) -> Iterator[Piece]:
-    """Yield the pieces of what tokens read of a segment."""
-    segment, at, stop, readers = reading
-    most = _MOST_PIECES * _LEAST_PIECE
+def _pieces(reading: Reading, runs: Iterable[Run]) -> Iterator[Piece]:
+    """Yield the pieces of what tokens read of a segment, which lies in these runs."""
+    at = reading.first
     size = _LEAST_PIECE
-    if stop - at > most:
-        size = 1 << ((stop - at - 1) // _MOST_PIECES).bit_length()
-    for start, count in runs_of(segment.blocks[windowed], at, stop):
+    if reading.stop - at > _MOST_PIECES * size:
+        size = 1 << ((reading.stop - at - 1) // _MOST_PIECES).bit_length()
+    for start, count in runs:
         end = at + count
         while at < end:
             length = min(end, (at // size + 1) * size) - at
-            yield Piece(start + count - (end - at), length, readers)
+            yield Piece(start + count - (end - at), length, reading.readers)
             at += length

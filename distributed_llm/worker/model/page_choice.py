@@ -33,7 +33,7 @@ def in_pages(
         dtype: of the computation.
         kv_dtype: how keys and values are kept.
     """
-    if varlen.facts_of(device) is None or kv_dtype != "auto" or not attends_plainly(config):
+    if not varlen.may_be_offered(device) or kv_dtype != "auto" or not attends_plainly(config):
         return False
     return varlen.is_right(device, dtype, head_sizes(config).key_dim)
 

@@ -108,6 +108,11 @@ def is_offered(gpu: Gpu | None, dtype: torch.dtype, dim: int) -> bool:
     return gpu.kind in ("rocm", "xpu")
 
 
+def may_be_offered(device: torch.device) -> bool:
+    """Return whether a device is of a kind that may have the kernel: no CPU."""
+    return facts_of(device) is not None
+
+
 def is_right(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     """Return whether the kernel is offered on a device and computes rightly there.
 
