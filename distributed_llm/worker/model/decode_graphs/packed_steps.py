@@ -35,39 +35,37 @@ class GraphedSteps:
         own, beside = _nbytes(layers), 0 if head is None else _nbytes(head)
         self._share = own / (own + beside)
 
-    def take(self, step: PackedStep) -> bool:
-        """Return whether a step may be a graph: single tokens alone, that attend to pages."""
-        return not step.chunks and bool(step.page_layers)
-
     def run(
         self,
         step: PackedStep,
         given: Given,
         compute: Callable[[PackedStep, Given], Tensor | None],
         plainly: Callable[[], Tensor | None],
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Return what a step gives, [tokens, width]; valid until the next step.
 
         Args:
-            step: that `take` returned True for.
+            step: to compute; it may be a graph if all layers attend to pages, for single tokens.
             given: what it is computed from, on the CPU, each [tokens, ...].
             compute: computes a step from tensors on the device.
             plainly: computes it kernel by kernel.
         """
-        assert step.cache.pages is not None
+        pages, tables = step.cache.pages, None if step.chunks else host_tables(step)
+        if pages is None or tables is None:
+            return plainly()
 
-        def recordable(inputs: Given, tables: Mapping[TableKey, TokenTables]) -> Tensor:
+        def recordable(inputs: Given, there: Mapping[TableKey, TokenTables]) -> Tensor:
             self._hooks.recording = True
             try:
-                return _made(compute(_without_sequences(step, tables), inputs))
+                return _made(compute(_without_sequences(step, there), inputs))
             finally:
                 self._hooks.recording = False
 
         return self._graphs.run(
             DecodeStep(
                 given=given,
-                tables=host_tables(step),
-                memory=step.cache.pages.generation,
+                tables=tables,
+                memory=pages.generation,
                 compute=recordable,
                 plainly=lambda: _made(plainly()),
                 launch=lambda graph: self._hooks.launch(graph, self._share),
