@@ -271,7 +271,19 @@ def test_graphs_take_no_more_memory_than_there_is_for_them(
         run(graphs, model, texts)
     assert capture.recorded == 2
     (line,) = caplog.messages
-    assert "2 are: they take 2 MiB already" in line
+    assert "2 are: they take 2 MiB of 2 MiB" in line
+
+
+def test_graphs_that_took_too_much_memory_give_it_back(
+    capture: MadeUpCapture, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs, model = graphs_of(capture, room_bytes=capture.graph_bytes // 2), Model()
+    for texts in STEPS[:4]:
+        run(graphs, model, texts)
+    assert (capture.recorded, capture.replayed) == (1, 1)
+    (line,) = caplog.messages
+    assert "0 are: they take 1 MiB of 0 MiB" in line
+    assert graphs._outputs is None
 
 
 # ------------------------------------------------------------------ what a GPU would not say

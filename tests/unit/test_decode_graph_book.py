@@ -91,11 +91,21 @@ def test_no_graph_is_made_without_room_for_another_like_the_last() -> None:
     book = GraphBook[int](10 * MIB)
     book.keep(bucket(1), 1, 2 * MIB)
     book.keep(bucket(2), 2, 5 * MIB)
-    assert book.refusal == "they take 7 MiB already"
+    assert book.refusal == "they take 7 MiB of 10 MiB"
     assert not any(book.wants(bucket(4)) for _ in range(3))
     assert book.graph_for(bucket(1)) == 1
     book.valid_for("other memory")
     assert [book.wants(bucket(4)) for _ in range(2)] == [False, True]
+
+
+def test_a_graph_that_has_taken_more_than_there_is_goes_with_all_others() -> None:
+    book = GraphBook[int](10 * MIB)
+    book.valid_for(0)
+    book.keep(bucket(1), 1, 4 * MIB)
+    book.keep(bucket(2), 2, 7 * MIB)
+    assert (len(book), book.taken_bytes) == (0, 0)
+    assert book.refusal == "they take 11 MiB of 10 MiB"
+    assert not any(book.wants(bucket(1)) for _ in range(3))
 
 
 def test_memory_that_others_gave_back_meanwhile_is_not_counted() -> None:

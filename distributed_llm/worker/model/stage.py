@@ -254,8 +254,9 @@ class Stage:
     def layers_s(self) -> float:
         """Seconds that the layers took in the latest `run` that completed them.
 
-        Embedding, norm, head and sampling do not count. On a GPU read it after the result was
-        copied to the CPU, or it waits for the layers.
+        Embedding, norm, head and sampling do not count; where all of a step was launched at once,
+        layers count by their share of its weights. On a GPU read it after the result was copied to
+        the CPU, or it waits for the layers.
         """
         return self._forward.hooks.seconds
 

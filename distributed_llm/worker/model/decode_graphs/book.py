@@ -72,7 +72,8 @@ class GraphBook(Generic[G]):
         """Keep a graph; the one that was used longest ago goes if there are too many.
 
         Memory that graphs share stays theirs when one goes, for the next one. Once there is too
-        little left for as much again, no more are made until all are forgotten.
+        little left for as much again, no more are made until all are forgotten. They are at once if
+        this one has taken more than there was.
 
         Args:
             bucket: that it is for.
@@ -80,10 +81,14 @@ class GraphBook(Generic[G]):
             taken_bytes: of device memory that making it has taken.
         """
         taken = max(0, taken_bytes)  # others may have given some back meanwhile
-        self.taken_bytes += taken
-        if self.taken_bytes + taken > self._room_bytes:
-            self._full = f"they take {self.taken_bytes >> 20} MiB already"
         self._graphs[bucket] = graph
+        self.taken_bytes += taken
+        told = f"they take {self.taken_bytes >> 20} MiB of {self._room_bytes >> 20} MiB"
+        if self.taken_bytes > self._room_bytes:
+            self.forget()
+            self._full = told
+        elif self.taken_bytes + taken > self._room_bytes:
+            self._full = told
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
 

@@ -101,7 +101,8 @@ class DecodeGraphs:
         bucket = bucket_of(step.tables)
         if bucket is None:
             return step.plainly()
-        self._book.valid_for(step.memory)
+        if not self._book.valid_for(step.memory):
+            self._outputs = None
         graph = self._book.graph_for(bucket)
         if graph is None:
             return self._tried(bucket, step) if self._book.wants(bucket) else step.plainly()
@@ -130,6 +131,8 @@ class DecodeGraphs:
             if tried is not None:
                 wrong = "rows that make up a number change what others give"
             self._book.refuse(wrong)
+        if not len(self._book):
+            self._outputs = None
         if self._book.refusal:
             logger.warning(
                 "no more decode steps on %s become graphs, %d are: %s",
