@@ -121,5 +121,5 @@ def made_up(
         library.impl("_flash_attention_forward", kernel, "CPU")
         patch.setattr(varlen, "facts_of", lambda device: GPUS["cuda"])
         patch.setattr(varlen, "_DTYPES", dtypes)
-        patch.setattr(varlen, "_checked", {})
+        patch.setattr(varlen, "_right", {})
         yield kernel

@@ -395,6 +395,18 @@ def test_memory_is_used_and_not_copied(source: KVCache, in_pages: bool) -> None:
         assert contents(made, layers, sequence_id) == contents(sender, layers, sequence_id)
 
 
+def test_blocks_that_nobody_has_are_freed_before_pages_are_handed_on() -> None:
+    source, made = new_cache(ALL, in_pages=True), new_cache(ALL, in_pages=True)
+    compute(source, ALL, 0, 0, list(range(1000)))
+    compute(source, ALL, 1, 0, list(range(64)))
+    source.free([SequenceId(0)])
+    assemble(made, ALL, (source, ALL), [])
+    block_bytes = KV_BLOCK * 3 * TOKEN_BYTES
+    assert source.memory_bytes == made.memory_bytes == (1 + 1) * block_bytes
+    for cache in (source, made):
+        assert contents(cache, ALL, 1) == [list(range(64))] * 3
+
+
 def test_sources_that_differ_give_what_they_have_in_common(source: KVCache) -> None:
     """An abandoned step ran here alone, and another one there."""
     layers = LayerRange(7, 8)

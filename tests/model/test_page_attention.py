@@ -93,13 +93,17 @@ def test_moved_layers_go_on_in_the_pages_that_they_have(
 ) -> None:
     pipeline = Pipeline(load_stages(checkpoint, [2, 1]))
     pipeline.prefill(PROMPTS, [100, 60, 4])
-    for _ in range(2):
-        pipeline.decode()
-    forget(pipeline)
     old, last = pipeline.stages
     moved = LayerRange(2, 3)
     new = Stage.load(checkpoint, LayerRange(0, 3), device=CPU, dtype=torch.float32, donor=old)
     out, into = last.export_kv(moved), new.import_kv(moved, 1 << 30)
+    for _ in range(2):
+        while (pieces := out.next_chunk(1 << 20, 100)) is not None:
+            for piece in pieces:
+                into.add(piece)
+        pipeline.decode()
+        pipeline.decode()
+        forget(pipeline)
     while (pieces := out.next_chunk(1 << 20, 100)) is not None:
         for piece in pieces:
             into.add(piece)
@@ -165,23 +169,20 @@ def test_pieces_of_long_texts_are_longer() -> None:
     ],
 )
 def test_without_a_kernel_that_is_right_there_are_no_pages(
-    kernel: Kernel,
-    tmp_path: Path,
-    fault: str,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    kernel: Kernel, tmp_path: Path, fault: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    match fault:
-        case "wrong":
-            kernel.wrong = 1.1
-        case "fails":
-            kernel.fault = "FlashAttention is not built.\nMore of it."
-        case "old GPU":
-            monkeypatch.setattr(varlen, "facts_of", lambda device: Gpu("cuda", capability=(7, 5)))
-        case _:
-            monkeypatch.setattr(varlen, "_DTYPES", (torch.bfloat16,))
-    (stage,) = load_stages(open_checkpoint(make_checkpoint(tmp_path, num_layers=1)), [1])
+    made = open_checkpoint(make_checkpoint(tmp_path, num_layers=1))
+    with pytest.MonkeyPatch.context() as patch:
+        match fault:
+            case "wrong":
+                kernel.wrong = 1.1
+            case "fails":
+                kernel.fault = "FlashAttention is not built.\nMore of it."
+            case "old GPU":
+                patch.setattr(varlen, "facts_of", lambda device: Gpu("cuda", capability=(7, 5)))
+            case _:
+                patch.setattr(varlen, "_DTYPES", (torch.bfloat16,))
+        (stage,) = load_stages(made, [1])
     assert stage._cache.pages is None
     logged = [line for line in caplog.messages if "attention over pages" in line]
     assert len(logged) == (1 if told else 0)

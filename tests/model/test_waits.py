@@ -153,6 +153,7 @@ def test_attention_over_pages_waits_for_nothing_and_sends_its_tables_once(
     """Once for each kind of layers: here those with a window, and those without."""
     monkeypatch.setattr(varlen, "facts_of", lambda device: GPUS["cuda"])
     monkeypatch.setattr(varlen, "_problem", lambda *_: "")
+    monkeypatch.setattr(varlen, "_right", {})
     made = open_checkpoint(make_checkpoint(tmp_path, "gpt_oss", num_layers=4))
     stage = Stage.load(made, LayerRange(1, 3), device=META, dtype=torch.bfloat16)
     assert stage._cache.pages

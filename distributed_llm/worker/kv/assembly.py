@@ -6,7 +6,7 @@ the tokens that all sources have in common; a task that needs more is answered w
 Its segments are those of the first source, so shared ones stay shared.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -67,6 +67,7 @@ def assemble(
     layers: LayerRange,
     own: tuple[KVCache, LayerRange] | None,
     imports: Sequence[KVImporter],
+    beside: Callable[[Mapping[SequenceId, int]], None] = lambda lengths: None,
 ) -> None:
     """Fill an empty cache, while no step runs.
 
@@ -77,7 +78,9 @@ def assemble(
             copied. Either of the two caches may run the next step; the other one must not be used
             after that.
         imports: of the layers that `own` lacks, with their senders' manifests; must not be used
-            afterwards.
+            after success.
+        beside: called with how many positions the cache will hold of each sequence, before anything
+            changes; what it raises, this raises.
 
     Raises:
         KVIncomplete: positions that a sender's manifest names have not arrived.
@@ -85,6 +88,8 @@ def assemble(
             and values in another way than `cache`.
         ValueError: the cache is not empty.
     """
+    if cache.sequence_ids:
+        raise ValueError("the KV cache is not empty")
     mine = _numbers_in_both(own[1], layers) if own else range(0)
     imported = {n: each for each in imports for n in _numbers(each.layers) if n not in mine}
     used = list(dict.fromkeys(imported.values()))
@@ -118,6 +123,7 @@ def assemble(
             yield place, {s.number: found.buffers(s, layer, layout) for s in manifest.segments}
             source.forget(layer)  # where it was copied there is no room for both
 
+    beside({sequence.sequence_id: sequence.length for sequence in manifest.sequences})
     shared = None
     if own and mine:
         shared = own[0], {n - layers.start: n - own[1].start for n in mine}

@@ -446,12 +446,8 @@ class KVCache:
                 their numbers here, with theirs there.
             arrived: the other layers that keep anything, and what they keep of each segment, by its
                 number; that belongs to this cache from now on.
-
-        Raises:
-            ValueError: the cache is not empty.
         """
-        if self._sequences:
-            raise ValueError("the KV cache is not empty")
+        assert not self._sequences
         segments = {}
         for told in manifest.segments:
             segment = segments[told.number] = self._new_segment(told.start)

@@ -106,7 +106,6 @@ class LayerPages(LayerMemory):
         there = slice(before // KV_BLOCK, min(segment.unseen // KV_BLOCK, len(own)))
         self._free(own[there], windowed=True)
         own[there] = [_DROPPED] * len(own[there])
-        self._whole.pop((segment.number, True), None)
 
     def drop(self, segment: Segment) -> None:
         """Let others take the blocks of a segment that nobody reads any more."""

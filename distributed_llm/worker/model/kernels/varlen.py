@@ -33,8 +33,8 @@ _MOST_ERROR = 0.02
 _EVERYTHING = (-1, -1)
 _CAUSAL = (-1, 0)
 
-_checked: dict[tuple[str, torch.dtype, int], str] = {}
-"""What is wrong with the kernel; "" if nothing is."""
+_right: dict[tuple[torch.device, torch.dtype, int], bool] = {}
+"""What is known of the kernel."""
 
 
 def attend(
@@ -118,18 +118,22 @@ def is_right(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 
     It is tried when it is first asked for, which waits for the device.
     """
-    if not is_offered(facts_of(device), dtype, dim):
-        return False
-    key = str(device), dtype, dim
-    if key not in _checked:
-        _checked[key] = _problem(device, dtype, dim)
-        if _checked[key]:
-            logger.warning(
-                "on %s attention over pages %s; it goes on without", device, _checked[key]
-            )
-        else:
-            logger.info("on %s attention reads pages of KV cache", device)
-    return not _checked[key]
+    key = device, dtype, dim
+    right = _right.get(key)
+    if right is None:
+        offered = is_offered(facts_of(device), dtype, dim)
+        right = _right[key] = offered and _passes(device, dtype, dim)
+    return right
+
+
+def _passes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Try the kernel, and log how that ended; return whether it is right."""
+    problem = _problem(device, dtype, dim)
+    if problem:
+        logger.warning("on %s attention over pages %s; it goes on without", device, problem)
+    else:
+        logger.info("on %s attention reads pages of KV cache", device)
+    return not problem
 
 
 def _problem(device: torch.device, dtype: torch.dtype, dim: int) -> str:
@@ -138,7 +142,7 @@ def _problem(device: torch.device, dtype: torch.dtype, dim: int) -> str:
         error = max(_error_of_tokens(device, dtype, dim), _error_of_chunks(device, dtype, dim))
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError, ImportError) as exc:
+    except (RuntimeError, AttributeError, TypeError, ValueError, ImportError) as exc:
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         return f"fails: {first[:200]}"
     return "" if error <= _MOST_ERROR else f"is wrong by {error:.0%}"
