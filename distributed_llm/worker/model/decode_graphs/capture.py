@@ -90,6 +90,6 @@ def _cause(exc: BaseException) -> str:
 def capture_of(device: torch.device) -> Capture | None:
     """Return what makes graphs on a device; None: torch makes none there.
 
-    Intel's GPUs have graphs in newer torch, but nothing that attends to pages as graphs need it.
+    It does on Intel's GPUs, in another form that nobody could try.
     """
     return CudaCapture(device) if device.type == "cuda" else None
