@@ -20,12 +20,14 @@ from distributed_llm.common.offloading import away
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.workspace import graphs_bytes
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
 from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
 from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.config_faults import computing
+from distributed_llm.worker.model.decode_graphs.capture import capture_of
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
@@ -117,6 +119,9 @@ class Stage:
         )
         self._checkpoint = checkpoint
         self._warm_up(of_states)
+        capture = capture_of(device)
+        if isinstance(self._forward, Forward) and capture is not None:
+            self._forward.use_graphs(capture, graphs_bytes(str(device)))
 
     @classmethod
     def load(
@@ -249,8 +254,9 @@ class Stage:
     def layers_s(self) -> float:
         """Seconds that the layers took in the latest `run` that completed them.
 
-        Embedding, norm, head and sampling do not count. On a GPU read it after the result was
-        copied to the CPU, or it waits for the layers.
+        Embedding, norm, head and sampling do not count; where all of a step was launched at once,
+        layers count by their share of its weights. On a GPU read it after the result was copied to
+        the CPU, or it waits for the layers.
         """
         return self._forward.hooks.seconds
 
