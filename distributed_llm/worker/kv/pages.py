@@ -175,7 +175,7 @@ class LayerPages(LayerMemory):
         """Write tokens as `write_tokens` does, where `slots` says, int64 [tokens] on the device."""
         self._prepare(layer, keys, values)
         for held, states in zip(self.tensors_of(layer), (keys, values), strict=True):
-            held.index_copy_(0, slots, states.transpose(0, 1))
+            held.index_copy_(0, slots, states.transpose(0, 1).to(held.dtype))
 
     def _put(self, layer: int, runs: list[Run], keys: Tensor, values: Tensor) -> None:
         if len(runs) > 1:
