@@ -85,7 +85,7 @@ class Kernel:
         lengths = [b - a for a, b in itertools.pairwise(starts)]
         lengths = lengths if used is None else used.tolist()
         attended = torch.full_like(query, UNWRITTEN, memory_format=torch.contiguous_format)
-        lse = torch.full((heads, tokens), UNWRITTEN)
+        lse = torch.full((heads, tokens), UNWRITTEN, dtype=torch.float32)
         for run in range(runs):
             there = slice(ends[run], ends[run + 1])
             count, length = there.stop - there.start, lengths[run]

@@ -1,5 +1,7 @@
 """Pages: who gets which blocks, and what tensors they take."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -93,6 +95,34 @@ def test_tensors_are_replaced_a_few_times_only() -> None:
     assert made.cache.nbytes == 0
     made.cache.give_back()
     assert made.cache.memory_bytes == 0
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_step_for_which_tensors_could_not_grow_may_be_tried_again(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device is out of memory at keys, at values, or at the second layer."""
+    made = Caches((0, 0))
+    made.step(0, 0, 20 * KV_BLOCK)
+    calls = 0
+
+    def zeros(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise torch.OutOfMemoryError("too little")
+        return torch.Tensor.new_zeros(torch.empty(0, **options), *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.step(1, 0, 10)
+    made.step(0, 20 * KV_BLOCK, 100)
+    made.step(1, 0, 10)
+    made.check(0, 20 * KV_BLOCK + 100)
+    made.check(1, 10)
+    made.cache.free([SequenceId(0), SequenceId(1)])
+    assert made.cache.capacity == 0
 
 
 def test_layers_with_a_window_and_others_share_the_limit() -> None:

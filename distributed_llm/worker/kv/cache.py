@@ -292,9 +292,9 @@ class KVCache:
         growth = max(0, rounded(stop - kept[-1].start) - kept[-1].capacity)
         kept[-1].capacity += growth
         self._capacity += growth
-        self._layers.make_room(kept[-1], self._segments, self.max_bytes)
         sequence.segments, sequence.length = kept, start
         sequence.write_tokens(start, token_ids)
+        self._layers.make_room(kept[-1], self._segments, self.max_bytes)
 
     def append(
         self, layer: int, sequence_id: SequenceId, start: int, keys: Tensor, values: Tensor

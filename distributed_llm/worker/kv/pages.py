@@ -50,6 +50,7 @@ class LayerPages(LayerMemory):
         self._tensors: list[tuple[Tensor, Tensor] | None] = [None] * num_layers
         self._indices: dict[object, Tensor] = {}
         self._whole: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
+        self._fits = True  # or memory was short when tensors were to grow
 
     @property
     def nbytes(self) -> int:
@@ -97,8 +98,10 @@ class LayerPages(LayerMemory):
                 before = own[-1] if own and own[-1] != _DROPPED else None
                 held = max(len(own), wanted - len(own))
                 own.append(self._blocks[windowed].take(before, held, limit))
-        if kinds:
+            self._fits = False
+        if not self._fits:
             self._fit(segments, max_bytes)
+            self._fits = True
 
     def drop_unseen(self, segment: Segment, before: int) -> None:
         """Let others take the blocks that `segment` counts as unseen, in layers with a window."""
@@ -302,7 +305,7 @@ class LayerPages(LayerMemory):
             if self._excess(windowed, wanted, max_bytes) > 0:
                 self._close_up(windowed, segments)
             for layer in layers:
-                if len(self.tensors_of(layer)[0]) < self._blocks[windowed].end * KV_BLOCK:
+                if self._count(layer) < self._blocks[windowed].end:
                     self._resize(layer, wanted)
 
     def _excess(self, windowed: bool, wanted: int, max_bytes: int | None) -> int:
@@ -319,22 +322,28 @@ class LayerPages(LayerMemory):
 
     def _held(self, windowed: bool) -> int:
         """Return how many blocks all layers of one kind have."""
-        layers = self._layers(windowed)
-        return min((len(self.tensors_of(n)[0]) // KV_BLOCK for n in layers), default=0)
+        return min(map(self._count, self._layers(windowed)), default=0)
+
+    def _count(self, layer: int) -> int:
+        """Return how many blocks a layer has."""
+        return min(map(len, self.tensors_of(layer))) // KV_BLOCK
 
     def _resize(self, layer: int, count: int) -> None:
         """Give a layer tensors of so many blocks, of which the first have what they had."""
-        layout, before = self.layout(layer), self._tensors[layer]
-        made = []
+        layout = self.layout(layer)
+        if self._tensors[layer] is None:
+            empty = torch.empty(0, dtype=layout.dtype, device=layout.device)
+            self._tensors[layer] = empty, empty
         for place, dim in enumerate((layout.key_dim, layout.value_dim)):
+            both = list(self.tensors_of(layer))
             shape = (count * KV_BLOCK, layout.heads, dim)
             # Kernels may multiply what follows a piece by zero, so it has to be finite.
-            states = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
-            if before is not None:
-                kept = min(len(states), len(before[place]))
-                states[:kept].copy_(before[place][:kept])
-            made.append(states)
-        self._tensors[layer] = made[0], made[1]
+            made = torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+            kept = min(len(made), len(both[place]))
+            if kept:
+                made[:kept].copy_(both[place][:kept])
+            both[place] = made
+            self._tensors[layer] = both[0], both[1]  # one after the other, for memory may be short
         self._changed()
 
     def trim(self, segments: Iterable[Segment]) -> None:

@@ -1,7 +1,7 @@
-"""Attention to blocks of positions that each token has picked: what is picked is gathered.
+"""Attention to blocks of positions that each token has chosen: what is chosen is gathered.
 
 As long as a text is no longer than what a token may see, it is attention to all positions. The keys
-that blocks are picked by lie behind the keys of the heads, a part behind each, in one row of the KV
+that blocks are chosen by lie behind the keys of the heads, a part behind each, in one row of the KV
 cache. So queries end in zeros where rows are read whole.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from distributed_llm.common.block_indexers import BLOCK_INDEXED, BlockSizes
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
-from distributed_llm.common.key_blocks import PICKS_BLOCKS
+from distributed_llm.common.key_blocks import CHOOSES_BLOCKS
 from distributed_llm.worker.devices import sent
 from distributed_llm.worker.model.away_layers import place_of
 from distributed_llm.worker.model.block_indexers import block_starts
@@ -36,7 +36,7 @@ class Forward:
         keeps_kv: whether each of the layers appends keys and values in every step.
         attentions: how many times it does so.
         keeps_state: whether each of them makes a new state of its own.
-        blocks: sizes of the blocks of positions that attention picks, if it does.
+        blocks: sizes of the blocks of positions that attention chooses, if it does.
 
     Attributes:
         hooks: on the layers, for progress after each and the time that they took.
@@ -107,7 +107,7 @@ class Forward:
         """
         config = self._model.config
         shares = getattr(config, "num_kv_shared_layers", 0) or self._streams > 1
-        of_code = OWN_ATTENTION | INDEXED | BLOCK_INDEXED | PICKS_BLOCKS
+        of_code = OWN_ATTENTION | INDEXED | BLOCK_INDEXED | CHOOSES_BLOCKS
         return not shares and config.model_type not in of_code
 
     @torch.inference_mode()
