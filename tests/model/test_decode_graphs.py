@@ -404,6 +404,13 @@ def test_a_graph_of_cuda_is_recorded_on_a_stream_of_its_own(cuda: FakeCuda) -> N
     assert cuda.log[-2:] == BEFORE
 
 
+def test_what_follows_a_rehearsal_that_failed_waits_for_it(cuda: FakeCuda) -> None:
+    cuda.failures["compute"] = NotAGraph("it looks at numbers")
+    with pytest.raises(NotAGraph):
+        CudaCapture(torch.device("cuda:1")).rehearse(lambda: cuda.say("compute"))
+    assert cuda.log == ["side waits", *INSIDE[:2], "compute", *OUT, "main waits"]
+
+
 def test_a_recording_that_fails_ends_and_names_its_first_cause(cuda: FakeCuda) -> None:
     cuda.failures = {
         "compute": RuntimeError("operation not permitted\nCompile with"),
