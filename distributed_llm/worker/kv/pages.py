@@ -22,7 +22,7 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.blocks import Blocks
 from distributed_llm.worker.kv.layer_memory import ArrivedLayers, LayerMemory, SharedLayers
 from distributed_llm.worker.kv.manifest import KVManifest
-from distributed_llm.worker.kv.segments import KVBuffers, Segment
+from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 
 _DROPPED = -1
 
@@ -175,7 +175,7 @@ class LayerPages(LayerMemory):
         """Write tokens as `write_tokens` does, where `slots` says, int64 [tokens] on the device."""
         self._prepare(layer, keys, values)
         for held, states in zip(self.tensors_of(layer), (keys, values), strict=True):
-            held.index_copy_(0, slots, states.transpose(0, 1))
+            held.index_copy_(0, slots, states.transpose(0, 1).to(held.dtype))
 
     def _put(self, layer: int, runs: list[Run], keys: Tensor, values: Tensor) -> None:
         if len(runs) > 1:
@@ -331,6 +331,11 @@ class LayerPages(LayerMemory):
     def _resize(self, layer: int, count: int) -> None:
         """Give a layer tensors of so many blocks, of which the first have what they had."""
         layout = self.layout(layer)
+        with torch.inference_mode(False):  # else only steps could write them
+            self._replace(layer, layout, count)
+        self._changed()
+
+    def _replace(self, layer: int, layout: KVLayout, count: int) -> None:
         if self._tensors[layer] is None:
             empty = torch.empty(0, dtype=layout.dtype, device=layout.device)
             self._tensors[layer] = empty, empty
@@ -344,7 +349,6 @@ class LayerPages(LayerMemory):
                 made[:kept].copy_(both[place][:kept])
             both[place] = made
             self._tensors[layer] = both[0], both[1]  # one after the other, for memory may be short
-        self._changed()
 
     def trim(self, segments: Iterable[Segment]) -> None:
         """Free the blocks that nobody has, where they are a fifth of all or more; no step runs.
@@ -358,24 +362,30 @@ class LayerPages(LayerMemory):
                 self._close_up(windowed, segments)
 
     def _close_up(self, windowed: bool, segments: Iterable[Segment]) -> None:
-        """Have the layers of one kind have no blocks but those that are taken."""
+        """Have the layers of one kind have no blocks but those that are taken.
+
+        Whenever a device has no memory for that, everybody has the blocks that he had, or others
+        with the same content.
+        """
         own = [segment.blocks[windowed] for segment in segments]
-        numbers = [n for each in own for n in each if n != _DROPPED]
+        taken = {n for each in own for n in each if n != _DROPPED}
+        count = len(taken)
+        above = sorted(n for n in taken if n > count)
+        moved = dict(zip(above, sorted(set(range(1, count + 1)) - taken), strict=True))
         held = self._held(windowed)
-        new = {old: place for place, old in enumerate(numbers, 1)}
+        filled = [n for n in above if n < held]  # nothing is in the others yet
+        for layer in self._layers(windowed) if filled else ():
+            for states in self.tensors_of(layer):
+                blocks = states.view(-1, KV_BLOCK, *states.shape[1:])
+                there = sent(torch.tensor([moved[n] for n in filled]), states.device)
+                here = sent(torch.tensor(filled), states.device)
+                blocks.index_copy_(0, there, blocks.index_select(0, here))
         for each in own:
-            each[:] = [new.get(old, _DROPPED) for old in each]
+            each[:] = [moved.get(n, n) for n in each]
         self._whole.clear()
-        self._blocks[windowed].close_up(len(numbers))
+        self._blocks[windowed].close_up(count)
         for layer in self._layers(windowed):
-            keys, values = self.tensors_of(layer)
-            there = [n if n < held else 0 for n in (0, *numbers)]  # nothing is in new ones yet
-            index = sent(torch.tensor(there), keys.device)
-            self._tensors[layer] = tuple(  # type: ignore[assignment]
-                states.view(-1, KV_BLOCK, *states.shape[1:]).index_select(0, index).flatten(0, 1)
-                for states in (keys, values)
-            )
-        self._changed()
+            self._resize(layer, count + 1)
 
     def _changed(self) -> None:
         self.generation += 1
