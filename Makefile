@@ -9,8 +9,8 @@ PYTHON := .venv/bin/python
 all: lint typecheck test
 
 # At a terminal it goes on serving, with a page to look at.
-demo: install
-	@if [ -t 1 ]; then .venv/bin/dllm demo --serve; else .venv/bin/dllm demo; fi
+demo:
+	@if [ -t 1 ]; then bash $(SETUP) demo --serve; else bash $(SETUP) demo; fi
 
 # Three processes for two cores: the tests of one of them mostly wait.
 test: install
