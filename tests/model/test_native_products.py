@@ -297,6 +297,14 @@ def test_without_torchs_threads_the_library_is_not_used(monkeypatch: pytest.Monk
     assert library._library.__wrapped__() is None
 
 
+def test_without_a_compiler_torchs_kernels_are_used_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "_FILE", tmp_path / "kernels.so")
+    assert library._library.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+
+
 OPENMP = """
 #include <stdint.h>
 typedef void Forked(int32_t *, int32_t *, void *, void *);

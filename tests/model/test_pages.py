@@ -97,6 +97,20 @@ def test_tensors_are_replaced_a_few_times_only() -> None:
     assert made.cache.memory_bytes == 0
 
 
+def test_values_are_kept_in_the_dtype_of_keys() -> None:
+    """Rotary positions make keys float32 in some models."""
+    cache = KVCache(1, in_pages=True)
+    for number in range(2):
+        cache.begin(SequenceId(number), 0, as_token_ids([0]))
+    keys = torch.ones(HEADS, 2, DIM)
+    cache.append_tokens(0, [(SequenceId(0), 0), (SequenceId(1), 0)], keys, keys.bfloat16() * 3)
+    for number in range(2):
+        (segment,) = cache.segments(SequenceId(number))
+        held = cache.read(0, segment, 0, 1)
+        assert held.values.dtype == torch.float32
+        assert bool((held.values == 3).all())
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_step_for_which_tensors_could_not_grow_may_be_tried_again(
     failing: int, monkeypatch: pytest.MonkeyPatch

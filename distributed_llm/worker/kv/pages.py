@@ -175,7 +175,7 @@ class LayerPages(LayerMemory):
         """Write tokens as `write_tokens` does, where `slots` says, int64 [tokens] on the device."""
         self._prepare(layer, keys, values)
         for held, states in zip(self.tensors_of(layer), (keys, values), strict=True):
-            held.index_copy_(0, slots, states.transpose(0, 1))
+            held.index_copy_(0, slots, states.transpose(0, 1).to(held.dtype))
 
     def _put(self, layer: int, runs: list[Run], keys: Tensor, values: Tensor) -> None:
         if len(runs) > 1:
@@ -358,24 +358,30 @@ class LayerPages(LayerMemory):
                 self._close_up(windowed, segments)
 
     def _close_up(self, windowed: bool, segments: Iterable[Segment]) -> None:
-        """Have the layers of one kind have no blocks but those that are taken."""
+        """Have the layers of one kind have no blocks but those that are taken.
+
+        Whenever a device has no memory for that, everybody has the blocks that he had, or others
+        with the same content.
+        """
         own = [segment.blocks[windowed] for segment in segments]
-        numbers = [n for each in own for n in each if n != _DROPPED]
+        taken = {n for each in own for n in each if n != _DROPPED}
+        count = len(taken)
+        above = sorted(n for n in taken if n > count)
+        moved = dict(zip(above, sorted(set(range(1, count + 1)) - taken), strict=True))
         held = self._held(windowed)
-        new = {old: place for place, old in enumerate(numbers, 1)}
+        filled = [n for n in above if n < held]  # nothing is in the others yet
+        for layer in self._layers(windowed) if filled else ():
+            for states in self.tensors_of(layer):
+                blocks = states.view(-1, KV_BLOCK, *states.shape[1:])
+                there = sent(torch.tensor([moved[n] for n in filled]), states.device)
+                here = sent(torch.tensor(filled), states.device)
+                blocks.index_copy_(0, there, blocks.index_select(0, here))
         for each in own:
-            each[:] = [new.get(old, _DROPPED) for old in each]
+            each[:] = [moved.get(n, n) for n in each]
         self._whole.clear()
-        self._blocks[windowed].close_up(len(numbers))
+        self._blocks[windowed].close_up(count)
         for layer in self._layers(windowed):
-            keys, values = self.tensors_of(layer)
-            there = [n if n < held else 0 for n in (0, *numbers)]  # nothing is in new ones yet
-            index = sent(torch.tensor(there), keys.device)
-            self._tensors[layer] = tuple(  # type: ignore[assignment]
-                states.view(-1, KV_BLOCK, *states.shape[1:]).index_select(0, index).flatten(0, 1)
-                for states in (keys, values)
-            )
-        self._changed()
+            self._resize(layer, count + 1)
 
     def _changed(self) -> None:
         self.generation += 1

@@ -142,7 +142,7 @@ class Forward:
             return self._plainly(step, given, spans)
 
         every_row = len(rows) == (len(token_ids) if self._is_last else 0)
-        if self._graphed is None or spans or not every_row:
+        if self._graphed is None or step.chunks or spans or not every_row:
             return plainly()
         if hidden_states is not None:
             given["hidden_states"] = hidden_states.to(self._dtype)

@@ -41,12 +41,17 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, compute: Callable[[], None]) -> None:
-        """Compute on the stream that is recorded; see `Capture`."""
+        """Compute on the stream that is recorded; see `Capture`.
+
+        Whatever follows waits for that, for it may get memory that this still reads.
+        """
         current: Any = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            compute()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                compute()
+        finally:
+            current.wait_stream(self._stream)
 
     def record(self, compute: Callable[[], None]) -> Callable[[], None]:
         """Record; see `Capture`.

@@ -45,12 +45,12 @@ class GraphedSteps:
         """Return what a step gives, [tokens, width]; valid until the next step.
 
         Args:
-            step: to compute; it may be a graph if all layers attend to pages, for single tokens.
+            step: of single tokens; it may be a graph if all layers attend to pages.
             given: what it is computed from, on the CPU, each [tokens, ...].
             compute: computes a step from tensors on the device.
             plainly: computes it kernel by kernel.
         """
-        pages, tables = step.cache.pages, None if step.chunks else host_tables(step)
+        pages, tables = step.cache.pages, host_tables(step)
         if pages is None or tables is None:
             return plainly()
 

@@ -135,6 +135,10 @@ def function(name: str, instructions: str) -> Product:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     if not _FILE.exists():
+        logger.warning(
+            "The C library was not built when this package was installed: there was no C compiler. "
+            "So torch's slower kernels are used. Install one, then this package again."
+        )
         return None
     threads = _threads()
     if threads is None:
