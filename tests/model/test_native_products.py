@@ -266,6 +266,18 @@ def test_the_usual_order_is_that_of_the_library_where_there_is_one(
 
 
 @pytest.mark.parametrize(
+    ("machine", "kernel"), [("x86_64", "linear"), ("aarch64", "native"), ("arm64", "native")]
+)
+def test_single_tokens_usually_take_the_library_on_arm(
+    machine: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of floating-point weights too: only then are layers recorded."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert orders.usual(Kind("float", "bfloat16", "large")).kernels[0] == kernel
+
+
+@pytest.mark.parametrize(
     ("torch_has", "supported", "used"),
     [
         ("AVX512", ("none", "avx2", "avxvnni", "avx512vnni"), "avx512vnni"),
