@@ -13,6 +13,13 @@
 #define INSTRUCTIONS_END PRAGMA(GCC pop_options)
 #endif
 
+/* Before a loop over registers: they are none while the compiler keeps the loop. */
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
 #endif
