@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,6 +16,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.gguf_files import open_gguf
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.gguf_texts.texts import write_texts
+from distributed_llm.gguf_texts.tokenizer import _cut_text
 from distributed_llm.worker.model.empty_model import model_config
 from tests.checkpoints import build_model, make_tokenizer
 from tests.gguf_models import write_gguf
@@ -198,7 +200,7 @@ def test_the_dtype_to_compute_in(tmp_path: Path, kind: str, dtype: str) -> None:
         ({"tokenizer__ggml__pre": "haiku"}, "cuts text in a way that is not known.*'haiku'"),
         ({"tokenizer__ggml__pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"tokenizer__ggml__model": "rwkv"}, "a tokenizer .rwkv. that transformers cannot"),
-        ({"general__architecture": "deepseek2"}, "architecture 'deepseek2', which is not read"),
+        ({"general__architecture": "plamo2"}, "architecture 'plamo2', which is not read"),
         ({"general__architecture": "mamba9"}, "architecture 'mamba9', which is not read"),
     ],
 )
@@ -221,13 +223,13 @@ def test_broken_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf", model).read_bytes()
     unknown = whole.replace(b"token_embd.weight\x02", b"token_embd.weight\x02", 1)
     at = unknown.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    other = unknown[:at] + (16).to_bytes(4, "little") + unknown[at + 4 :]
+    other = unknown[:at] + (9).to_bytes(4, "little") + unknown[at + 4 :]
     never = unknown[:at] + (999).to_bytes(4, "little") + unknown[at + 4 :]
     for content, words in (
         (whole[:-50], "is not a whole GGUF file"),
         (whole[:500], "is not a whole GGUF file"),
         (b"GGUF" + b"\xff" * 100, "of version 4294967295 of GGUF"),
-        (other, r"type IQ2_XXS \(token_embd\.weight\), which are not read.*Q4_K"),
+        (other, r"type Q8_1 \(token_embd\.weight\), which are not read.*Q4_K"),
         (never, "a type that is not known"),
     ):
         (tmp_path / "tiny.gguf").write_bytes(content)
@@ -249,3 +251,27 @@ def test_a_process_of_its_own_reads_the_files(
         "tiny-00001-of-00002.gguf",
         "tiny-00002-of-00002.gguf",
     }
+
+
+@pytest.mark.parametrize(
+    ("way", "pieces"),
+    [
+        ("glm4", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("hunyuan", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("bailingmoe", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("deepseek-coder", "I|'|ll| buy| |1|2|3|4|5| C|++| books|!|N|N|Größe| |你好|ABC|?| | x"),
+        ("deepseek-llm", "I|'|ll| buy| |12345| C|++| books|!|N|N|Gr|öß|e| |你好|ABC|?| | x"),
+        ("deepseek-v3", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("falcon", "I|'|ll| buy| |123|45| C|++| books|!|N|N|Größe| 你好ABC|?| | x"),
+        ("kimi-k2", "I'll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("seed-coder", "I|'ll| buy| |1|2|3|4|5| C|++| books|!|NN|Größe| 你好ABC|?| | x"),
+    ],
+)
+def test_how_text_is_cut(way: str, pieces: str) -> None:
+    """Each line break is written N; the pieces are those that llama.cpp makes tokens of."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    _cut_text(backend, way)
+    text = pieces.replace("|", "").replace("N", "\n")
+    assert backend.pre_tokenizer is not None
+    found = backend.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[slice(*place)] for _, place in found] == pieces.replace("N", "\n").split("|")

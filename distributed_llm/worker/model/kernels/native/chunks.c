@@ -9,7 +9,9 @@
  *     2022. */
 #include "floats.h"
 #include "instructions.h"
+#include "memory.h"
 #include "parts.h"
+#include "processor.h"
 #include "threads.h"
 
 #include <math.h>
@@ -17,7 +19,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__)
+/* Other compilers keep no sums of so many in registers, without the words of GCC. */
+#if defined(X86) && defined(GNU)
 INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #include "eights.h"
 
@@ -119,12 +122,12 @@ static void pack_keys(uint32_t *to, const uint8_t *from, int64_t stride, int64_t
         for (int64_t n = 0; n < 8; n++)
             keys[n] = from + (p + n < count ? p + n : count - 1) * stride;
         for (int64_t i = 0; i < whole; i += 16) { /* eight pairs of eight keys */
-            __m256 rows[8], columns[8];
+            Eight rows[8], columns[8];
             UNROLLED for (int n = 0; n < 8; n++)
-                rows[n] = _mm256_loadu_ps((const float *)(keys[n] + 2 * i));
+                rows[n] = load_floats8((const float *)(keys[n] + 2 * i));
             exchange8(rows, columns);
             UNROLLED for (int n = 0; n < 8; n++)
-                _mm256_storeu_ps((float *)(to + (i / 2 + n) * KEYS + p), columns[n]);
+                store_floats8((float *)(to + (i / 2 + n) * KEYS + p), columns[n]);
         }
         for (int64_t i = whole; i < dim; i += 2)
             for (int64_t n = 0; n < 8; n++)
@@ -225,10 +228,10 @@ static void write_item(const Work *w, const Item *item, int64_t tokens)
         const int64_t head = item->kv_head * item->group + row % item->group;
         uint16_t *output =
             w->output + ((item->token + row / item->group) * w->heads + head) * w->value_dim;
-        __m256 factor = _mm256_set1_ps(1.0f / item->totals[row]);
+        Eight factor = same8(1.0f / item->totals[row]);
         for (int64_t i = 0; i < w->value_dim; i += 8)
-            store8(output + i, rounded8(_mm256_mul_ps(
-                                   _mm256_loadu_ps(item->sums + row * item->width + i), factor)));
+            store8(output + i, rounded8(multiply8(
+                                   load_floats8(item->sums + row * item->width + i), factor)));
     }
 }
 
@@ -260,11 +263,11 @@ static void attend_item(const Work *w, Item *item)
     write_item(w, item, tokens);
 }
 
-/* Returns the end of memory for so many numbers, and sets where it begins. */
+/* Sets where so many bytes begin in memory, `at` bytes in; returns where they end. */
 static size_t take(char *memory, size_t at, void **begin, size_t nbytes)
 {
     *begin = memory ? memory + at : NULL;
-    return at + (nbytes + 63) / 64 * 64;
+    return at + (nbytes + LINE - 1) / LINE * LINE;
 }
 
 /* Sets where an item's numbers are in memory, or returns how many bytes that takes. */
@@ -287,13 +290,12 @@ static void attend_some(void *data)
     Item item = {.group = w->heads / w->kv_heads,
                  .width = (w->value_dim + LANES - 1) / LANES * LANES};
     size_t nbytes = lay_out(w, &item, NULL);
-    char *memory = aligned_alloc(64, nbytes);
+    char *memory = calloc(nbytes + LINE, 1); /* columns that fill a vector are multiplied too */
     if (!memory) {
         atomic_store(&w->failed, 1);
         return;
     }
-    memset(memory, 0, nbytes); /* columns that fill a vector are multiplied too */
-    lay_out(w, &item, memory);
+    lay_out(w, &item, at_line(memory));
     for (;;) {
         int64_t number = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
         if (number >= w->kv_heads * w->items_of_head)
@@ -306,13 +308,7 @@ static void attend_some(void *data)
     free(memory);
 }
 
-/* Returns whether this processor has the instructions. */
-EXPORT int can_attend_chunks(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
-}
+EXPORT int can_attend_chunks(void) { return has_bfloat16(); }
 
 /* dim and value_dim are multiples of 8. Returns 0, or 1 if there is no memory. */
 EXPORT int attend_chunk(const uint16_t *queries, uint16_t *output, const float *sinks, const void *parts,
@@ -331,4 +327,12 @@ EXPORT int attend_chunk(const uint16_t *queries, uint16_t *output, const float *
 INSTRUCTIONS_END
 #else
 EXPORT int can_attend_chunks(void) { return 0; }
+
+EXPORT int attend_chunk(const uint16_t *queries, uint16_t *output, const float *sinks, const void *parts,
+                        const int64_t *sizes, float scale, float softcap, int threads)
+{
+    (void)queries, (void)output, (void)sinks, (void)parts, (void)sizes, (void)scale, (void)softcap,
+        (void)threads;
+    return 1;
+}
 #endif

@@ -91,7 +91,7 @@ INLINE void multiply_panel(const Panel *panel, int64_t row, const int rows)
 /* The products of all rows with PANEL_BLOCKS blocks, which lack no channels. */
 static void int8_panels(const Product *p, const Rounded *x, int64_t block)
 {
-    float sums[ROWS_OF_PART * PANEL_BLOCKS * LANES] __attribute__((aligned(64)));
+    _Alignas(64) float sums[ROWS_OF_PART * PANEL_BLOCKS * LANES];
     Panel panel = {.p = p, .x = x, .block = block, .sums = sums};
     for (panel.row = 0; panel.row < p->rows; panel.row += ROWS_OF_PART) {
         const int64_t left = p->rows - panel.row;
