@@ -18,6 +18,8 @@ from torch.nn.attention.bias import causal_lower_right
 from distributed_llm.common.workspace import QUERIES_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.kernels.native.attention import Part
+from distributed_llm.worker.model.kernels.native.chunks import attend_rows, can_attend_chunk
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.page_attention import attend_chunk_of_pages, reads_pages
 from distributed_llm.worker.model.partial_attention import (
@@ -66,10 +68,19 @@ def attend_chunk(
     Returns:
         [tokens, heads, value_dim].
     """
+    coding = step.cache.coding
+    plain = coding is None and step.cache.pages is None and scoring.slopes is None
+    if plain and can_attend_chunk(queries, value_dim):
+        return attend_rows(
+            *(queries, [_place_of(one) for one in held], held[0].keys.shape[0], value_dim),
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+            window=scoring.window,
+            sinks=scoring.sinks,
+        )
     same_dims = queries.shape[-1] == value_dim
     by_hand = scoring.softcap is not None or scoring.slopes is not None or not same_dims
     in_blocks = not by_hand and queries.device.type == "cpu"
-    coding = step.cache.coding
     if coding is not None:
         queries = coding.rotated(queries)
         rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
@@ -85,6 +96,10 @@ def attend_chunk(
     if by_hand or scoring.sinks is not None:
         return _by_hand(step, queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
+
+
+def _place_of(held: KVBuffers) -> Part:
+    return Part(*held.addresses, held.keys.shape[1], *held.strides)
 
 
 def parts_of(held: Sequence[KVBuffers]) -> list[ChunkPart]:

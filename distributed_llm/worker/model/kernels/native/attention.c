@@ -6,6 +6,7 @@
 #include "floats.h"
 #include "instructions.h"
 #include "memory.h"
+#include "parts.h"
 #include "threads.h"
 
 #include <math.h>
@@ -23,20 +24,13 @@ EIGHTS
 /* How the numbers of a row are kept: as they are, or as codes, behind which their scale is; coding.py. */
 enum { BFLOAT16, INT8, FP8 };
 
-/* Consecutive positions that a token attends to, in one place; strides in bytes. The last position of a
- * token's last part is its own, and not written yet. */
-typedef struct {
-    const uint8_t *keys, *values; /* of the first position and the first head */
-    int64_t positions, key_head, key_position, value_head, value_position;
-} Part;
-
 typedef struct {
     const uint16_t *queries; /* [tokens] of [heads, dim], with these strides */
     const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise */
     const float *rotation;   /* [dim, dim], for queries and keys; or NULL */
     uint16_t *output;        /* [tokens, heads, value_dim] */
     const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
-    const Part *parts;
+    const Part *parts; /* the last position of a token's last one is its own, and not written yet */
     const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
     int64_t tokens, heads, kv_heads, dim, value_dim;
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
