@@ -61,10 +61,10 @@ def attend_tokens(
         [tokens, heads, value_dim].
     """
     coding = step.cache.coding
-    if can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
+    if can_attend(query, key.shape[-1], value.shape[-1]):
         with unrecorded():
             places = make_places(step, layer, key, value, scoring)
-            rotation = coding.rotation(query.shape[-1], query.device) if coding else None
+            rotation = coding.rotation(key.shape[-1], query.device) if coding else None
         return attend(
             *(query, key, value, places),
             kept=step.cache.kv_dtype,

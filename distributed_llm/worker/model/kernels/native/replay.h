@@ -28,6 +28,12 @@ int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t 
                   const int64_t *starts, const int64_t *sizes, float scale, float softcap, int kept,
                   int threads);
 
+int absorb_queries(const uint16_t *queries, const uint16_t *weight, uint16_t *output,
+                   const int64_t *sizes, int threads);
+
+int latent_values(const uint16_t *latents, const uint16_t *weight, uint16_t *output,
+                  const int64_t *sizes, int threads);
+
 void delta_rule(const uint16_t *query, const uint16_t *key, const uint16_t *value,
                 const float *fading, const uint16_t *beta, const float *state, float *made,
                 uint16_t *output, const int64_t *sizes, int threads);

@@ -1,0 +1,81 @@
+/* What the ways to compute attention of single tokens have in common; to be included after INSTRUCTIONS. */
+#ifndef DISTRIBUTED_LLM_ATTENTION_H
+#define DISTRIBUTED_LLM_ATTENTION_H
+
+#include "eights.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define POSITIONS 32 /* that are computed together */
+
+/* How the numbers of a row are kept: as they are, or as codes, behind which their scale is; coding.py. */
+enum { BFLOAT16, INT8, FP8 };
+
+/* Consecutive positions that a token attends to, in one place; strides in bytes. The last position of a
+ * token's last part is its own, and not written yet. */
+typedef struct {
+    const uint8_t *keys, *values; /* of the first position and the first head */
+    int64_t positions, key_head, key_position, value_head, value_position;
+} Part;
+
+typedef struct {
+    const uint16_t *queries; /* [tokens] of [heads, width], with these strides */
+    const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise */
+    const float *rotation;   /* [dim, dim], for keys and as many numbers of queries; or NULL */
+    uint16_t *output;        /* [tokens, heads, value_dim] */
+    const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
+    const Part *parts;
+    const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
+    int64_t tokens, heads, kv_heads, dim, value_dim;
+    int64_t width;  /* dim; or dim + value_dim: queries score keys and, behind them, values */
+    int64_t pieces; /* that the heads of one key are computed in */
+    int by_latents; /* whether `attend_latents` computes them */
+    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
+    float scale, softcap; /* softcap 0: none */
+    int kept;             /* how keys and values are */
+    atomic_llong next;
+    atomic_int failed;
+} Work;
+
+/* Rows of float32 that one thread computes with. Values that are scored lie behind their keys. */
+typedef struct {
+    float *queries, *keys, *sums, *values, *scores, *largest, *totals, *fades;
+    int64_t stride; /* of the values */
+} Memory;
+
+/* Makes weights of one head's scores, as the softmax stands now; returns what earlier sums fade by. */
+INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, float *total)
+{
+    if (softcap != 0.0f)
+        for (int64_t p = 0; p < count; p++)
+            scores[p] = softcap * tanhf(scores[p] / softcap);
+    for (int64_t p = count; p < POSITIONS; p++)
+        scores[p] = scores[0];
+    __m256 highest = _mm256_load_ps(scores);
+    for (int p = 8; p < POSITIONS; p += 8)
+        highest = _mm256_max_ps(highest, _mm256_load_ps(scores + p));
+    float most = fmaxf(*largest, max8(highest));
+    for (int64_t p = count; p < POSITIONS; p++)
+        scores[p] = most - 87.0f; /* adds 1e-38 to the total */
+    __m256 sum = _mm256_setzero_ps();
+    for (int p = 0; p < POSITIONS; p += 8) {
+        __m256 weight = exp8(_mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most)));
+        _mm256_store_ps(scores + p, weight);
+        sum = _mm256_add_ps(sum, weight);
+    }
+    float fade = *largest == most ? 1.0f : expf(*largest - most);
+    *total = *total * fade + sum8(sum);
+    *largest = most;
+    return fade;
+}
+
+/* Whether `attend_latents` computes this, and is quicker. */
+int can_attend_latents(const Work *w, int instructions);
+
+/* Attention of some of one token's heads over latents in bfloat16. */
+void attend_latents(const Work *w, const Memory *m, int64_t token, int64_t kv_head, int64_t first_head,
+                    int64_t heads);
+
+#endif
