@@ -4,13 +4,13 @@
 SETUP := setup_scripts/setup_$(if $(filter Darwin,$(shell uname -s)),macos,linux).sh
 PYTHON := .venv/bin/python
 
-.PHONY: all demo test web chaos lint typecheck format install clean
+.PHONY: all demo test web chaos processors lint typecheck format install clean
 
 all: lint typecheck test
 
 # At a terminal it goes on serving, with a page to look at.
-demo: install
-	@if [ -t 1 ]; then .venv/bin/dllm demo --serve; else .venv/bin/dllm demo; fi
+demo:
+	@if [ -t 1 ]; then bash $(SETUP) demo --serve; else bash $(SETUP) demo; fi
 
 # Three processes for two cores: the tests of one of them mostly wait.
 test: install
@@ -27,6 +27,11 @@ web: install
 chaos: install
 	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py tests/model/test_clusters.py \
 	  tests/model/test_damaged_configs.py --schedules 850 $(ARGS)
+
+# The C library on processors and systems that this machine is not: built for them, and tested by emulation.
+# Needs Debian, and to be root; takes an hour.
+processors: install
+	bash scripts/try_processors.sh
 
 lint: install
 	$(PYTHON) -m ruff check .

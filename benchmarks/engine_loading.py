@@ -34,7 +34,7 @@ def print_loading(folder: Path, rounds: int, base: Path | None) -> None:
                 with peers.ours(folder, quantize=quantize, **env) as peer:
                     found[name].append(peer.loaded)
         rows += [(quantize, name, *_cells(loads, source)) for name, loads in found.items()]
-    head = ("load, quantize", "", "s", "GB/s of files", "CPU s", "GB/s per core")
+    head = ("load, quantize", "", "first touch, s", "s", "GB/s of files", "CPU s", "GB/s per core")
     print_table((*head, "weights, MB", "peak, MB", "above weights, MB"), rows)
     print_table(
         ("made of bfloat16, one core", "GB/s"),
@@ -43,9 +43,11 @@ def print_loading(folder: Path, rounds: int, base: Path | None) -> None:
 
 
 def _cells(loads: Sequence[Mapping[str, float]], source: int) -> tuple[float, ...]:
-    took, cpu = (statistics.median(one[key] for one in loads) for key in ("load_s", "cpu_s"))
+    touched, took, cpu = (
+        statistics.median(one[key] for one in loads) for key in ("touch_s", "load_s", "cpu_s")
+    )
     weights, peak = (max(one[key] for one in loads) for key in ("weight_bytes", "peak_bytes"))
-    speeds = took, source / took / _GB, cpu, source / cpu / _GB
+    speeds = touched, took, source / took / _GB, cpu, source / cpu / _GB
     return *speeds, weights / _MB, peak / _MB, (peak - weights) / _MB
 
 

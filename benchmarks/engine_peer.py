@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import mmap
 import platform
 import random
 import sys
@@ -29,7 +30,11 @@ Answer = dict[str, Any]
 
 
 def load_stage(folder: Path, dtype: torch.dtype, quantize: str) -> tuple[Any, Answer]:
-    """Return a stage with all layers, and what loading it took."""
+    """Return a stage with all layers, what loading it took, and the memory for it before.
+
+    A virtual machine's memory is given by its host when it is first touched, which may take longer
+    than loading. So as much memory as the files have is touched, timed and freed right before.
+    """
     from distributed_llm.common.checkpoint import open_checkpoint
     from distributed_llm.common.types import LayerRange
     from distributed_llm.worker.model.stage import Stage
@@ -39,6 +44,7 @@ def load_stage(folder: Path, dtype: torch.dtype, quantize: str) -> tuple[Any, An
     how: dict[str, Any] = {} if quantize == "none" else {"quantize": quantize}
     _settle_kernels()
     Stage.ensure_supported(checkpoint)  # takes its time once for each architecture
+    touched = _touch(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     began, cpu_began = time.perf_counter(), time.process_time()
@@ -47,6 +53,7 @@ def load_stage(folder: Path, dtype: torch.dtype, quantize: str) -> tuple[Any, An
     return stage, {
         "load_s": took,
         "cpu_s": cpu,
+        "touch_s": touched,
         "weight_bytes": stage.weight_bytes,
         "peak_bytes": _memory("VmHWM") - before,
     }
@@ -57,6 +64,16 @@ def _settle_kernels() -> None:
     with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
         kept = importlib.import_module("distributed_llm.worker.model.kernels.kept_choices")
         kept.settle(Path(folder), platform.processor())
+
+
+def _touch(nbytes: int) -> float:
+    """Return how many seconds it takes to write to each page of new memory; it is freed again."""
+    began = time.perf_counter()
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for place in range(0, nbytes, mmap.PAGESIZE):
+            memory[place] = 1
+    return time.perf_counter() - began
 
 
 def _memory(field: str) -> int:

@@ -23,7 +23,7 @@ from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import Action, Event, Studied
 from distributed_llm.coordinator.planning.forecast import Forecast
 from distributed_llm.coordinator.planning.plan_search import SearchResult
-from distributed_llm.coordinator.serve import serve
+from distributed_llm.coordinator.serve import open_to_serve, serve
 from distributed_llm.coordinator.speeds.demand import Demand
 
 
@@ -107,7 +107,10 @@ def main() -> None:
     configure(settings.log_level)
     threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
     service.Core = WatchedCore  # type: ignore[attr-defined]
-    code = asyncio.run(serve(settings, on_listening=lambda address: print(address, flush=True)))
+    opened = open_to_serve(settings)
+    code = asyncio.run(
+        serve(settings, *opened, on_listening=lambda address: print(address, flush=True))
+    )
     os._exit(code)
 
 

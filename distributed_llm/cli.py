@@ -47,7 +47,6 @@ from distributed_llm.options import (
 from distributed_llm.serving_process import WithParent, start_process
 
 if TYPE_CHECKING:
-    from distributed_llm.common.checkpoint import Checkpoint
     from distributed_llm.common.model_files import TensorInfo
 
 app = typer.Typer(
@@ -129,9 +128,10 @@ def coordinator(
     if insecure:
         allow_insecure(settings.coordinator.bind, settings_of(config, {}).coordinator.insecure)
     start_process(settings.coordinator.log_level, exit_with_parent)
-    from distributed_llm.coordinator.serve import serve
+    from distributed_llm.coordinator.serve import open_to_serve, serve
 
-    raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_address)))
+    opened = open_to_serve(settings.coordinator)
+    raise typer.Exit(asyncio.run(serve(settings.coordinator, *opened, on_listening=_print_address)))
 
 
 app.command(rich_help_panel=START)(worker_command.worker)
@@ -200,11 +200,12 @@ def plan(
     ).coordinator
     from distributed_llm import console
     from distributed_llm.coordinator import serve
+    from distributed_llm.coordinator.loadable import ensure_loadable
 
     run = serve.plan(
         *(model, worker, settings),
         parameters_of=_parameters_of,
-        check_loading=_check_loading if model else lambda checkpoint: None,
+        check_loading=ensure_loadable if model else lambda checkpoint: None,
     )
     console.print_plan(run, as_json=as_json)
 
@@ -213,12 +214,6 @@ def _parameters_of(config: Mapping[str, Any]) -> "Mapping[str, TensorInfo]":
     from distributed_llm.worker.model.empty_model import parameters_of  # loads torch
 
     return parameters_of(config)
-
-
-def _check_loading(checkpoint: "Checkpoint") -> None:
-    from distributed_llm.worker.model.stage import Stage  # loads torch
-
-    Stage.check_loading(checkpoint)
 
 
 @app.command(rich_help_panel=MACHINES)

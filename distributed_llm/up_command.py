@@ -58,6 +58,7 @@ def up(
     from distributed_llm.common.config import read_settings
     from distributed_llm.common.keyring import state_folder
     from distributed_llm.common.units import split_address
+    from distributed_llm.coordinator.serve import open_to_serve
     from distributed_llm.up.run import Wanted, run
 
     served = {"quantize": quantize, "kv_dtype": kv_dtype, "max_context": max_context}
@@ -78,6 +79,7 @@ def up(
         in_settings = read_settings(config, environment=os.environ, overrides={})[0]
         allow_insecure(where, in_settings.coordinator.insecure)
     start_process("warning", exit_with_parent)
+    open_to_serve(settings.coordinator, _progress)  # what cannot be served is refused first
     shared = [
         *options_as_words({"config": config}),
         *(["--insecure"] if settings.coordinator.insecure else []),

@@ -62,11 +62,11 @@ transformers makes text, and some for pictures as well; {verified} of the {all} 
 - **{tried}**: a small random model of the type is run whole and split before a worker
   serves it, and the type is refused if a token differs.
 
-What a config.json says may be a reason as well, whatever the type: attention that picks positions,
-say. Rotary positions that change with the longest text of a batch (longrope, dynamic) are those of
-the longest text that is served, for all texts. Code that comes with a checkpoint (`auto_map`) is
-never run: types that transformers has are run by its own code, others are refused. Layers and
-modules that predict several tokens at once (multi-token prediction) are left out.
+What a config.json says may be a reason as well, whatever the type: attention that chooses
+positions, say. Rotary positions that change with the longest text of a batch (longrope, dynamic)
+are those of the longest text that is served, for all texts. Code that comes with a checkpoint
+(`auto_map`) is never run: types that transformers has are run by its own code, others are refused.
+Layers and modules that predict several tokens at once (multi-token prediction) are left out.
 """
 
 

@@ -31,9 +31,9 @@ Installs distributed_llm into .venv in this folder, then does what ROLE says. Ru
 time: what is done already is not done again.
 
 Roles:
-  (none)         only install
+  (none)         only install, with the packages of developers
   demo           run a coordinator and three workers on this machine
-  test           run all tests
+  test           run all tests; their packages are installed too
   coordinator    run the coordinator
   worker         run a worker that joins a coordinator
 
@@ -309,6 +309,7 @@ main() {
             write_config
             enrol
             ;;
+        demo) install_package run ;;
         *) install_package dev ;;
     esac
     if [[ $service == install ]]; then

@@ -32,9 +32,9 @@ Installs distributed_llm into .venv in this folder, then does what ROLE says. Ru
 time: what is done already is not done again.
 
 Roles:
-  (none)         only install
+  (none)         only install, with the packages of developers
   demo           run a coordinator and three workers on this machine
-  test           run all tests
+  test           run all tests; their packages are installed too
   coordinator    run the coordinator
   worker         run a worker that joins a coordinator
 
@@ -350,6 +350,8 @@ if (@('coordinator', 'worker') -contains $Role) {
     Install-Package 'run'
     Write-Config
     Add-Machine
+} elseif ($Role -eq 'demo') {
+    Install-Package 'run'
 } else {
     Install-Package 'dev'
 }

@@ -1,11 +1,16 @@
-"""One fork server for all clusters of a test run, and for commands that load torch."""
+"""What would load torch once for each process or command of a test run is done with it once."""
 
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distributed_llm import load_check
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.coordinator.loadable import as_json, ensure_loadable
 from distributed_llm.local_process import LocalProcess, fork_server
 
 
@@ -41,3 +46,28 @@ def failed_worker(
     """Return the exit code of a worker that ends by itself, and what it said on stderr."""
     with warm_worker(log, *arguments, settings=settings) as process:
         return process.wait(60), log.read_text()
+
+
+@contextmanager
+def load_checks_here() -> Iterator[list[bytes]]:
+    """Play the process that checks checkpoints in this one; yield the questions that it is asked.
+
+    Else it takes 3 CPU seconds for each.
+    """
+    asked: list[bytes] = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        asked.append(options["input"])
+        Path(command[-1]).write_bytes(as_json(load_check.verdict(asked[-1])))
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(subprocess, "run", answer)
+        yield asked
+
+
+def checked(folder: Path) -> Path:
+    """Return a folder with a checkpoint, of which coordinators then know that it can be loaded."""
+    with load_checks_here():
+        ensure_loadable(open_checkpoint(folder))
+    return folder

@@ -17,6 +17,7 @@ from distributed_llm.api import errors
 from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
+from distributed_llm.api.ending import Ending, told
 from distributed_llm.api.errors import ApiError
 from distributed_llm.api.guard.crowd import Crowd, Share
 from distributed_llm.api.guard.envelope import Envelope, fault
@@ -45,7 +46,10 @@ _DEFAULTS = ApiSettings()
 
 
 def make_app(
-    callers: Callers, settings: ApiSettings = _DEFAULTS, feed: Feed | None = None
+    callers: Callers,
+    settings: ApiSettings = _DEFAULTS,
+    feed: Feed | None = None,
+    ending: Ending | None = None,
 ) -> ASGIApp:
     """Return the API as an ASGI application.
 
@@ -53,6 +57,7 @@ def make_app(
         callers: finds out who asks; closed when the application ends.
         settings: what is let in, and how much of it.
         feed: tells what the cluster does; whoever ends the application ends it first.
+        ending: says when whoever runs the application has told it to end.
     """
     readiness, feed = Readiness(callers.own), feed or Feed()
     measured, of_cluster = CollectorRegistry(), ClusterCollector()
@@ -93,10 +98,13 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    return HttpMeter(guarded(Registration(app, register), callers, settings), measured)
+    behind = guarded(Registration(app, register), callers, settings, ending)
+    return HttpMeter(behind, measured)
 
 
-def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+def guarded(
+    app: ASGIApp, callers: Callers, settings: ApiSettings, ending: Ending | None = None
+) -> ASGIApp:
     """Return an application behind all that a request passes first; the last here is the first."""
     app = Intake(app, settings.max_body)
     app = Share(app, settings.max_requests_per_key)
@@ -105,7 +113,7 @@ def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
     app = Origins(app, {*own_names(), *settings.allowed_hosts})
     app = HeaderLimits(app)
     app = RequestLog(app, is_public)
-    return Envelope(app)
+    return Envelope(app, ending or Ending())
 
 
 def application(guarded: Any) -> FastAPI:
@@ -132,7 +140,7 @@ async def _api_error(request: Request, exc: Exception) -> Response:
 
 async def _package_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, DistributedLLMError)
-    return _respond(request, errors.of_exception(exc))
+    return _respond(request, told(exc, request.scope))
 
 
 async def _wrong_body(request: Request, exc: Exception) -> Response:

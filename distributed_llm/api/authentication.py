@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from distributed_llm.api import errors
 from distributed_llm.api.callers import Callers, Unauthorized
+from distributed_llm.api.ending import told
 from distributed_llm.api.errors import ApiError
 from distributed_llm.common.errors import DistributedLLMError
 
@@ -44,7 +45,7 @@ class Authentication:
             error = (
                 ApiError(401, str(exc), "authentication_error", "invalid_api_key")
                 if isinstance(exc, Unauthorized)
-                else errors.of_exception(exc)
+                else told(exc, scope)
             )
             await errors.refuse(error, scope, receive, send)
 

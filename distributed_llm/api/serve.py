@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from distributed_llm.api.app import make_app
 from distributed_llm.api.callers import Callers
+from distributed_llm.api.ending import Ending
 from distributed_llm.api.guard.connections import Connection
 from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.watching import watch
@@ -94,13 +95,14 @@ async def serve(
             open_to_all=settings.open,
             connect_timeout_s=asked.connect_timeout_s,
         )
-        feed = Feed()
-        server = Server(make_app(callers, settings, feed))
+        feed, ending = Feed(), Ending()
+        server = Server(make_app(callers, settings, feed, ending))
         code = 1
 
         def stop(number: int) -> None:
             nonlocal code
             code = exit_code(number)
+            ending.begun = True
             feed.end()  # else those who follow it would be waited for
             server.stop()
 

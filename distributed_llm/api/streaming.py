@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from distributed_llm.api.errors import CLIENT_CLOSED, ApiError, of_exception
+from distributed_llm.api.ending import ending_error, is_ending, told
+from distributed_llm.api.errors import CLIENT_CLOSED, ApiError
 from distributed_llm.common.errors import DistributedLLMError, RequestCancelled
 
 PING_EVERY_S = 15.0
@@ -76,7 +77,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
         self._wrote_at = asyncio.get_running_loop().time()
-        sending = asyncio.ensure_future(self._send(send))
+        sending = asyncio.ensure_future(self._send(scope, send))
         leaving = asyncio.ensure_future(_left(receive))
         watching = asyncio.ensure_future(self._watch(send))
         tasks = (sending, leaving, watching)
@@ -90,13 +91,19 @@ class EventStream(Response):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_SEND_TIMEOUT_S):
                         await self._fail(leaving.result(), send)
+        except asyncio.CancelledError:  # those under way had their time
+            if self._begun and is_ending(scope):
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                await self._fail(ending_error(), send)
+            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._parts.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, send: Send) -> None:
         """Send all parts; the response begins with the first."""
         try:
             count = 0
@@ -107,7 +114,7 @@ class EventStream(Response):
                     await asyncio.sleep(0)
             await self._write(send, b"", more=False)
         except (DistributedLLMError, ApiError) as exc:
-            await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)
+            await self._fail(exc if isinstance(exc, ApiError) else told(exc, scope), send)
 
     async def _watch(self, send: Send) -> None:
         """Send a ping whenever nothing came for a while; return once the client is given up."""

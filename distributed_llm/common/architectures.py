@@ -11,7 +11,7 @@ from distributed_llm.common.config_defaults import generates_text, has_type
 from distributed_llm.common.encoder_decoders import is_encoder_decoder
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.indexers import INDEXED
-from distributed_llm.common.key_blocks import PICKS_BLOCKS
+from distributed_llm.common.key_blocks import CHOOSES_BLOCKS
 from distributed_llm.common.layer_windows import layer_sections
 from distributed_llm.common.model_sizes import num_layers, positive
 from distributed_llm.common.ngrams import ngram_layers
@@ -189,7 +189,9 @@ _EXPERTS_ARE_FULL = (
 )
 _POSITION_BIAS = "its attention adds a bias of its own to the scores"
 _OWN_MASK = "its attention makes a mask of its own from what it sees"
-_PICKS = "its attention picks some of the positions of a long text, and not as DeepSeek V3.2 does"
+_CHOOSES = (
+    "its attention chooses some of the positions of a long text, and not as DeepSeek V3.2 does"
+)
 _LOOPS = "its layers run several times for each token"
 _BYTES = "it reads bytes, and a model of its own decides where one piece of text ends"
 _POSITIONS = (
@@ -357,8 +359,8 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
     if ngram_layers(config) and config.get("ple_conv_kernel_size") == 1:
         yield _NO_CONVOLUTION
     # Short texts, as in a check, would not show it.
-    if config.get("model_type") not in INDEXED | PICKS_BLOCKS and any(map(config.get, _SPARSE)):
-        yield _PICKS
+    if config.get("model_type") not in INDEXED | CHOOSES_BLOCKS and any(map(config.get, _SPARSE)):
+        yield _CHOOSES
 
 
 def _flag(config: Mapping[str, Any], name: str) -> bool:

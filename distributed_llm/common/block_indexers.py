@@ -1,4 +1,4 @@
-"""How the attention of some models picks blocks of positions, as config.json tells it.
+"""How the attention of some models chooses blocks of positions, as config.json tells it.
 
 In Qwen4-Exp each position has a short key of its own beside those of the attention's heads. Where a
 block of positions is complete, the mean of their keys stands for it. A token attends to the blocks
@@ -16,12 +16,12 @@ BLOCK_INDEXED: frozenset[str] = frozenset({"qwen4_exp_text"})
 
 
 class BlockSizes(NamedTuple):
-    """What attention that picks blocks consists of.
+    """What attention that chooses blocks consists of.
 
     Attributes:
         block: positions of a block.
         most: blocks that a token attends to.
-        key_dim: numbers of the key of a position that blocks are picked by.
+        key_dim: numbers of the key of a position that blocks are chosen by.
     """
 
     block: int
@@ -40,7 +40,7 @@ class BlockSizes(NamedTuple):
 
 
 def block_sizes(config: Mapping[str, Any]) -> BlockSizes | None:
-    """Return what attention that picks blocks consists of; None: the model has no such attention.
+    """Return what attention that chooses blocks consists of; None: the model has no such attention.
 
     Args:
         config: the content of config.json.
@@ -60,7 +60,7 @@ def _size(config: Mapping[str, Any], name: str) -> int:
     size = config.get(name)
     if type(size) is not int or size < 1:
         raise CheckpointError(
-            f"config.json has {name} = {size!r}; it must be above 0, for attention picks positions "
-            "by it. Copy that of the original model."
+            f"config.json has {name} = {size!r}; it must be above 0, for attention chooses "
+            "positions by it. Copy that of the original model."
         )
     return size

@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.errors import CheckpointError
-from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
+from distributed_llm.common.key_blocks import choosing_layers, key_block_sizes
 
 INDEXED: frozenset[str] = frozenset({"axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"})
 """Model types with indexers; all of them have latent attention."""
@@ -37,7 +37,7 @@ def index_key_dims(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...
         return (blocks.key_dim,) * num_layers
     key_blocks = key_block_sizes(config)
     if key_blocks is not None:
-        return tuple(key_blocks.key_dim * picks for picks in picking_layers(config, num_layers))
+        return tuple(key_blocks.key_dim * one for one in choosing_layers(config, num_layers))
     if config.get("model_type") not in INDEXED:
         return (0,) * num_layers
     dim = config.get("index_head_dim", _KEY_DIM_BY_DEFAULT)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from distributed_llm.common.errors import CheckpointError
 
-PICKS_BLOCKS: frozenset[str] = frozenset({"minimax_m3_vl_text"})
+CHOOSES_BLOCKS: frozenset[str] = frozenset({"minimax_m3_vl_text"})
 """Model types that have such layers."""
 
-_PICKING = "minimax_m3_sparse"
+_CHOOSING = "minimax_m3_sparse"
 """How config.json calls these layers."""
 
 _LEGACY, _LEGACY_LAYERS = "sparse_attention_config", "sparse_attention_freq"
@@ -37,7 +37,7 @@ class KeyBlockSizes(NamedTuple):
     """What attention to some blocks consists of.
 
     Attributes:
-        key_dim: numbers of the key of a position that blocks are picked by.
+        key_dim: numbers of the key of a position that blocks are chosen by.
         block: positions of a block.
         most: blocks that a token attends to.
     """
@@ -61,22 +61,22 @@ def key_block_sizes(config: Mapping[str, Any]) -> KeyBlockSizes | None:
     Raises:
         CheckpointError: a size is no possible number.
     """
-    if config.get("model_type") not in PICKS_BLOCKS:
+    if config.get("model_type") not in CHOOSES_BLOCKS:
         return None
     return KeyBlockSizes(*(_size(config, name) for name in _DEFAULTS))
 
 
-def picking_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+def choosing_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
     """Return whether each layer attends to some blocks alone.
 
     Args:
         config: the content of config.json.
         num_layers: of the model.
     """
-    if config.get("model_type") in PICKS_BLOCKS:
+    if config.get("model_type") in CHOOSES_BLOCKS:
         listed = config.get("layer_types")
         if isinstance(listed, list) and len(listed) >= num_layers:
-            return tuple(kind == _PICKING for kind in listed[:num_layers])
+            return tuple(kind == _CHOOSING for kind in listed[:num_layers])
         listed = _legacy(config).get(_LEGACY_LAYERS)
         if isinstance(listed, list) and len(listed) >= num_layers:
             return tuple(map(bool, listed[:num_layers]))
@@ -93,7 +93,7 @@ def _size(config: Mapping[str, Any], name: str) -> int:
     if type(size) is not int or not 0 < size <= _LARGEST:
         raise CheckpointError(
             f"config.json has {name} = {size!r}; it must be a number from 1 to {_LARGEST:,}, for "
-            "attention picks positions by it. Copy that of the original model."
+            "attention chooses positions by it. Copy that of the original model."
         )
     return size
 

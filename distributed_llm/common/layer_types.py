@@ -19,7 +19,7 @@ CONV = "conv"
 HYBRID = "hybrid"
 _INDEXED = "indexed_attention"
 
-_LISTS = ("layer_types", "layers_block_type")
+LISTS_OF_TYPES = ("layer_types", "layers_block_type")
 """Names under which config.json lists the types; the first is that of today."""
 
 _LETTERS: Mapping[str, str] = {"M": LINEAR, "E": "moe", "-": "mlp", "*": FULL}
@@ -108,7 +108,7 @@ def layer_types(config: Config, num_layers: int) -> tuple[str, ...]:
 
 def _listed(config: Config, num_layers: int) -> tuple[str, ...]:
     """Return the types that config.json lists; none: it does not, or not of all layers."""
-    for name in _LISTS:
+    for name in LISTS_OF_TYPES:
         if found := _of_each(config, name, num_layers):
             return tuple(map(str, found))
     match config.get("model_type"):

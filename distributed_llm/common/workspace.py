@@ -10,7 +10,7 @@ from typing import Any
 from distributed_llm.common.block_indexers import block_sizes
 from distributed_llm.common.encoder_decoders import as_decoder, is_encoder_decoder, of_decoder
 from distributed_llm.common.indexers import index_key_dims
-from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
+from distributed_llm.common.key_blocks import choosing_layers, key_block_sizes
 from distributed_llm.common.latents import keeps_latents, most_absorbed
 from distributed_llm.common.layer_states import keeps_kv
 from distributed_llm.common.mixer_workspace import mixer_bytes
@@ -37,6 +37,9 @@ QUERIES_AT_ONCE = 128
 
 EXPANDED_AT_ONCE = 2**23
 """Numbers of keys and values that are made of latents at once."""
+
+_GRAPHS_BYTES = 256 << 20
+"""Of a GPU's memory that recorded decode steps may take: what they compute with, and the driver."""
 
 _COPIES_OF_SCORES = 4
 """The scores themselves, what the softmax makes of them, and what it is made with, in float32."""
@@ -78,6 +81,15 @@ _LEAST_BYTES = 8 << 20
 """Blocks of weights that are converted, states that are rounded, and other small things."""
 
 
+def graphs_bytes(device: str) -> int:
+    """Return the bytes that recorded decode steps may take on a device; 0 if it records none.
+
+    Args:
+        device: torch's name of it ("cuda:0").
+    """
+    return _GRAPHS_BYTES if device.partition(":")[0] == "cuda" else 0
+
+
 def workspace_bytes(
     config: Config, dtype: DtypeName, *, vocab_size: int, tokens: int, rows: int
 ) -> int:
@@ -106,7 +118,7 @@ def _bytes_in_stack(
     if keeps_latents(config):
         attention_bytes += _latents_bytes(config, tokens, item_bytes)
     attention_bytes += _blocks_bytes(config, tokens, item_bytes)
-    attention_bytes += _picked_bytes(config, tokens, item_bytes)
+    attention_bytes += _key_blocks_bytes(config, tokens, item_bytes)
     mlp_bytes = tokens * _mlp_width(config, hidden) * item_bytes
     mixing_bytes = mixer_bytes(config, dtype, tokens=tokens, rows=rows)
     residual = tokens * hidden * (streams(config) if streams(config) > 1 else 0)
@@ -171,7 +183,7 @@ def _chosen_bytes(config: Config, tokens: int, item_bytes: int) -> int:
 
 
 def _blocks_bytes(config: Config, tokens: int, item_bytes: int) -> int:
-    """Return what attention to blocks takes at once that tokens pick by one key of each."""
+    """Return what attention to blocks takes at once that tokens choose by one key of each."""
     sizes = block_sizes(config)
     if sizes is None or not any(keeps_kv(config)):
         return 0
@@ -188,18 +200,18 @@ def _blocks_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     return 2 * tokens * most * 8 + max(choosing, attending)
 
 
-def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
-    """Return what attention to blocks takes at once that tokens pick by keys of all positions."""
+def _key_blocks_bytes(config: Config, tokens: int, item_bytes: int) -> int:
+    """Return what attention to blocks takes at once that tokens choose by keys of all positions."""
     sizes = key_block_sizes(config)
-    if sizes is None or not any(picking_layers(config, num_layers(config))):
+    if sizes is None or not any(choosing_layers(config, num_layers(config))):
         return 0
     heads, kv_heads, key_dim, value_dim = head_sizes(config)
     positions = context_length(config)
     blocks = -(-positions // sizes.block)
-    picking = (positions + min(sizes.block, positions)) * sizes.key_dim * (2 * item_bytes + 4)
+    choosing = (positions + min(sizes.block, positions)) * sizes.key_dim * (2 * item_bytes + 4)
     queries = kv_heads * min(tokens, QUERIES_AT_ONCE)
     at_once = max(sizes.block, min(SCORES_AT_ONCE // queries, positions))
-    picking += queries * (at_once * _COPIES_OF_INDEX_SCORES * 4 + blocks * 8)
+    choosing += queries * (at_once * _COPIES_OF_INDEX_SCORES * 4 + blocks * 8)
     beside = -(-sizes.key_dim // kv_heads)
     width = kv_heads * (key_dim + beside + value_dim)
     most = min(sizes.seen, positions)
@@ -207,8 +219,8 @@ def _picked_bytes(config: Config, tokens: int, item_bytes: int) -> int:
     at_once = min(tokens * most, max(most, at_once))
     attending = at_once * (width * item_bytes + heads * 4 * _COPIES_OF_SCORES + kv_heads * 24)
     attending += tokens * heads * (2 * (key_dim + beside) + value_dim) * item_bytes
-    picked = kv_heads * tokens * min(sizes.most, blocks) * 8
-    return picked + max(picking, attending)
+    chosen = kv_heads * tokens * min(sizes.most, blocks) * 8
+    return chosen + max(choosing, attending)
 
 
 def _mlp_width(config: Config, hidden: int) -> int:

@@ -129,6 +129,19 @@ class KVWindows:
             blocks = rest // full if full else _MAX_TOKENS // KV_BLOCK
         return min(blocks, _MAX_TOKENS // KV_BLOCK) * KV_BLOCK
 
+    def capacity(self, tokens: int) -> int:
+        """Return the positions of capacity without which a sequence does not fit alone.
+
+        Args:
+            tokens: positions of the sequence.
+        """
+        blocks = _blocks(tokens)
+        if self.windowed and blocks > self.span:
+            price = (self.total - self.windowed) * blocks + self.windowed * self.span
+            blocks = max(self.span + 1, -(-price // self.total))
+        states = -(-HELD_STATES * self.state // self.total)
+        return (blocks + states * (blocks > 0)) * KV_BLOCK
+
     def most_sequences(self, capacity_tokens: int) -> int:
         """Return how many sequences have room for their states at once; 0 if they keep none.
 

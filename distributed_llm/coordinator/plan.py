@@ -106,9 +106,13 @@ def longest_tokens_of(plan: Plan, cost: ModelCost, step_tokens: int) -> int:
         cost: of the model.
         step_tokens: tokens per step at most.
     """
+    return windows_of(plan, cost, step_tokens).longest(kv_tokens_of(plan))
+
+
+def windows_of(plan: Plan, cost: ModelCost, step_tokens: int) -> KVWindows:
+    """Return the windows and states of the layers of a plan; as for `longest_tokens_of`."""
     told = [cost.kept_by(stage.layers, stage.kv_tokens) for stage in plan]
-    windowed = KVWindows.of_stages(told, margin_tokens(step_tokens, len(plan)))
-    return windowed.longest(kv_tokens_of(plan))
+    return KVWindows.of_stages(told, margin_tokens(step_tokens, len(plan)))
 
 
 def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:

@@ -28,6 +28,7 @@ from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.inspect_model import served_model
+from distributed_llm.coordinator.loadable import ensure_loadable
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
@@ -69,22 +70,24 @@ def how_to_join(bound: str, *, insecure: bool) -> str:
     return f"workers join with: {command} {best}{elsewhere}"
 
 
-async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
-    """Serve the model that `settings` names until SIGINT or SIGTERM; return the exit code.
+async def serve(
+    settings: CoordinatorSettings,
+    model: ServedModel,
+    checkpoint: Checkpoint,
+    *,
+    on_listening: Callable[[str], None],
+) -> int:
+    """Serve a model until SIGINT or SIGTERM; return the exit code.
 
     Args:
+        model: as `open_to_serve` returns it for these settings.
+        checkpoint: of it.
         on_listening: called with the address once the coordinator listens.
 
     Raises:
-        CheckpointError: the model cannot be read or split.
-        ConfigError: the setting `layers` does not suit the model.
         AddressInUse: the address cannot be listened on.
     """
     raise_file_limit()
-    model, checkpoint = open_model(settings.model, settings)
-    if settings.strategy == "custom":
-        check_custom(settings.layers, model.cost)
-
     _, port = split_address(settings.bind)
     trust = None if settings.insecure else Trust(state_folder(), port, now=time.time())
 
@@ -207,6 +210,27 @@ def _with_tokenizer(model: ServedModel, folder: Path) -> ServedModel:
         CheckpointError: the tokenizer in `folder` cannot be read.
     """
     return model.with_tokenizer(Tokenizer.open(folder).facts())
+
+
+def open_to_serve(
+    settings: CoordinatorSettings, tell: Callable[[str], None] = logger.info
+) -> tuple[ServedModel, Checkpoint]:
+    """Return the model that `settings` names, checked as far as it can be before a worker has it.
+
+    Args:
+        tell: called with a line for people when it takes seconds.
+
+    Raises:
+        CheckpointError: the model cannot be read, split or loaded.
+        ConfigError: the setting `layers` does not suit the model.
+        InvalidRequest: generation_config.json has a value out of range.
+    """
+    model, checkpoint = open_model(settings.model, settings)
+    if settings.strategy == "custom":
+        check_custom(settings.layers, model.cost)
+    if settings.model:
+        ensure_loadable(checkpoint, tell)
+    return model, checkpoint
 
 
 def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:

@@ -9,6 +9,7 @@ from distributed_llm import DistributedClient, LocalCluster
 from tests.checkpoints import make_checkpoint
 from tests.reference import check_varied, reference_ids
 from tests.waiting import eventually
+from tests.warm import checked
 
 PROMPT = [5, 17, 42, 99, 7]
 NUM_TOKENS = 60
@@ -19,14 +20,16 @@ WORKER: dict[str, Any] = {"slowdown": 2.0, "threads": 1, "max_memory": "41MiB"}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"),
-        num_layers=8,
-        tokenizer=True,
-        tie=False,
-        seed=10,
-        hidden_size=384,
-        intermediate_size=1024,
+    return checked(
+        make_checkpoint(
+            tmp_path_factory.mktemp("checkpoint"),
+            num_layers=8,
+            tokenizer=True,
+            tie=False,
+            seed=10,
+            hidden_size=384,
+            intermediate_size=1024,
+        )
     )
 
 

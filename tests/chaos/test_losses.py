@@ -25,6 +25,7 @@ from distributed_llm.common.messages import ClusterStatus
 from tests.checkpoints import make_checkpoint
 from tests.reference import check_varied, reference_ids
 from tests.waiting import eventually
+from tests.warm import checked
 
 PROMPT = [5, 17, 42, 99, 7]
 OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
@@ -33,8 +34,10 @@ QUICK: dict[str, Any] = {"heartbeat_interval_s": 0.2, "silence_timeout_s": 1.0}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(
-        tmp_path_factory.mktemp("checkpoint"), num_layers=6, tokenizer=True, tie=False, seed=10
+    return checked(
+        make_checkpoint(
+            tmp_path_factory.mktemp("checkpoint"), num_layers=6, tokenizer=True, tie=False, seed=10
+        )
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from distributed_llm import DistributedClient, LocalCluster
 from tests.checkpoints import make_checkpoint
-from tests.warm import warm_workers
+from tests.warm import checked, warm_workers
 
 __all__ = ["warm_workers"]
 
@@ -25,12 +25,14 @@ def ctrl_c_is_heard() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "tiny llama",
-        num_layers=NUM_LAYERS,
-        tokenizer=True,
-        tie=False,
-        seed=10,  # one whose answers vary
+    return checked(
+        make_checkpoint(
+            tmp_path_factory.mktemp("checkpoint") / "tiny llama",
+            num_layers=NUM_LAYERS,
+            tokenizer=True,
+            tie=False,
+            seed=10,  # one whose answers vary
+        )
     )
 
 

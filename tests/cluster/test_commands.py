@@ -358,10 +358,14 @@ def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
     (code_inside / "config.json").write_text(
         json.dumps({**config, "model_type": "nonesuch", "auto_map": {"A": "b.C"}})
     )
+    unfit = broken("unfit")
+    config = json.loads((unfit / "config.json").read_text())
+    (unfit / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
     for folder, said in (
         (cut, "not a whole safetensors file"),
         (pickled, "a pickle"),
         (code_inside, "never run"),
+        (unfit, "config.json is that of another model"),
     ):
         code, text = failure("coordinator", str(folder), "--bind", "127.0.0.1:0")
         assert code == 2, text
@@ -378,7 +382,7 @@ def test_an_architecture_that_cannot_be_split_is_refused_with_its_reason(tmp_pat
         LocalCluster(tmp_path).start()
 
 
-def test_an_architecture_that_nobody_knows_is_refused_by_the_first_worker(
+def test_an_architecture_that_nobody_knows_is_refused_at_the_start(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     for path in checkpoint.iterdir():

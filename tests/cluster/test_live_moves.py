@@ -29,6 +29,7 @@ from tests.checkpoints import make_checkpoint
 from tests.fault_proxy import FaultProxy, Faults
 from tests.reference import check_greedy, reference_ids
 from tests.waiting import eventually
+from tests.warm import checked
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -55,15 +56,17 @@ LIMIT_S = 60.0
 
 
 def make_movable_checkpoint(folder: Path) -> Path:
-    return make_checkpoint(
-        folder,
-        num_layers=NUM_LAYERS,
-        tokenizer=True,
-        tie=False,
-        seed=10,
-        hidden_size=384,  # so that weights are seen in the memory of a process
-        intermediate_size=1024,
-        max_position_embeddings=1024,
+    return checked(
+        make_checkpoint(
+            folder,
+            num_layers=NUM_LAYERS,
+            tokenizer=True,
+            tie=False,
+            seed=10,
+            hidden_size=384,  # so that weights are seen in the memory of a process
+            intermediate_size=1024,
+            max_position_embeddings=1024,
+        )
     )
 
 

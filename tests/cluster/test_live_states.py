@@ -9,6 +9,7 @@ from tests.checkpoints import make_checkpoint
 from tests.cluster.test_live_moves import LIMIT_S, WORKER, Answer
 from tests.reference import check_greedy
 from tests.waiting import eventually
+from tests.warm import checked
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -21,8 +22,8 @@ CHUNK = 32
 
 def test_answers_go_on_from_states_that_moved(tmp_path: Path) -> None:
     """Nothing is computed again, and others may go on from a snapshot that moved."""
-    folder = make_checkpoint(
-        tmp_path, "qwen3_next", num_layers=NUM_LAYERS, max_position_embeddings=512
+    folder = checked(
+        make_checkpoint(tmp_path, "qwen3_next", num_layers=NUM_LAYERS, max_position_embeddings=512)
     )
     settings = {"strategy": "even", "replicas": 1, "max_batch_tokens": CHUNK}
     with (

@@ -249,7 +249,11 @@ def check_output(text: str, folder: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "distributed_llm", *arguments],
-        env={name: value for name, value in os.environ.items() if not name.startswith("DLLM_")},
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("DLLM_") or name == CACHE_VARIABLE
+        },
         capture_output=True,
         text=True,
     )

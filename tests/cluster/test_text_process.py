@@ -12,6 +12,7 @@ import pytest
 from distributed_llm import DistributedClient, LocalCluster
 from tests.checkpoints import make_checkpoint
 from tests.waiting import eventually
+from tests.warm import checked
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -24,7 +25,9 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    folder = make_checkpoint(tmp_path / "chat", num_layers=2, tokenizer=True, eos_token_id=7)
+    folder = checked(
+        make_checkpoint(tmp_path / "chat", num_layers=2, tokenizer=True, eos_token_id=7)
+    )
     with LocalCluster(folder, workers=1) as cluster:
         yield cluster
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from distributed_llm import DistributedClient, InvalidRequest, LocalCluster
 from tests.encoder_decoders import build
 from tests.unit.made_source_tokenizers import folder_of
+from tests.warm import checked
 
 TEXT = "Hello world, she doesn't jump."
 HOW: dict[str, Any] = {"max_new_tokens": 16, "no_repeat_ngram_size": 1}
@@ -30,7 +31,7 @@ def test_a_translator_is_told_the_language(tmp_path: Path) -> None:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     with (
-        LocalCluster(tmp_path, workers=2, coordinator={"strategy": "even"}) as cluster,
+        LocalCluster(checked(tmp_path), workers=2, coordinator={"strategy": "even"}) as cluster,
         DistributedClient(cluster.address) as client,
     ):
         wanted = translated("de_DE")

@@ -88,8 +88,8 @@ def test_one_command_serves_here_and_invites_others(
     here, there = tmp_path / "here", tmp_path / "there"
     bind = f"0.0.0.0:{unused_port}"
     with up(here, str(checkpoint), "--bind", bind, "--max-memory", "256MiB") as running:
-        running.until("worker")
-        assert str(here / "logs" / str(unused_port)) in running.said[0]
+        begun = running.until("starting a coordinator")
+        assert str(here / "logs" / str(unused_port)) in begun
         running.until("is served, with room for")
         page = running.until("page:").split()[-1]
         url, _, admin = page.partition("/#key=")
@@ -162,3 +162,5 @@ def test_what_fails_at_the_start_is_said_and_ends_it(
     assert said in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+    if said.startswith("Error"):
+        assert done.stderr.startswith(said), "nothing is begun"

@@ -20,6 +20,7 @@ from tests.checkpoints import make_checkpoint
 from tests.hub_snapshot import NAME, write_snapshot
 from tests.reference import reference_text
 from tests.waiting import eventually
+from tests.warm import checked
 
 pytestmark = pytest.mark.timeout(120)
 NUM_LAYERS = 6
@@ -65,7 +66,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
         max_shard_size="2MB",
     )
     home = tmp_path_factory.mktemp("hub")
-    checkpoint = open_checkpoint(write_snapshot(home / "hub", folder))
+    checkpoint = open_checkpoint(checked(write_snapshot(home / "hub", folder)))
 
     def digest(name: str) -> str:
         info = checkpoint.tensors[name]

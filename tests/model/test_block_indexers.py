@@ -1,4 +1,4 @@
-"""Attention that picks blocks of positions: what is picked, where it lies, and in 8 bits.
+"""Attention that chooses blocks of positions: what is chosen, where it lies, and in 8 bits.
 
 `test_families` holds the tokens of such models against transformers.
 """
@@ -76,7 +76,7 @@ def last_states(
 
 @pytest.mark.parametrize("at_once", [1, 700, 2**22])
 @pytest.mark.parametrize("fork", [None, FORK])
-def test_what_is_picked_is_what_transformers_picks(
+def test_what_is_chosen_is_what_transformers_chooses(
     checkpoint: Checkpoint,
     expected: Tensor,
     at_once: int,
@@ -95,13 +95,13 @@ def test_what_is_picked_is_what_transformers_picks(
 def test_keys_of_blocks_may_be_kept_in_8_bits(
     checkpoint: Checkpoint, expected: Tensor, kv_dtype: KVDtype, most: float
 ) -> None:
-    """Some tokens pick others, whose scores are nearly the same."""
+    """Some tokens choose others, whose scores are nearly the same."""
     actual = last_states(checkpoint, kv_dtype, FORK)
     assert 0 < float((actual - expected).std() / expected.std()) < most
 
 
 def test_tokens_in_one_batch_see_what_they_see_alone(checkpoint: Checkpoint) -> None:
-    """A short text, one that picks, one whose token ends a block, and a chunk."""
+    """A short text, one that chooses, one whose token ends a block, and a chunk."""
     stage = Stage.load(checkpoint, LayerRange(0, 2), device=CPU, dtype=torch.float32)
     starts, counts = (5, 50, 39, 30), (1, 1, 1, 9)
 
@@ -133,7 +133,7 @@ def test_blocks_are_complete_where_their_last_positions_are(block: int) -> None:
 
 
 def test_keys_of_blocks_are_counted_beside_those_of_heads() -> None:
-    """Two heads of 256 numbers for keys and values, and 128 by which blocks are picked."""
+    """Two heads of 256 numbers for keys and values, and 128 by which blocks are chosen."""
     config = {
         **{"model_type": "qwen4_exp_text", "num_hidden_layers": 1, "hidden_size": 2048},
         **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},

@@ -1,4 +1,4 @@
-"""Attention that picks blocks of positions: where what is picked lies, in pieces and in 8 bits.
+"""Attention that chooses blocks of positions: where what is chosen lies, in pieces and in 8 bits.
 
 `test_families` holds the tokens of such models against transformers.
 """
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.key_blocks import key_block_sizes, picking_layers
+from distributed_llm.common.key_blocks import choosing_layers, key_block_sizes
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.model_sizes import layer_kv_bytes
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 }
 TEXT = torch.randint(VOCAB_SIZE, (75,), generator=torch.Generator().manual_seed(3)).tolist()
 STOPS = (17, 18, 36, 37, 60, 75)
-"""Where steps end: below, across and above the positions that a token may pick."""
+"""Where steps end: below, across and above the positions that a token may choose."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def last_states(checkpoint: Checkpoint, kv_dtype: KVDtype = "auto") -> Tensor:
 
 
 @pytest.mark.parametrize("at_once", [1, 700, 2**22])
-def test_what_is_picked_is_what_transformers_picks(
+def test_what_is_chosen_is_what_transformers_chooses(
     checkpoint: Checkpoint, expected: Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In pieces of one block or token, of a few, and of all."""
@@ -77,10 +77,10 @@ def test_what_is_picked_is_what_transformers_picks(
 
 
 @pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 0.3), ("fp8", 0.4)])
-def test_keys_that_blocks_are_picked_by_may_be_kept_in_8_bits(
+def test_keys_that_blocks_are_chosen_by_may_be_kept_in_8_bits(
     checkpoint: Checkpoint, expected: Tensor, kv_dtype: KVDtype, most: float
 ) -> None:
-    """Some tokens pick others, whose scores are nearly the same."""
+    """Some tokens choose others, whose scores are nearly the same."""
     actual = last_states(checkpoint, kv_dtype)
     assert 0 < float((actual - expected).std() / expected.std()) < most
 
@@ -101,10 +101,10 @@ def test_layers_and_sizes_are_those_of_the_files_as_they_were_published() -> Non
     kind: Any = CONFIG_MAPPING[FAMILY]
     made = kind(**told)
     config = {"model_type": FAMILY, **told}
-    assert picking_layers(config, 4) == tuple("sparse" in kind for kind in made.layer_types)
+    assert choosing_layers(config, 4) == tuple("sparse" in kind for kind in made.layer_types)
     sizes = (made.index_head_dim, made.index_block_size, made.index_topk_blocks)
     assert key_block_sizes(config) == sizes == (64, 32, 8)
-    assert picking_layers(made.to_dict(), 4) == picking_layers(config, 4)
+    assert choosing_layers(made.to_dict(), 4) == choosing_layers(config, 4)
 
 
 def test_a_size_that_is_none_is_named() -> None:
@@ -112,8 +112,8 @@ def test_a_size_that_is_none_is_named() -> None:
         key_block_sizes({"model_type": FAMILY, "index_block_size": "32"})
 
 
-def test_keys_that_blocks_are_picked_by_are_counted() -> None:
-    """4 heads with keys and values of 128 numbers, and another 128 where a layer picks."""
+def test_keys_that_blocks_are_chosen_by_are_counted() -> None:
+    """4 heads with keys and values of 128 numbers, and another 128 where a layer chooses."""
     types = ["full_attention", "minimax_m3_sparse"]
     kind: Any = CONFIG_MAPPING[FAMILY]
     config = kind(num_hidden_layers=2, layer_types=types).to_dict()
@@ -122,5 +122,5 @@ def test_keys_that_blocks_are_picked_by_are_counted() -> None:
 
 def test_an_indexer_of_another_kind_is_refused() -> None:
     model: Any = build_model(FAMILY, num_layers=2, index_n_heads=4)
-    with pytest.raises(UnsupportedModel, match="picks blocks of positions in another way"):
+    with pytest.raises(UnsupportedModel, match="chooses blocks of positions in another way"):
         use_key_block_indexers(model.model.layers[1])

@@ -34,7 +34,7 @@ def test_every_type_is_split_or_refused_or_tried() -> None:
     assert states["qwen3"] == "yes"
     assert states["bart"] == "yes, encoder and decoder"
     assert "pictures or sound" in states["whisper"]
-    assert "picks some of the positions" in states["deepseek_v4"]
+    assert "chooses some of the positions" in states["deepseek_v4"]
 
 
 def test_only_what_is_refused_is_behind_not() -> None:

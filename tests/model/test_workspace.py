@@ -45,7 +45,7 @@ _LATENTS = {
     "v_head_dim": 64,
     "max_position_embeddings": 2 * TOKENS,
 }
-_PICKED = {
+_CHOSEN = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {
             **{"indexer_budget": 128, "indexer_compress_ratio": 16},
         },
     ),
-    "minimax_m3_vl_text": (1.3, _PICKED),
+    "minimax_m3_vl_text": (1.3, _CHOSEN),
     "gemma2": (5.0, {}),  # blocks of scores, which a short prompt does not fill
 }
 """How many times what was measured may be planned."""

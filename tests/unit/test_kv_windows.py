@@ -99,6 +99,16 @@ def test_what_a_plan_needs_is_what_is_charged_in_it(
     assert book.resize(needed)
 
 
+@given(plan=plans, length=st.integers(1, 20_000))
+def test_the_capacity_for_a_sequence_is_the_least_in_which_it_fits(
+    plan: KVWindows, length: int
+) -> None:
+    capacity = plan.capacity(length)
+    assert plan.longest(capacity) >= length > plan.longest(capacity - KV_BLOCK)
+    book = KVLedger(capacity, plan)
+    assert book.open(SequenceId(1), [1] * length, 1, None)
+
+
 @given(windowed=st.integers(0, 256), state=st.integers(1, 5000), room=st.integers(640, 10_000))
 def test_a_state_is_charged_alike_with_windows_and_without(
     windowed: int, state: int, room: int

@@ -25,7 +25,7 @@ def given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     """What those who do the work are given: settings, or the words for a coordinator."""
     given: list[Any] = []
 
-    async def served(settings: Any, **_: Any) -> int:
+    async def served(settings: Any, *_: Any, **__: Any) -> int:
         given.append(settings.max_context)
         return 0
 

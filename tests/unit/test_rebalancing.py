@@ -1,14 +1,17 @@
 """When better plans are searched for a pipeline, and what follows from what is found."""
 
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from distributed_llm.common.messages import LoadStage, Notice
-from distributed_llm.common.types import PeerId, WorkerId
+from distributed_llm.common.types import KV_BLOCK, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
 from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
@@ -16,7 +19,7 @@ from distributed_llm.coordinator.planning.plan_question import PlanQuestion, Pla
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
-from tests.unit.coordinator_parts import Parts, ranges_of
+from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready
 
 Held = tuple[str, int, int]
 
@@ -241,7 +244,52 @@ def test_a_plan_must_have_room_for_what_an_answer_may_take() -> None:
     parts.ask(pipeline_of(parts), 100, new_tokens=900)
     search = asked(parts, 11.0)
     assert search
-    assert search.needed_tokens == 1000
+    assert search.needed_tokens == 1024, "in whole blocks"
+
+
+KEEPS_STATES = replace(COST, layer_state_bytes=(100,) * 6)
+SEES_LITTLE = replace(COST, windows=(64, 64, 64, 64, 64, 0))
+
+
+def serve_as_told(parts: Parts, *ranges: Held) -> Pipeline:
+    """Return a pipeline that serves, whose stages tell what their layers keep."""
+    parts.pipelines.load([parts.plan(*ranges)])
+    pipeline = pipeline_of(parts)
+    for stage in pipeline.plan:
+        kept = parts.cost.kept_by(stage.layers, stage.kv_tokens)
+        told = msgspec.structs.replace(
+            ready(pipeline.epoch, load_s=0.0),
+            kv_tokens=kept.tokens,
+            kv_token_bytes=kept.token_bytes,
+            kv_window=kept.window,
+            kv_windowed_bytes=kept.windowed_bytes,
+        )
+        parts.pipelines.stage_ready(parts.worker(stage.worker), told)
+    assert pipeline.in_flight
+    return pipeline
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("cost", [COST, KEEPS_STATES, SEES_LITTLE], ids=["", "states", "windows"])
+def test_who_fits_alone_needs_what_there_is_and_no_more(cost: ModelCost, share: int) -> None:
+    """With states it is more than its positions; with windows less, so other plans have room."""
+    parts = Parts({"a": 6500, "b": 6300}, cost, max_batch_tokens=64)
+    pipeline = serve_as_told(parts, ("a", 0, 3), ("b", 3, 6))
+    length = min(pipeline.longest_tokens, 1920) // share
+    parts.ask(pipeline, 10, new_tokens=length - 10)
+    needed, windows = parts.cluster.needed_tokens(pipeline), pipeline.kv_windows
+    assert windows.longest(needed) >= length > windows.longest(needed - KV_BLOCK)
+    assert needed <= pipeline.kv_tokens
+
+
+@pytest.mark.parametrize("room", [512, 576])
+def test_a_plan_without_room_for_what_it_is_to_serve_is_not_moved_to(room: int) -> None:
+    """A search knows what requests need by the prices of another plan."""
+    parts = Parts({"a": 90_000, "b": 4300 + 4 * room}, KEEPS_STATES)
+    pipeline = serve_as_told(parts, ("a", 0, 3), ("b", 3, 6))
+    parts.rebalancing.wake(now=10.0)
+    parts.ask(pipeline, 100, new_tokens=200)
+    assert bool(loads(confirmed(parts, BETTER))) == (room == 576), "5 blocks, and 2 for each state"
 
 
 def test_a_search_knows_who_hangs() -> None:

@@ -154,7 +154,7 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(copy: Path, system: str, 
     plan = plan_of(run(copy, system, *arguments, "--dry-run"))
     assert plan[0][1:] == ["-m", "venv", f"{copy}/.venv"]
     assert plan[1][-3:] == ["--constraint", f"{copy}/constraints.txt", "torch"]  # by itself
-    extras = "[dev]" if role in ("", "demo", "test") else ""
+    extras = "[dev]" if role in ("", "test") else ""
     assert plan[2][-2:] == ["--editable", f"{copy}{extras}"]
     assert plan[3:] == [[part.format(copy) for part in command] for command in ROLES[role]]
     assert files(copy) == before
@@ -474,6 +474,15 @@ def test_every_dependency_is_pinned() -> None:
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
         assert re.sub(r"[-_.]+", "-", name).lower() in pinned
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins.values())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+@pytest.mark.parametrize(("target", "asked"), [("demo", ("demo", "demo --serve")), ("test", ("",))])
+def test_make_asks_a_setup_script_for_what_it_needs(target: str, asked: tuple[str, ...]) -> None:
+    command = ["make", "--no-print-directory", "-n", target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    words = re.findall(r"bash setup_scripts/setup_\w+\.sh *([^;\n]*)", done.stdout)
+    assert sorted(word.strip() for word in words) == [*asked]
 
 
 def test_pre_commit_runs_what_make_runs() -> None:

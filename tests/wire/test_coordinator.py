@@ -12,7 +12,7 @@ from distributed_llm.common import codec
 from distributed_llm.common.errors import LocalProtocolError
 from distributed_llm.common.messages import StatusReport
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.coordinator.serve import serve
+from distributed_llm.coordinator.serve import open_to_serve, serve
 from tests.wire.test_transport import on_loop
 
 pytestmark = pytest.mark.timeout(60)
@@ -26,7 +26,8 @@ async def coordinator(**settings_of_core: Any) -> AsyncIterator[str]:
     """Yield the address of a coordinator."""
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     settings = CoordinatorSettings.model_validate({"bind": "127.0.0.1:0", **settings_of_core})
-    serving = asyncio.create_task(serve(settings, on_listening=listening.set_result))
+    opened = open_to_serve(settings)
+    serving = asyncio.create_task(serve(settings, *opened, on_listening=listening.set_result))
     try:
         await asyncio.wait((serving, listening), return_when=asyncio.FIRST_COMPLETED)
         yield listening.result()

@@ -1,7 +1,6 @@
 """What enrolled peers and strangers may send to a live coordinator: nothing of it does harm."""
 
 import asyncio
-import multiprocessing
 import os
 import pickle
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import Frame, frame_of_token_ids
 from distributed_llm.common.transport import Dealer, Login, new_key_pair
 from distributed_llm.common.types import Epoch, StepNumber
+from tests.own_process import in_own_process
 from tests.unit.coordinator_parts import capabilities
 from tests.wire.strategies import example
 from tests.wire.test_coordinator import coordinator
@@ -197,11 +197,7 @@ def test_whatever_a_peer_sends_is_counted_and_others_are_served(tmp_path: Path) 
 
     A process of its own, whose memory no other test has shaped, goes through them.
     """
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=every_row, args=(tmp_path,), daemon=True)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    in_own_process(every_row, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

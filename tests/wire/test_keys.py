@@ -36,6 +36,7 @@ from distributed_llm.common.transport import (
     sockets,
 )
 from distributed_llm.common.types import PeerId
+from tests.own_process import in_own_process
 from tests.wire.test_transport import ANY, Inbox, come_true, on_loop, raw_sockets
 
 pytestmark = pytest.mark.timeout(60)
@@ -343,8 +344,17 @@ async def test_silent_connections_change_nothing_for_who_is_known(
             await known.talks()
 
 
+def test_what_strangers_send_takes_no_memory() -> None:
+    in_own_process(bytes_of_strangers)
+
+
+def bytes_of_strangers() -> None:
+    random_bytes_change_nothing_for_who_is_known()
+    an_unfinished_message_of_a_stranger_never_gets_in()
+
+
 @on_loop
-async def test_random_bytes_change_nothing_for_who_is_known() -> None:
+async def random_bytes_change_nothing_for_who_is_known() -> None:
     """Through the whole state machine of the handshake: raw, after a greeting, as commands."""
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
     with serving() as server:
@@ -367,7 +377,7 @@ async def test_random_bytes_change_nothing_for_who_is_known() -> None:
 
 
 @on_loop
-async def test_an_unfinished_message_of_a_stranger_never_gets_in() -> None:
+async def an_unfinished_message_of_a_stranger_never_gets_in() -> None:
     """Without keys, frames of a message that never ends pile up in memory; see the reference."""
     with serving() as server:
         async with known_peer(server) as known:

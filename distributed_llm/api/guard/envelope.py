@@ -1,5 +1,6 @@
 """ASGI middleware around all else: ids of requests, headers of all responses, faults of our own."""
 
+import asyncio
 import logging
 import re
 import traceback
@@ -9,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distributed_llm.api import errors
+from distributed_llm.api.ending import Ending, ending_error
 from distributed_llm.api.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -31,12 +33,16 @@ _HEADERS = {
 class Envelope:
     """Gives each request an id, as `scope["state"]["request_id"]`, and each response its headers.
 
+    Beside the id stands whether the API is `ending`. What is cut off then, for it takes too long,
+    is told so.
+
     An id that the client sends is taken, if it can do no harm in a log. A fault of ours is logged
     with where it happened, not with its message, which may quote a prompt.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, ending: Ending) -> None:
         self._app = app
+        self._ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -44,7 +50,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         request_id = _id_of(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, ending=self._ending)
         begun = ended = False
 
         async def sending(message: Message) -> None:
@@ -62,6 +68,10 @@ class Envelope:
 
         try:
             await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if begun or not self._ending.begun:
+                raise
+            await errors.refuse(ending_error(), scope, receive, sending)
         except Exception as exc:
             where = "".join(traceback.format_tb(exc.__traceback__))
             logger.error("request %s failed: %s\n%s", request_id, type(exc).__name__, where)

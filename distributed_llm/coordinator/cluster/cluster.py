@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
-from distributed_llm.common.types import WorkerId
+from distributed_llm.common.types import KV_BLOCK, WorkerId
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.plan import Plan, kv_tokens_of, windows_of
 from distributed_llm.coordinator.requests.text_questions import TextQuestions
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -94,6 +95,16 @@ class Cluster:
         Args:
             windows: of the layers of that plan, by which all is charged; None: as they are now.
         """
-        scheduler = pipeline.scheduler
-        used = scheduler.needed_tokens(windows or pipeline.kv_windows) if scheduler else 0
-        return max(used, min(self.book.most_reserved, pipeline.kv_tokens))
+        scheduler, windows = pipeline.scheduler, windows or pipeline.kv_windows
+        used = scheduler.needed_tokens(windows) if scheduler else 0
+        largest = min(self.book.most_reserved, pipeline.longest_tokens)
+        return max(used, windows.capacity(largest))
+
+    def goes_on_in(self, plan: Plan, pipeline: Pipeline) -> bool:
+        """Return whether a plan has room for what runs on a pipeline, and for each that waits.
+
+        A search for plans knows what they need by the prices of the pipeline's own.
+        """
+        cost = self.model.cost_at(plan[0].quantize)
+        windows = windows_of(plan, cost, self.settings.max_batch_tokens)
+        return kv_tokens_of(plan) // KV_BLOCK * KV_BLOCK >= self.needed_tokens(pipeline, windows)

@@ -267,6 +267,8 @@ class Rebalancing:
         if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
         plan = search.planner.plan_of(self._cluster.memory_of(workers), best.layer_map)
+        if not self._cluster.goes_on_in(plan, pipeline):
+            return []  # the move would be undone
         price = self._moves.prices.price(pipeline, plan)
         gain = best.score(search.objective) / result.served.score(search.objective) - 1.0
         lineage = self._lineage(pipeline)

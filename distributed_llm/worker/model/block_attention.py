@@ -1,7 +1,7 @@
-"""Attention to blocks of positions that each token has picked: what is picked is gathered.
+"""Attention to blocks of positions that each token has chosen: what is chosen is gathered.
 
 As long as a text is no longer than what a token may see, it is attention to all positions. The keys
-that blocks are picked by lie behind the keys of the heads, a part behind each, in one row of the KV
+that blocks are chosen by lie behind the keys of the heads, a part behind each, in one row of the KV
 cache. So queries end in zeros where rows are read whole.
 """
 
@@ -195,8 +195,7 @@ def _held_keys(
         stop = min(part.start, following.start) if following else part.start
         if segment is None or stop <= max(first, segment.start):
             continue
-        buffers = segment.layers[layer]
-        assert buffers is not None
-        keys = buffers.cut(max(first, segment.start) - segment.start, stop - segment.start).keys
+        low = max(first, segment.start) - segment.start
+        keys = step.cache.read(layer, segment, low, stop - segment.start).keys
         found.append(coding.turned_back(coding.decoded(keys, *kind)) if coding else keys)
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

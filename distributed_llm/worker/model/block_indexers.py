@@ -1,11 +1,11 @@
-"""Has indexers that pick blocks of positions tell what they pick by, and pick where all are held.
+"""Has indexers that choose blocks tell what they choose by, and choose where all are held.
 
 In transformers, such an indexer returns which positions each token attends to, and its attention
 module adds that to a mask. Here it returns queries and keys of a step's tokens
 (`BlockMeansChoice`), which take the way of the mask: keys of earlier positions are in the KV cache.
 
 There the last position of each block has the finished key of the block in the place of its own:
-nobody needs its own any more, and blocks are picked by reading one key of each.
+nobody needs its own any more, and blocks are chosen by reading one key of each.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from distributed_llm.worker.model.indexers import index_scores
 from distributed_llm.worker.model.packed_step import PackedSlice
 
 _NEEDED = ("index_qk_proj", "q_layernorm", "k_layernorm", "compress_ratio", "block_topk")
-"""What indexers have that pick blocks."""
+"""What indexers have that choose blocks."""
 
 _ROTATION = "apply_rotary_pos_emb"
 
@@ -123,16 +123,16 @@ class BlockMeansChoice:
             there = slice(row, min(tokens, row + size - (start + row + 1) % size))
             # Of no more than are complete: with others, those would differ whose scores are equal.
             best = scores[there, :complete].topk(min(self._sizes.most, complete)).indices
-            picked = (best[:, :, None] * size + within).flatten(1)
+            chosen = (best[:, :, None] * size + within).flatten(1)
             after = complete * size + within[:-1]
             after = torch.where(after <= own[there], after, NOT_CHOSEN)
-            rows[there, : picked.shape[1] + size - 1] = torch.cat((picked, after), dim=1)
+            rows[there, : chosen.shape[1] + size - 1] = torch.cat((chosen, after), dim=1)
             row = there.stop
         return rows
 
 
 class ChoosingMask:
-    """Stands for the mask of attention that picks blocks: with what is picked, it is that."""
+    """Stands for the mask of attention that chooses blocks: with what is chosen, it is that."""
 
     dtype = torch.bool
 
@@ -196,7 +196,7 @@ class PackedBlockIndexer(nn.Module):
 
 
 def use_packed_block_indexers(layer: nn.Module) -> None:
-    """Have the indexers of a loaded layer that pick blocks return a `BlockMeansChoice`.
+    """Have the indexers of a loaded layer that choose blocks return a `BlockMeansChoice`.
 
     Raises:
         UnsupportedModel: they choose in another way.

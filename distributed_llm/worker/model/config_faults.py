@@ -8,7 +8,7 @@ import inspect
 import linecache
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from distributed_llm.common.config_defaults import config_defaults
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.layer_types import LISTS_OF_TYPES
 from distributed_llm.common.model_sizes import is_size
 
 _WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
@@ -26,13 +27,22 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 _KEPT = re.compile(r"self\.(\w+) = config\.(\w+)$", re.MULTILINE)
 _HOME = str(Path(transformers.__file__).parent)
 _OWN_HOME = str(Path(__file__).parents[2])
+_TIES_NOTHING = "definition of `tie_weights_keys`"
+"""What transformers says of layers that should share weights with others, which there are not."""
+
 _NEVER_AT_FAULT = frozenset({"dtype", "torch_dtype", "model_type", "architectures", "use_cache"})
 _MOST = 2**31 - 1
 _CONDITION_LINES = 2
 """Lines before one that raises in which its condition may be."""
 
-_SHOWN_NAMES = 6
+_SHOWN = 6
 _SHOWN_CHARS = 60
+
+
+_Path = tuple[str, ...]
+"""Where a value is in config.json: its name, after those of what it is within."""
+
+_Names = Mapping[str, Sequence[_Path]]
 
 
 def refused(how: str, config: Mapping[str, Any], exc: BaseException) -> CheckpointError:
@@ -76,20 +86,23 @@ def _what_is_wrong(exc: BaseException, config: Mapping[str, Any]) -> str:
     """Return what is wrong with a config.json, in words for people; empty if the error hides it."""
     said, known = str(exc), _known_names(config)
     if field := _WRONG_FIELD.search(said):
-        name = known.get(field[1], field[1])
-        return f"{_shown([name], config)} is no value for it"
+        named = known.get(field[1], [(field[1],)])
+        return f"{_shown(named, config)} is no value for it"
     in_text = _names_in(said, {**_declared_names(config), **known})
     if names := in_text or list(_spelled_out(said, known)):
-        named = dict.fromkeys((*_unusual(config, least=0), *names))
-        return f"it does not allow {_shown(list(named), config)}"
+        return f"it does not allow {_shown((*_unusual(config, least=0), *names), config)}"
+    if _TIES_NOTHING in said:
+        declared = {**_declared_names(config), **config}
+        lists = [(name,) for name in LISTS_OF_TYPES if name in declared]
+        return f"no two layers share weights by {_shown(lists, config)}"
     read = _first_read(exc, known, 0) or _first_read(exc, known, _CONDITION_LINES)
-    if at_fault := dict.fromkeys((*_unusual(config, least=0 if read else 1), *read)):
-        return f"it fails where it reads {_shown(list(at_fault), config)}"
+    if at_fault := (*_unusual(config, least=0 if read else 1), *read):
+        return f"it fails where it reads {_shown(at_fault, config)}"
     return ""
 
 
-def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[str]:
-    """Yield the names of sizes that are no numbers from `least` on, nor what is usual."""
+def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[_Path]:
+    """Yield the paths of sizes that are no numbers from `least` on, nor what is usual."""
     usual = config_defaults(str(config.get("model_type"))).values
     for name, told in config.items():
         default = usual.get(name)
@@ -98,7 +111,7 @@ def _unusual(config: Mapping[str, Any], *, least: int) -> Iterator[str]:
         right = type(told) is int and (least if default else 0) <= told <= _MOST
         is_other = told is not None and told != default and not isinstance(told, list)
         if is_count and is_other and not right and name not in _NEVER_AT_FAULT:
-            yield name
+            yield (name,)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
@@ -109,21 +122,31 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _known_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names that code may have for values of a config.json, each with its name there."""
+def _known_names(config: Mapping[str, Any]) -> _Names:
+    """Return the names that code may have for values of a config.json, with their places there."""
     defaults = config_defaults(str(config.get("model_type")))
     known = {name: name for name in (*defaults.values, *config)}
     for alias, own in CONFIG_MAPPING[config["model_type"]].attribute_map.items():
         known |= {alias: own} if own in config else {own: alias} if alias in config else {}
     if "rope_scaling" in config:  # what transformers makes of it has another name
         known["rope_parameters"] = "rope_scaling"
-    for outer, value in config.items():
+    within: dict[str, list[_Path]] = {}
+    for path in _within(config):
+        within.setdefault(path[-1], []).append(path)
+    names: _Names = {**within, **{name: [(key,)] for name, key in known.items()}}
+    return {name: paths for name, paths in names.items() if paths[0][-1] not in _NEVER_AT_FAULT}
+
+
+def _within(part: Mapping[str, Any], *above: str) -> Iterator[_Path]:
+    """Yield the paths of all values within others."""
+    for name, value in part.items():
+        if above:
+            yield (*above, name)
         if isinstance(value, Mapping):
-            known = {str(inner): f"{outer}.{inner}" for inner in value} | known
-    return {name: key for name, key in known.items() if key not in _NEVER_AT_FAULT}
+            yield from _within(value, *above, name)
 
 
-def _declared_names(config: Mapping[str, Any]) -> dict[str, str]:
+def _declared_names(config: Mapping[str, Any]) -> _Names:
     """Return the names of values of transformers' class for a config.json, each with itself.
 
     Among them are those that have no default, which an error may miss. Not the names that all
@@ -132,32 +155,34 @@ def _declared_names(config: Mapping[str, Any]) -> dict[str, str]:
     kind = CONFIG_MAPPING[config["model_type"]]
     bases = [base for base in kind.__mro__ if base not in PretrainedConfig.__mro__]
     names = (name for base in bases for name in inspect.get_annotations(base))
-    return {name: name for name in names if name not in _NEVER_AT_FAULT}
+    return {name: [(name,)] for name in names if name not in _NEVER_AT_FAULT}
 
 
-def _names_in(text: str, known: Mapping[str, str]) -> list[str]:
-    return list(dict.fromkeys(known[word] for word in _WORD.findall(text) if word in known))
+def _names_in(text: str, known: _Names) -> list[_Path]:
+    return [path for word in _WORD.findall(text) for path in known.get(word, ())]
 
 
-def _spelled_out(text: str, known: Mapping[str, str]) -> Iterator[str]:
-    """Yield the names that a text has as words, such as "the number of attention heads"."""
+def _spelled_out(text: str, known: _Names) -> Iterator[_Path]:
+    """Yield the places of names that a text spells out, as in "the number of attention heads"."""
     words = text.lower().replace("number of ", "num ")
-    for name, key in known.items():
-        if "_" in name and re.search(rf"\b{name.replace('_', ' ')}\b", words):
-            yield key
+    for name, paths in known.items():
+        if "_" in name and re.search(rf"\b{re.escape(name.replace('_', ' '))}\b", words):
+            yield from paths
 
 
-def _first_read(exc: BaseException, known: Mapping[str, str], above: int) -> list[str]:
-    """Return the names that `_names_read` yields first of an error or what it was raised from."""
+def _first_read(exc: BaseException, known: _Names, above: int) -> list[_Path]:
+    """Return the places that `_names_read` yields first of an error or what it was raised from."""
     return next((found for one in _causes(exc) for found in _names_read(one, known, above)), [])
 
 
-def _names_read(exc: BaseException, known: Mapping[str, str], above: int) -> Iterator[list[str]]:
-    """Yield the names in the lines of transformers that an error came through, innermost first.
+def _names_read(exc: BaseException, known: _Names, above: int) -> Iterator[list[_Path]]:
+    """Yield the places of names in the lines of transformers that an error came through.
+
+    Those of the innermost line come first.
 
     Args:
         exc: the error.
-        known: names that code may have, each with that in config.json.
+        known: names that code may have, with their places in config.json.
         above: how many lines before the innermost one are searched as well, and no others then.
     """
     frames = reversed(traceback.extract_tb(exc.__traceback__))
@@ -171,19 +196,22 @@ def _names_read(exc: BaseException, known: Mapping[str, str], above: int) -> Ite
                 yield names
 
 
-def _kept_as(file: str, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the attributes in which modules of a file keep values, each with the value's name."""
+def _kept_as(file: str, known: _Names) -> _Names:
+    """Return the attributes in which modules of a file keep values, with the values' places."""
     found = _KEPT.findall("".join(linecache.getlines(file)))
     return {attribute: known[name] for attribute, name in found if name in known}
 
 
-def _shown(names: list[str], config: Mapping[str, Any]) -> str:
-    return ", ".join(_value_text(name, config) for name in islice(names, _SHOWN_NAMES))
+def _shown(paths: Iterable[_Path], config: Mapping[str, Any]) -> str:
+    return ", ".join(_value_text(path, config) for path in islice(dict.fromkeys(paths), _SHOWN))
 
 
-def _value_text(name: str, config: Mapping[str, Any]) -> str:
-    outer, _, inner = name.partition(".")
-    if outer not in config:
-        return f"{name}, which it lacks"
-    shown = repr(config[outer][inner] if inner else config[outer])
-    return f"{name} = {shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + '...'}"
+def _value_text(path: _Path, config: Mapping[str, Any]) -> str:
+    found: Any = config
+    for name in path:
+        if name not in found:
+            return f"{'.'.join(path)}, which it lacks"
+        found = found[name]
+    shown = repr(found)
+    cut = shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+    return f"{'.'.join(path)} = {cut}"

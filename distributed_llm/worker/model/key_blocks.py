@@ -1,4 +1,4 @@
-"""Has indexers that pick blocks of positions tell what they pick by, and pick where all are held.
+"""Has indexers that choose blocks tell what they choose by, and choose where all are held.
 
 In transformers, the indexer of MiniMax-M3 returns the blocks that each token attends to, for each
 head of keys, and its attention module hands these to its attention function. Here it returns
@@ -21,7 +21,7 @@ from distributed_llm.worker.model.chosen_rows import NOT_CHOSEN
 from distributed_llm.worker.model.packed_step import PackedSlice
 
 _NEEDED = ("q_proj", "k_proj", "q_norm", "k_norm", "block_size", "topk_blocks", "local_blocks")
-"""What indexers have that pick blocks in this way."""
+"""What indexers have that choose blocks in this way."""
 
 _ROTATION = "apply_rotary_pos_emb"
 
@@ -33,7 +33,7 @@ class KeyBlockChoice:
         queries: [heads, tokens, dim], of as many heads as keys and values have.
         keys: [tokens, dim], of the same positions.
         sizes: of the blocks.
-        local: blocks that every token picks, its own one and those before it.
+        local: blocks that every token chooses, its own one and those before it.
 
     Attributes:
         seen: positions that a token attends to at most.
@@ -132,7 +132,7 @@ class KeyBlockIndexer(nn.Module):
         kv_heads: heads of keys of its attention.
 
     Raises:
-        UnsupportedModel: it picks in another way.
+        UnsupportedModel: it chooses in another way.
     """
 
     def __init__(self, indexer: nn.Module, kv_heads: int) -> None:
@@ -141,10 +141,10 @@ class KeyBlockIndexer(nn.Module):
         known = all(hasattr(indexer, name) for name in _NEEDED)
         if rotation is None or not known or getattr(indexer, "num_heads", 0) != kv_heads:
             raise UnsupportedModel(
-                f"{type(indexer).__name__} of the installed transformers picks blocks of positions "
-                "in another way than this program expects, which is once for each head of keys. "
-                "Install another version (pip install -U transformers) on every machine, or use "
-                "another model."
+                f"{type(indexer).__name__} of the installed transformers chooses blocks of "
+                "positions in another way than this program expects, which is once for each head "
+                "of keys. Install another version (pip install -U transformers) on every machine, "
+                "or use another model."
             )
         self.indexer: Any = indexer
         self._rotate: Any = rotation
@@ -155,7 +155,7 @@ class KeyBlockIndexer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         *_: object,
     ) -> KeyBlockChoice:
-        """Return what tokens pick by, of their hidden states [1, tokens, hidden_size].
+        """Return what tokens choose by, of their hidden states [1, tokens, hidden_size].
 
         Args:
             hidden_states: of the step.
@@ -172,10 +172,10 @@ class KeyBlockIndexer(nn.Module):
 
 
 def use_key_block_indexers(layer: nn.Module) -> None:
-    """Have the indexers of a loaded layer that pick blocks return a `KeyBlockChoice`.
+    """Have the indexers of a loaded layer that choose blocks return a `KeyBlockChoice`.
 
     Raises:
-        UnsupportedModel: they pick in another way.
+        UnsupportedModel: they choose in another way.
     """
     for module in list(layer.modules()):
         if isinstance(indexer := getattr(module, "indexer", None), nn.Module):

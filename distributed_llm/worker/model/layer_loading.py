@@ -92,8 +92,8 @@ class ModelLoader:
         self._where = f"{checkpoint.place}, {checkpoint.model_type!r} model"
         self._described_by = checkpoint.described_by
         self._keeps_latents = keeps_latents(checkpoint.config)
-        self._picks_blocks = block_sizes(checkpoint.config) is not None
-        self._picks_key_blocks = key_block_sizes(checkpoint.config) is not None
+        self._chooses_blocks = block_sizes(checkpoint.config) is not None
+        self._chooses_key_blocks = key_block_sizes(checkpoint.config) is not None
         self._device = device
         self._dtype = dtype
         self._mapping = conversions_of(model)
@@ -131,9 +131,9 @@ class ModelLoader:
             if self._keeps_latents:
                 keep_latents(layer)
                 use_packed_indexers(layer)
-            if self._picks_blocks:
+            if self._chooses_blocks:
                 use_packed_block_indexers(layer)
-            if self._picks_key_blocks:
+            if self._chooses_key_blocks:
                 use_key_block_indexers(layer)
             wrap_ngram_parts(layer)
             pack_experts(self._shell)

@@ -5,36 +5,23 @@
  *     2022. */
 #include "floats.h"
 #include "instructions.h"
+#include "memory.h"
 #include "threads.h"
 
 #include <stdlib.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "attention.h"
 
 #define MOST_SCORED 2 /* heads for which a key is read once, and the registers have room */
 #define MOST_ADDED 4  /* heads for which a value is */
 #define FEWEST_HEADS 4 /* of one key that are worth a thread of their own, which reads the key again */
 
-INLINE __m256 int8_load8(const uint8_t *from)
-{
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-}
-
-/* As 1/256 of what they stand for: the bits are those of a float16, whose exponents are biased so. */
-INLINE __m256 fp8_load8(const uint8_t *from)
-{
-    __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)from));
-    wide = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbfff)); /* one sign */
-    return _mm256_cvtph_ps(wide);
-}
-
-INLINE __m256 scale8(const uint8_t *from, float factor)
+INLINE Eight scale8(const uint8_t *from, float factor)
 {
     uint16_t narrow;
     memcpy(&narrow, from, sizeof narrow);
-    return _mm256_set1_ps(widened(narrow) * factor);
+    return same8(widened(narrow) * factor);
 }
 
 /* Rows of `columns` numbers, of which each is `width` behind the one before. */
@@ -44,18 +31,18 @@ static void widen_rows(float *to, int64_t width, const uint8_t *from, int64_t ro
     for (int64_t row = 0; row < rows; row++, from += stride, to += width) {
         /* Positions that come next often begin a page, at which the processor stops reading ahead. */
         for (int64_t i = 0; i < columns * (kept == BFLOAT16 ? 2 : 1); i += 64)
-            _mm_prefetch((const char *)from + POSITIONS * stride + i, _MM_HINT_T0);
+            PREFETCH(from + POSITIONS * stride + i);
         if (kept == INT8) {
-            __m256 scale = scale8(from + columns, 1.0f);
+            Eight scale = scale8(from + columns, 1.0f);
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, _mm256_mul_ps(int8_load8(from + i), scale));
+                store_floats8(to + i, multiply8(load_signed8(from + i), scale));
         } else if (kept == FP8) {
-            __m256 scale = scale8(from + columns, 256.0f);
+            Eight scale = scale8(from + columns, 256.0f);
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, _mm256_mul_ps(fp8_load8(from + i), scale));
+                store_floats8(to + i, multiply8(load_fp8(from + i), scale));
         } else {
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, load8((const uint16_t *)from + i));
+                store_floats8(to + i, load8((const uint16_t *)from + i));
         }
     }
 }
@@ -64,22 +51,18 @@ static void widen_rows(float *to, int64_t width, const uint8_t *from, int64_t ro
 INLINE void score_heads(float *scores, const float *queries, const float *keys, int64_t width,
                         const int heads)
 {
-    __m256 sums[MOST_SCORED][4];
+    Eight sums[MOST_SCORED][4];
     for (int h = 0; h < heads; h++)
         for (int n = 0; n < 4; n++)
-            sums[h][n] = _mm256_setzero_ps();
+            sums[h][n] = zero8();
     for (int64_t i = 0; i < width; i += 8)
         for (int h = 0; h < heads; h++) {
-            __m256 query = _mm256_load_ps(queries + h * width + i);
+            Eight query = load_floats8(queries + h * width + i);
             for (int n = 0; n < 4; n++)
-                sums[h][n] = _mm256_fmadd_ps(query, _mm256_load_ps(keys + n * width + i), sums[h][n]);
+                sums[h][n] = multiply_add8(query, load_floats8(keys + n * width + i), sums[h][n]);
         }
-    for (int h = 0; h < heads; h++) {
-        __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[h][0], sums[h][1]),
-                                      _mm256_hadd_ps(sums[h][2], sums[h][3]));
-        _mm_store_ps(scores + h * POSITIONS, _mm_add_ps(_mm256_castps256_ps128(pairs),
-                                                        _mm256_extractf128_ps(pairs, 1)));
-    }
+    for (int h = 0; h < heads; h++)
+        store_sums8(scores + h * POSITIONS, sums[h]);
 }
 
 /* The scores of `heads` heads and POSITIONS rows, of which the last ones need not be there. */
@@ -101,27 +84,27 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
                        int64_t stride, int64_t dim, int64_t positions, const int heads)
 {
     for (int64_t i = 0; i < dim; i += 8) {
-        __m256 own[MOST_ADDED], other[MOST_ADDED];
+        Eight own[MOST_ADDED], other[MOST_ADDED];
         for (int h = 0; h < heads; h++) {
-            own[h] = _mm256_mul_ps(_mm256_load_ps(sums + h * dim + i), _mm256_set1_ps(fades[h]));
-            other[h] = _mm256_setzero_ps();
+            own[h] = multiply8(load_floats8(sums + h * dim + i), same8(fades[h]));
+            other[h] = zero8();
         }
         int64_t p = 0;
         for (; p + 2 <= positions; p += 2) {
-            __m256 value = _mm256_load_ps(values + p * stride + i);
-            __m256 next = _mm256_load_ps(values + (p + 1) * stride + i);
+            Eight value = load_floats8(values + p * stride + i);
+            Eight next = load_floats8(values + (p + 1) * stride + i);
             for (int h = 0; h < heads; h++) {
                 const float *weight = weights + h * POSITIONS + p;
-                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight), value, own[h]);
-                other[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight + 1), next, other[h]);
+                own[h] = multiply_add8(same8(*weight), value, own[h]);
+                other[h] = multiply_add8(same8(weight[1]), next, other[h]);
             }
         }
         if (p < positions)
             for (int h = 0; h < heads; h++)
-                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * POSITIONS + p),
-                                         _mm256_load_ps(values + p * stride + i), own[h]);
+                own[h] = multiply_add8(same8(weights[h * POSITIONS + p]),
+                                       load_floats8(values + p * stride + i), own[h]);
         for (int h = 0; h < heads; h++)
-            _mm256_store_ps(sums + h * dim + i, _mm256_add_ps(own[h], other[h]));
+            store_floats8(sums + h * dim + i, add8(own[h], other[h]));
     }
 }
 
@@ -129,11 +112,11 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
 static void rotate(float *to, const uint16_t *from, const float *rotation, int64_t dim)
 {
     for (int64_t column = 0; column < dim; column += 8) {
-        __m256 sum = _mm256_setzero_ps();
+        Eight sum = zero8();
         for (int64_t i = 0; i < dim; i++)
-            sum = _mm256_fmadd_ps(_mm256_set1_ps(widened(from[i])),
-                                  _mm256_loadu_ps(rotation + i * dim + column), sum);
-        _mm256_store_ps(to + column, sum);
+            sum = multiply_add8(same8(widened(from[i])),
+                                  load_floats8(rotation + i * dim + column), sum);
+        store_floats8(to + column, sum);
     }
 }
 
@@ -258,10 +241,10 @@ static void attend_heads(const Work *w, const Memory *m, int64_t token, int64_t 
     }
     for (int64_t h = 0; h < heads; h++) {
         uint16_t *output = w->output + (token * w->heads + first_head + h) * w->value_dim;
-        __m256 factor = _mm256_set1_ps(1.0f / m->totals[h]);
+        Eight factor = same8(1.0f / m->totals[h]);
         for (int64_t i = 0; i < w->value_dim; i += 8)
-            store8(output + i, rounded8(_mm256_mul_ps(
-                                   _mm256_load_ps(m->sums + h * w->value_dim + i), factor)));
+            store8(output + i, rounded8(multiply8(
+                                   load_floats8(m->sums + h * w->value_dim + i), factor)));
     }
 }
 
@@ -275,14 +258,19 @@ static void attend_some(void *data)
 {
     Work *w = data;
     const int64_t group = w->heads / w->kv_heads, most = heads_of_piece(w);
+    Attend *attend = attend_heads;
+#ifdef WITH_PAIRS
+    if (can_attend_latents(w))
+        attend = attend_latents;
+#endif
     Memory m;
     size_t bytes = (size_t)divide(&m, w, most, NULL) * sizeof(float);
-    float *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    char *memory = malloc(bytes + LINE);
     if (!memory) {
         atomic_store(&w->failed, 1);
         return;
     }
-    divide(&m, w, most, memory);
+    divide(&m, w, most, at_line(memory));
     /* Rows of keys that are not there yet are scored. */
     memset(m.keys, 0, (size_t)(POSITIONS * w->width) * sizeof(float));
     for (;;) {
@@ -294,8 +282,7 @@ static void attend_some(void *data)
         if (w->pieces == 1)
             keep_newest(w, token, kv_head, m.keys, m.values);
         if (count > 0)
-            (w->by_latents ? attend_latents : attend_heads)(w, &m, token, kv_head,
-                                                            kv_head * group + first, count);
+            attend(w, &m, token, kv_head, kv_head * group + first, count);
     }
     free(memory);
 }
@@ -308,8 +295,7 @@ static void cut_heads(Work *w, int threads)
     w->pieces = pieces < most ? pieces : most > 1 ? most : 1;
     if (w->pieces == 1)
         return;
-    size_t bytes = (size_t)(w->dim + w->value_dim) * sizeof(float);
-    float *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    float *memory = malloc((size_t)(w->dim + w->value_dim) * sizeof(float));
     if (!memory) {
         atomic_store(&w->failed, 1);
         return;
@@ -331,12 +317,11 @@ EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const ui
               .heads = sizes[1], .kv_heads = sizes[2], .dim = sizes[3], .value_dim = sizes[4],
               .width = sizes[5], .query_token = sizes[6], .query_head = sizes[7],
               .key_token = sizes[8], .key_head = sizes[9], .value_token = sizes[10],
-              .value_head = sizes[11], .scale = scale, .softcap = softcap, .kept = kept};
-    w.by_latents = can_attend_latents(&w, (int)sizes[12]);
+              .value_head = sizes[11], .scale = scale, .softcap = softcap, .kept = kept,
+              .instructions = (int)sizes[12]};
     cut_heads(&w, threads);
     if (!atomic_load(&w.failed))
         in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -1,4 +1,4 @@
-/* What the ways to compute attention of single tokens have in common; to be included after INSTRUCTIONS. */
+/* What the ways to compute attention of single tokens have in common; to be included after EIGHTS. */
 #ifndef DISTRIBUTED_LLM_ATTENTION_H
 #define DISTRIBUTED_LLM_ATTENTION_H
 
@@ -31,10 +31,10 @@ typedef struct {
     int64_t tokens, heads, kv_heads, dim, value_dim;
     int64_t width;  /* dim; or dim + value_dim: queries score keys and, behind them, values */
     int64_t pieces; /* that the heads of one key are computed in */
-    int by_latents; /* whether `attend_latents` computes them */
     int64_t query_token, query_head, key_token, key_head, value_token, value_head;
     float scale, softcap; /* softcap 0: none */
     int kept;             /* how keys and values are */
+    int instructions;     /* see processor.h */
     atomic_llong next;
     atomic_int failed;
 } Work;
@@ -53,17 +53,17 @@ INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, 
             scores[p] = softcap * tanhf(scores[p] / softcap);
     for (int64_t p = count; p < POSITIONS; p++)
         scores[p] = scores[0];
-    __m256 highest = _mm256_load_ps(scores);
+    Eight highest = load_floats8(scores);
     for (int p = 8; p < POSITIONS; p += 8)
-        highest = _mm256_max_ps(highest, _mm256_load_ps(scores + p));
-    float most = fmaxf(*largest, max8(highest));
+        highest = higher8(highest, load_floats8(scores + p));
+    float most = fmaxf(*largest, largest8(highest));
     for (int64_t p = count; p < POSITIONS; p++)
         scores[p] = most - 87.0f; /* adds 1e-38 to the total */
-    __m256 sum = _mm256_setzero_ps();
+    Eight sum = zero8();
     for (int p = 0; p < POSITIONS; p += 8) {
-        __m256 weight = exp8(_mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most)));
-        _mm256_store_ps(scores + p, weight);
-        sum = _mm256_add_ps(sum, weight);
+        Eight weight = exp8(subtract8(load_floats8(scores + p), same8(most)));
+        store_floats8(scores + p, weight);
+        sum = add8(sum, weight);
     }
     float fade = *largest == most ? 1.0f : expf(*largest - most);
     *total = *total * fade + sum8(sum);
@@ -71,11 +71,15 @@ INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, 
     return fade;
 }
 
-/* Whether `attend_latents` computes this, and is quicker. */
-int can_attend_latents(const Work *w, int instructions);
-
-/* Attention of some of one token's heads over latents in bfloat16. */
-void attend_latents(const Work *w, const Memory *m, int64_t token, int64_t kv_head, int64_t first_head,
+/* Computes attention of some of one token's heads of one key. */
+typedef void Attend(const Work *w, const Memory *m, int64_t token, int64_t kv_head, int64_t first_head,
                     int64_t heads);
+
+#if defined(X86) && defined(GNU)
+#define WITH_PAIRS
+/* Whether `attend_latents` computes this, and is quicker. */
+int can_attend_latents(const Work *w);
+Attend attend_latents;
+#endif
 
 #endif

@@ -2,8 +2,9 @@
  * values are read as they are kept. */
 #include "floats.h"
 #include "instructions.h"
+#include "processor.h"
 
-#if defined(__x86_64__)
+#if defined(X86) && defined(GNU)
 INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 #include "attention.h"
 
@@ -19,10 +20,9 @@ INLINE __m512 multiply_pairs(__m512 sum, __m512i a, __m512i b)
     return sum;
 }
 
-int can_attend_latents(const Work *w, int instructions)
+int can_attend_latents(const Work *w)
 {
-    return instructions == 3 && __builtin_cpu_supports("avx512bf16") && w->kept == BFLOAT16 &&
-           w->width > w->dim && w->dim % 32 == 0 && w->value_dim % (16 * COLUMNS) == 0;
+    return w->instructions == AVX512VNNI && has_bfloat16() && w->kept == BFLOAT16 && w->width > w->dim && w->dim % 32 == 0 && w->value_dim % (16 * COLUMNS) == 0;
 }
 
 /* What some positions are scored with, and their values: keys[p] are numbers [dim], values[p] [value_dim]. */

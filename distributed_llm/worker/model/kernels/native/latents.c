@@ -6,14 +6,14 @@
 
 #include "floats.h"
 #include "instructions.h"
+#include "memory.h"
 #include "threads.h"
 
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 #define ROWS_AT_ONCE 4   /* of the weight */
@@ -39,7 +39,7 @@ typedef struct Work {
 static void widen(const uint16_t *from, float *to, int64_t count)
 {
     for (int64_t i = 0; i < count; i += 8)
-        _mm256_store_ps(to + i, load8(from + i));
+        store_floats8(to + i, load8(from + i));
 }
 
 /* Adds a few rows of the weight, times a number of each token, to the tokens' sums. */
@@ -47,15 +47,15 @@ INLINE void add_rows(int64_t rank, const uint16_t *rows, int64_t key_dim, const 
                      float *sums, const int tokens)
 {
     for (int64_t i = 0; i < rank; i += 8) {
-        __m256 own[ROWS_AT_ONCE];
-        _mm_prefetch((const char *)(rows + ROWS_AT_ONCE * (AHEAD * rank + i)), _MM_HINT_T0);
+        Eight own[ROWS_AT_ONCE];
+        PREFETCH(rows + ROWS_AT_ONCE * (AHEAD * rank + i));
         for (int n = 0; n < ROWS_AT_ONCE; n++)
             own[n] = load8(rows + n * rank + i);
         for (int t = 0; t < tokens; t++) {
-            __m256 sum = _mm256_load_ps(sums + t * rank + i);
+            Eight sum = load_floats8(sums + t * rank + i);
             for (int n = 0; n < ROWS_AT_ONCE; n++)
-                sum = _mm256_fmadd_ps(_mm256_broadcast_ss(factors + t * key_dim + n), own[n], sum);
-            _mm256_store_ps(sums + t * rank + i, sum);
+                sum = multiply_add8(same8(factors[t * key_dim + n]), own[n], sum);
+            store_floats8(sums + t * rank + i, sum);
         }
     }
 }
@@ -82,7 +82,7 @@ static void absorb_head(const Work *w, int64_t head, float *memory)
     for (int64_t t = 0; t < z->tokens; t++, output += z->shared_dim + z->rank) {
         memcpy(output, queries + t * z->step + z->key_dim, (size_t)z->shared_dim * sizeof *output);
         for (int64_t i = 0; i < z->rank; i += 8)
-            store8(output + z->shared_dim + i, rounded8(_mm256_load_ps(sums + t * z->rank + i)));
+            store8(output + z->shared_dim + i, rounded8(load_floats8(sums + t * z->rank + i)));
     }
 }
 
@@ -90,19 +90,19 @@ static void absorb_head(const Work *w, int64_t head, float *memory)
 INLINE void multiply_rows(int64_t rank, const uint16_t *rows, const float *latents, uint16_t *output,
                           int64_t step, const int tokens, const int count)
 {
-    __m256 sums[TOKENS_AT_ONCE][ROWS_AT_ONCE];
+    Eight sums[TOKENS_AT_ONCE][ROWS_AT_ONCE];
     for (int t = 0; t < tokens; t++)
         for (int n = 0; n < count; n++)
-            sums[t][n] = _mm256_setzero_ps();
+            sums[t][n] = zero8();
     for (int64_t i = 0; i < rank; i += 8) {
-        __m256 own[ROWS_AT_ONCE];
-        _mm_prefetch((const char *)(rows + count * (AHEAD * rank + i)), _MM_HINT_T0);
+        Eight own[ROWS_AT_ONCE];
+        PREFETCH(rows + count * (AHEAD * rank + i));
         for (int n = 0; n < count; n++)
             own[n] = load8(rows + n * rank + i);
         for (int t = 0; t < tokens; t++) {
-            __m256 latent = _mm256_load_ps(latents + t * rank + i);
+            Eight latent = load_floats8(latents + t * rank + i);
             for (int n = 0; n < count; n++)
-                sums[t][n] = _mm256_fmadd_ps(latent, own[n], sums[t][n]);
+                sums[t][n] = multiply_add8(latent, own[n], sums[t][n]);
         }
     }
     for (int t = 0; t < tokens; t++)
@@ -135,8 +135,7 @@ static void make_values_of_head(const Work *w, int64_t head, float *memory)
 static void multiply_some(void *data)
 {
     Work *w = data;
-    size_t bytes = (size_t)(w->numbers * w->sizes->tokens) * sizeof(float);
-    float *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    char *memory = malloc((size_t)(w->numbers * w->sizes->tokens) * sizeof(float) + LINE);
     if (!memory) {
         atomic_store(&w->failed, 1);
         return;
@@ -145,15 +144,9 @@ static void multiply_some(void *data)
         int64_t head = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
         if (head >= w->sizes->heads)
             break;
-        w->multiply(w, head, memory);
+        w->multiply(w, head, at_line(memory));
     }
     free(memory);
-}
-
-static int multiply(Work w, int threads)
-{
-    in_threads(multiply_some, &w, threads);
-    return atomic_load(&w.failed);
 }
 
 /* What scores shared keys and latents as queries score keys made of them: [heads, tokens, shared_dim + rank],
@@ -163,9 +156,10 @@ EXPORT int absorb_queries(const uint16_t *queries, const uint16_t *weight, uint1
                           const int64_t *sizes, int threads)
 {
     const Sizes *z = (const Sizes *)sizes;
-    return multiply((Work){.sizes = z, .states = queries, .weight = weight, .output = output,
-                           .multiply = absorb_head, .numbers = z->key_dim + z->rank},
-                    threads);
+    Work w = {.sizes = z, .states = queries, .weight = weight, .output = output,
+              .multiply = absorb_head, .numbers = z->key_dim + z->rank};
+    in_threads(multiply_some, &w, threads);
+    return atomic_load(&w.failed);
 }
 
 /* The values [tokens, heads, value_dim] of latents [tokens, heads, rank], which need not lie so. */
@@ -173,9 +167,9 @@ EXPORT int latent_values(const uint16_t *latents, const uint16_t *weight, uint16
                          const int64_t *sizes, int threads)
 {
     const Sizes *z = (const Sizes *)sizes;
-    return multiply((Work){.sizes = z, .states = latents, .weight = weight, .output = output,
-                           .multiply = make_values_of_head, .numbers = z->rank},
-                    threads);
+    Work w = {.sizes = z, .states = latents, .weight = weight, .output = output,
+              .multiply = make_values_of_head, .numbers = z->rank};
+    in_threads(multiply_some, &w, threads);
+    return atomic_load(&w.failed);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END
