@@ -38,7 +38,7 @@ def reads_pages(step: PackedStep, scoring: Scoring, query: Tensor, value: Tensor
     """
     if step.cache.pages is None or step.cache.coding is not None:
         return False
-    if scoring.softcap is not None or scoring.slopes is not None or scoring.across:
+    if scoring.softcap is not None or scoring.slopes is not None or scoring.source != "unseen":
         return False
     dim = query.shape[-1]
     if dim != value.shape[-1] or query.dtype != value.dtype:
