@@ -9,13 +9,15 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.page_tables import Piece
 from distributed_llm.worker.kv.segments import Segment
 from distributed_llm.worker.model import page_attention, page_choice
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.kernels.gpu_choice import Gpu
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.token_attention import attend_tokens
 from distributed_llm.worker.model.token_schedule import Reading
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.made_up_varlen import Kernel, made_up
@@ -142,6 +144,32 @@ def test_attention_is_the_sum_of_its_pieces(
         called = kernel.calls
         attention.step((2, 101, 1), (0, 137, 1), (3, 101, 1))
         assert kernel.calls == called + 1
+
+
+def test_answers_do_not_depend_on_who_else_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's attention is the same to the last bit, alone or among others that are longer."""
+    lengths = (700, 1400, 9)
+    states = torch.randn(2, len(lengths), 2, max(lengths) + 1, 8).bfloat16()
+    queries = torch.randn(6, len(lengths), 8).bfloat16()
+    found = []
+    with made_up(monkeypatch, (torch.bfloat16,)):
+        for served in ((0,), (1, 0, 2)):
+            cache, parts = KVCache(1, in_pages=True), []
+            for row, number in enumerate(served):
+                length, sequence = lengths[number], SequenceId(number)
+                keys, values = states[:, number, :, :length]
+                cache.begin(sequence, 0, as_token_ids([0] * length))
+                cache.append(0, sequence, 0, keys, values)
+                cache.commit(sequence, length)
+                cache.begin(sequence, length, as_token_ids([0]))
+                parts.append(PackedSlice(sequence, length, row, 1))
+            step = PackedStep(cache, 0, tuple(parts), [0])
+            at = [lengths[number] for number in served]
+            key, value = states[:, served, :, at].permute(1, 2, 0, 3)
+            scoring = Scoring(0.5, 0, None, None)
+            own = (queries[:, served], key, value, scoring)
+            found.append(attend_tokens(step, 0, *own)[served.index(0)])
+    assert torch.equal(*found)
 
 
 def test_pieces_of_long_texts_are_longer() -> None:
