@@ -15,6 +15,10 @@ _DELTA_NET: Mapping[str, Any] = {
         "partial_rotary_factor": 0.5,
     },
 }
+_SCALED: Mapping[str, Any] = {
+    **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "mscale": 0.7},
+    **{"mscale_all_dim": 0.7, "original_max_position_embeddings": 64},
+}
 _SHARED_KEYS: Mapping[str, Any] = {
     "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
     "num_layers": 5,
@@ -45,6 +49,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deepseek2": ("deepseek_v2", _UNGROUPED),
     "deepseek2, lite": ("deepseek_v2", {**_UNGROUPED, "q_lora_rank": None}),
     "deepseek3": ("deepseek_v3", {}),
+    "deepseek3, scaled positions": ("deepseek_v3", {"rope_parameters": _SCALED}),
     "gemma3n": (
         "gemma3n_text",
         {
@@ -64,11 +69,20 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": 128, "intermediate_size": 128}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe, shared": ("granitemoeshared", {}),
+    "granitehybrid": ("granitemoehybrid", {}),
+    "granitehybrid, without experts": (
+        "granitemoehybrid",
+        {"num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
     "hunyuan-dense": ("hunyuan_v1_dense", {}),
     "hunyuan-moe": ("hunyuan_v1_moe", {}),
     "lfm2": ("lfm2", {"block_auto_adjust_ff_dim": False}),
     "lfm2moe": ("lfm2_moe", {}),
+    "mamba": ("mamba", {"intermediate_size": 64}),
+    "mamba2": ("mamba2", {}),
     "minicpm3": ("minicpm3", {"dim_model_base": 256, "scale_emb": 12}),
+    "minimax-m2": ("minimax_m2", {}),
+    "mistral3": ("ministral3", {}),
     "nemotron": ("nemotron", {}),
     "olmo2": ("olmo2", {}),
     "olmoe": ("olmoe", {}),

@@ -16,8 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.gguf_delta_nets import delta_net_sizes, split_delta_net
+from tests.gguf_mambas import (
+    granite_hybrid_sizes,
+    mamba2_sizes,
+    mamba_sizes,
+    split_granite,
+    split_granite_hybrid,
+    split_mamba,
+)
 
-_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
+_LAYER = re.compile(r"(?:model|backbone)\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _NUMBERED = re.compile(r"\.\d+$")
 _Named = Iterator[tuple[str, np.ndarray]]
 
@@ -315,18 +323,29 @@ def _lfm2_sizes(config: Any) -> dict[str, Any]:
     return found
 
 
+def _minimax_sizes(config: Any) -> dict[str, Any]:
+    return {
+        "expert_feed_forward_length": config.intermediate_size,
+        "expert_gating_func": 2,
+    }
+
+
+def _ministral3_sizes(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": rope["beta_fast"],
+        "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+        "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"],
+        "attention.temperature_scale": rope["llama_4_scaling_beta"],
+    }
+
+
 def _split_correction(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
     if name.endswith(("e_score_correction_bias", "expert_bias")):
         return {"exp_probs_b.bias": tensor.reshape(-1)}
-    return None
-
-
-def _split_granite(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    if name == "block_sparse_moe.router.weight":
-        return {"ffn_gate_inp.weight": tensor}
-    if name == "shared_mlp.input_linear.weight":
-        gates, ups = tensor.chunk(2)
-        return {"ffn_gate_shexp.weight": gates, "ffn_up_shexp.weight": ups}
     return None
 
 
@@ -357,7 +376,12 @@ _SIZES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "hunyuan_v1_moe": _hunyuan_sizes,
     "lfm2": _lfm2_sizes,
     "lfm2_moe": _lfm2_sizes,
+    "granitemoehybrid": granite_hybrid_sizes,
+    "mamba": mamba_sizes,
+    "mamba2": mamba2_sizes,
     "minicpm3": _minicpm3_sizes,
+    "minimax_m2": _minimax_sizes,
+    "ministral3": _ministral3_sizes,
     "qwen3_next": delta_net_sizes,
     "qwen3_5_text": delta_net_sizes,
     "qwen3_5_moe_text": delta_net_sizes,
@@ -371,8 +395,12 @@ _SPLITS: Mapping[str, Callable[[Any, str, Tensor], dict[str, Tensor] | None]] = 
     "dots1": _split_correction,
     "ernie4_5_moe": _split_correction,
     "glm4_moe": _split_correction,
-    "granitemoe": _split_granite,
-    "granitemoeshared": _split_granite,
+    "granitemoe": split_granite,
+    "granitemoeshared": split_granite,
+    "granitemoehybrid": split_granite_hybrid,
+    "mamba": split_mamba,
+    "mamba2": split_mamba,
+    "minimax_m2": _split_correction,
     "lfm2": _split_lfm2,
     "lfm2_moe": _split_lfm2,
     "qwen3_next": split_delta_net,

@@ -51,6 +51,11 @@ ARCHITECTURES = {
     "glm4": "glm4",
     "glm4_moe": "glm4moe",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
     "hunyuan_v1_moe": "hunyuan-moe",
@@ -67,7 +72,9 @@ ARCHITECTURES = {
 }
 """The name in llama.cpp of each model type."""
 
-_ROTATED_IN_PAIRS = ("llama", "granite", "granitemoe", "smollm3", "arcee")
+_ROTATED_IN_PAIRS = (
+    *("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "mistral3"),
+)
 """Architectures whose queries and keys are stored in another order."""
 
 _ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
@@ -132,14 +139,14 @@ def _count(model: PreTrainedModel) -> int:
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
-    head_dim = config.to_dict().get("head_dim")
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    writer.add_context_length(config.max_position_embeddings)
+    said = config.to_dict()
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = said.get("head_dim") or config.hidden_size // max(1, heads)
+    writer.add_context_length(getattr(config, "max_position_embeddings", 256))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    kv_heads = config.to_dict().get("num_key_value_heads", config.num_attention_heads)
-    writer.add_head_count_kv(kv_heads)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(said.get("num_key_value_heads", heads))
     if isinstance(getattr(config, "intermediate_size", None), int):
         writer.add_feed_forward_length(config.intermediate_size)
     if rope:
@@ -147,7 +154,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_freq_base(full["rope_theta"])
         rotated = int(head_dim * full.get("partial_rotary_factor", 1.0))
         writer.add_rope_dimension_count(rotated)
-    if head_dim != config.hidden_size // config.num_attention_heads:
+    if heads and head_dim != config.hidden_size // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if (
@@ -174,7 +181,6 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:
         writer.add_expert_count(experts)
-        said = config.to_dict()
         used = said.get("num_experts_per_tok") or said.get("top_k_experts")
         writer.add_expert_used_count(used)
     if getattr(config, "moe_intermediate_size", None):

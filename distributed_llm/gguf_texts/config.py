@@ -22,8 +22,9 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
 from distributed_llm.gguf_texts.checks import check_metadata
-from distributed_llm.gguf_texts.families import layers_of, model_type_of, of_family
+from distributed_llm.gguf_texts.families import model_type_of, of_family
 from distributed_llm.gguf_texts.header import Header
+from distributed_llm.gguf_texts.hybrids import layers_of
 
 _MODEL_TYPES: Mapping[str, str] = {
     "arcee": "arcee",
@@ -45,12 +46,17 @@ _MODEL_TYPES: Mapping[str, str] = {
     "gpt2": "gpt2",
     "gptoss": "gpt_oss",
     "granite": "granite",
+    "granitehybrid": "granitemoehybrid",
     "granitemoe": "granitemoe",
     "hunyuan-dense": "hunyuan_v1_dense",
     "hunyuan-moe": "hunyuan_v1_moe",
     "llama": "llama",
     "lfm2moe": "lfm2_moe",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
     "minicpm3": "minicpm3",
+    "minimax-m2": "minimax_m2",
+    "mistral3": "ministral3",
     "nemotron": "nemotron",
     "olmo2": "olmo2",
     "olmoe": "olmoe",
@@ -132,8 +138,8 @@ def write_config(header: Header, out: Path) -> None:
             content[name] = value
     if "attention_bias" in known:
         content["attention_bias"] = any(name in header.tensors for name in _BIASES)
-    if "head_dim" in known and not content.get("head_dim"):  # as in llama.cpp
-        heads = header.get("attention.head_count")
+    heads = header.get("attention.head_count")
+    if heads and "head_dim" in known and not content.get("head_dim"):  # as in llama.cpp
         content["head_dim"] = header.get("embedding_length") // heads
     content["num_hidden_layers"] = layers_of(header)
     content |= of_family(header, content)

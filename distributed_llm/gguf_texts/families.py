@@ -7,6 +7,14 @@ from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from distributed_llm.gguf_texts.gemmas import of_gemma3, of_gemma3n, of_gemma4, of_largest
 from distributed_llm.gguf_texts.header import Header
+from distributed_llm.gguf_texts.hybrids import (
+    layers_of,
+    of_granite_hybrid,
+    of_lfm2_moe,
+    of_mamba,
+    of_mamba2,
+    of_qwen3_next,
+)
 from distributed_llm.gguf_texts.rotary import rope_parameters
 
 _Content = Mapping[str, Any]
@@ -21,7 +29,7 @@ _GROUPS: Mapping[tuple[str, int], tuple[int, int]] = {
 say it: by model type and number of experts."""
 
 _SHARED_UP = "blk.0.ffn_up_shexp.weight"
-_OWN_ROTARY = frozenset({"gpt2", "gemma3_text", "gemma3n_text", "gemma4_text"})
+_OWN_ROTARY = frozenset({"gpt2", "gemma3_text", "gemma3n_text", "gemma4_text", "mamba", "mamba2"})
 
 
 def model_type_of(header: Header, usual: str) -> str:
@@ -39,11 +47,6 @@ def model_type_of(header: Header, usual: str) -> str:
     if usual == "granitemoe" and _SHARED_UP in header.tensors:
         return "granitemoeshared"
     return usual
-
-
-def layers_of(header: Header) -> int:
-    """Return the number of layers, without those that only predict further tokens."""
-    return int(header.get("block_count")) - int(header.get("nextn_predict_layers") or 0)
 
 
 def of_family(header: Header, content: _Content) -> dict[str, Any]:
@@ -202,37 +205,26 @@ def _of_ernie(header: Header, content: _Content) -> dict[str, Any]:
     return found
 
 
-def _of_lfm2_moe(header: Header, content: _Content) -> dict[str, Any]:
-    """Files say a number of heads for each layer: none, if it is a convolution."""
-    heads = header.get("attention.head_count_kv")
+def _of_minimax(header: Header, content: _Content) -> dict[str, Any]:
+    return {"intermediate_size": header.get("expert_feed_forward_length")}
+
+
+def _of_ministral3(header: Header, content: _Content) -> dict[str, Any]:
+    """Queries far from the beginning are larger; of the scaling, all numbers are said."""
+    scale = header.get("rope.scaling.yarn_log_multiplier") or 1.0
     return {
-        "num_key_value_heads": max(heads),
-        "layer_types": ["full_attention" if number else "conv" for number in heads],
-        "norm_eps": header.get("attention.layer_norm_rms_epsilon"),
-        "conv_L_cache": header.get("shortconv.l_cache"),
-        "num_dense_layers": header.get("leading_dense_block_count") or 0,
+        "rope_parameters": {
+            "mscale": scale,
+            "mscale_all_dim": scale,
+            "beta_fast": header.get("rope.scaling.yarn_beta_fast") or 32.0,
+            "beta_slow": header.get("rope.scaling.yarn_beta_slow") or 1.0,
+            "llama_4_scaling_beta": header.get("attention.temperature_scale") or 0.0,
+        }
     }
 
 
 def _of_hunyuan_moe(header: Header, content: _Content) -> dict[str, Any]:
     return {"moe_topk": header.get("expert_used_count")}
-
-
-def _of_qwen3_next(header: Header, content: _Content) -> dict[str, Any]:
-    heads = header.get("ssm.time_step_rank")
-    interval = header.get("full_attention_interval") or 4
-    return {
-        "linear_conv_kernel_dim": header.get("ssm.conv_kernel"),
-        "linear_key_head_dim": header.get("ssm.state_size"),
-        "linear_num_key_heads": header.get("ssm.group_count"),
-        "linear_num_value_heads": heads,
-        "linear_value_head_dim": header.get("ssm.inner_size") // heads,
-        "norm_topk_prob": True,
-        "layer_types": [
-            "linear_attention" if (number + 1) % interval else "full_attention"
-            for number in range(layers_of(header))
-        ],
-    }
 
 
 def _of_seed(header: Header, content: _Content) -> dict[str, Any]:
@@ -257,12 +249,17 @@ _MAKERS: Mapping[str, Callable[[Header, _Content], dict[str, Any]]] = {
     "gpt_oss": _of_gpt_oss,
     "granite": _of_granite,
     "granitemoe": _of_granite_moe,
+    "granitemoehybrid": of_granite_hybrid,
     "granitemoeshared": _of_granite_moe,
     "hunyuan_v1_moe": _of_hunyuan_moe,
-    "lfm2_moe": _of_lfm2_moe,
+    "lfm2_moe": of_lfm2_moe,
+    "mamba": of_mamba,
+    "mamba2": of_mamba2,
     "minicpm3": _of_mla,
+    "minimax_m2": _of_minimax,
+    "ministral3": _of_ministral3,
     "phi3": _of_phi3,
-    "qwen3_next": _of_qwen3_next,
+    "qwen3_next": of_qwen3_next,
     "seed_oss": _of_seed,
     "stablelm": _of_stablelm,
 }

@@ -15,11 +15,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.gguf_files import open_gguf
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
+from distributed_llm.gguf_texts.families import model_type_of, of_family
+from distributed_llm.gguf_texts.header import Header
 from distributed_llm.gguf_texts.texts import write_texts
 from distributed_llm.gguf_texts.tokenizer import _cut_text
 from distributed_llm.worker.model.empty_model import model_config
 from tests.checkpoints import build_model, make_tokenizer
-from tests.gguf_models import write_gguf
+from tests.gguf_cases import CASES
+from tests.gguf_models import open_here, write_gguf
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}},
@@ -113,6 +116,57 @@ def test_scaled_rotary_frequencies_are_read_from_their_tensor(
     assert "rope_freqs.weight" not in json_of(folder, "tensors.json")
     if is_known:
         assert config.rope_parameters == rope
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "ministral3"])
+def test_frequencies_that_grow_with_the_context(tmp_path: Path, family: str) -> None:
+    """gpt-oss does not round where they begin to, which files do not say."""
+    settings = {"rope_parameters": CASES["deepseek3, scaled positions"][1]["rope_parameters"]}
+    model = build_model(
+        family, num_layers=2, vocab_size=320, **(settings if family == "deepseek_v3" else {})
+    )
+    config = model_config(json_of(texts(tmp_path, model)))
+    expected = model.config
+    read, wanted = (ROPE_INIT_FUNCTIONS["yarn"](one, "cpu") for one in (config, expected))
+    torch.testing.assert_close(read[0], wanted[0])
+    assert read[1] == pytest.approx(wanted[1])
+    for name in ("mscale_all_dim", "llama_4_scaling_beta"):
+        assert config.rope_parameters.get(name) == expected.rope_parameters.get(name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"expert_count": 256, "expert_gating_func": 2}, ("deepseek_v3", 8, 4)),
+        ({"expert_count": 384, "expert_gating_func": 2}, ("deepseek_v3", 1, 1)),
+        ({"expert_count": 160}, ("deepseek_v2", 8, 3)),
+        ({"expert_count": 64}, ("deepseek_v2", 1, 1)),
+        (
+            {"expert_count": 64, "expert_group_count": 4, "expert_group_used_count": 2},
+            ("deepseek_v2", 4, 2),
+        ),
+    ],
+)
+def test_groups_of_experts_that_old_files_do_not_tell(
+    sizes: dict[str, int], expected: tuple[str, int, int]
+) -> None:
+    said = {
+        **{"attention.head_count": 8, "attention.key_length": 12, "attention.value_length": 8},
+        **{"embedding_length": 64, "rope.dimension_count": 4, **sizes},
+    }
+    metadata = {f"deepseek2.{name}": value for name, value in said.items()}
+    header = Header([], {"general.architecture": "deepseek2", **metadata}, {})
+    kind = model_type_of(header, "deepseek_v3")
+    found = of_family(header, {"model_type": kind})
+    assert (kind, found["n_group"], found["topk_group"]) == expected
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    model = build_model("glm4_moe", num_layers=3, vocab_size=320)
+    file = write_gguf(tmp_path / "m.gguf", model, arch__nextn_predict_layers=1)
+    checkpoint = open_here(file, tmp_path / "texts")
+    assert checkpoint.num_layers == 2
+    assert not [name for name in checkpoint.tensors if name.startswith("blk.2.")]
 
 
 def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ def _of_qwen35(numbers: Numbers, name: str, config: Config) -> Numbers:
     return _of_delta_net(numbers, name, config)
 
 
+def _of_mamba2(numbers: Numbers, name: str, config: Config) -> Numbers:
+    if name.endswith(".ssm_a"):
+        return np.log(-numbers).reshape(-1)
+    if name.endswith((".ssm_d", ".ssm_norm.weight")):
+        return numbers.reshape(-1)
+    return numbers[:, None] if name.endswith(".ssm_conv1d.weight") else numbers
+
+
+def _of_granite_hybrid(numbers: Numbers, name: str, config: Config) -> Numbers:
+    """Queries and keys of a head have what is rotated together side by side in files."""
+    for leaf, heads in ((".attn_q.", "num_attention_heads"), (".attn_k.", "num_key_value_heads")):
+        if leaf in name:
+            pairs = numbers.reshape(config[heads], -1, 2, *numbers.shape[1:])
+            return pairs.swapaxes(1, 2).reshape(numbers.shape)
+    return _of_mamba2(numbers, name, config)
+
+
 def _grouped(numbers: Numbers, config: Config, width: int) -> Numbers:
     """Return rows, `width` for each value head, with those of a key head side by side."""
     keys = config["linear_num_key_heads"]
@@ -73,6 +90,8 @@ def _grouped(numbers: Numbers, config: Config, width: int) -> Numbers:
 CHANGES: Mapping[str, _Change] = {
     "deepseek2": _of_deepseek,
     "ernie4_5-moe": _of_ernie,
+    "granitehybrid": _of_granite_hybrid,
+    "mamba2": _of_mamba2,
     "qwen3next": _of_qwen3_next,
     "qwen35": _of_qwen35,
     "qwen35moe": _of_qwen35,

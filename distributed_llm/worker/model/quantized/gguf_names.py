@@ -38,7 +38,7 @@ from distributed_llm.worker.model.quantized.targets import Target
 _LAYER = re.compile(r"^blk\.\d+\.")
 _AS_OTHERS = {
     "gemma": "gemma2",
-    **dict.fromkeys(("arcee", "granite", "granitemoe", "smollm3"), "llama"),
+    **dict.fromkeys(("arcee", "granite", "granitemoe", "mistral3", "smollm3"), "llama"),
     "lfm2moe": "lfm2",
 }
 """Architectures whose values are changed like those of others that transformers has a table for."""
