@@ -12,10 +12,11 @@ from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.page_tables import Piece
 from distributed_llm.worker.kv.segments import Segment
-from distributed_llm.worker.model import page_attention, page_choice
+from distributed_llm.worker.model import page_attention, page_choice, page_chunks
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.kernels.gpu_choice import Gpu
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
+from distributed_llm.worker.model.page_chunks import _Chunk
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.token_attention import attend_tokens
 from distributed_llm.worker.model.token_schedule import Reading
@@ -66,7 +67,9 @@ def test_tokens_are_those_of_transformers(
     for chunks in ([(0, 0, 90), (2, 0, 5)], [(0, 90, 149), (1, 0, 74)]):
         pipeline.run(chunks, sampling=None)
         forget(pipeline)
+    called = kernel.calls
     pipeline.decode()
+    assert kernel.calls == called + 2 * NUM_LAYERS, "a chunk, and two tokens"
     called = kernel.calls
     pipeline.decode()
     assert kernel.calls == called + NUM_LAYERS
@@ -144,6 +147,23 @@ def test_attention_is_the_sum_of_its_pieces(
         called = kernel.calls
         attention.step((2, 101, 1), (0, 137, 1), (3, 101, 1))
         assert kernel.calls == called + 1
+
+
+def test_chunks_are_computed_together_but_for_those_that_are_gathered() -> None:
+    alone = [_Chunk((row, 3), [(row, 3)], [1, 2], [[(640, 9)], [(70, 2)]]) for row in (0, 3)]
+    cut = [_Chunk((row, 5), [(row, 5)], [5], [[(64, 30), (640, row)]]) for row in (10, 20, 200, 5)]
+    assert [chunk.positions for chunk in (*alone, *cut)] == [0, 0, 40, 50, 230, 35]
+    groups = page_chunks._groups([cut[0], alone[0], *cut[1:], alone[1]], 100)
+    assert groups == [alone, cut[:2], [cut[2]], [cut[3]]]
+    tables = page_chunks._made(cut[:2], CPU)
+    assert tables.gathered is not None
+    assert tables.gathered.tolist() == [
+        *(*range(64, 94), *range(640, 650)),
+        *(*range(64, 94), *range(640, 660)),
+    ]
+    assert (tables.ends.tolist(), tables.lengths.tolist()) == ([0, 5, 10], [40, 50])
+    assert tables.starts.tolist()[:2] == [0, 40]
+    assert page_chunks._made(alone, CPU).starts.tolist()[:4] == [640, 70, 640, 70]
 
 
 def test_answers_do_not_depend_on_who_else_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
