@@ -84,6 +84,14 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "minimax-m2": ("minimax_m2", {}),
     "mistral3": ("ministral3", {}),
     "nemotron": ("nemotron", {}),
+    "nemotron_h": (
+        "nemotron_h",
+        {"num_layers": 3, "layers_block_type": ["linear_attention", "mlp", "full_attention"]},
+    ),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        {"num_layers": 3, "layers_block_type": ["linear_attention", "moe", "full_attention"]},
+    ),
     "olmo2": ("olmo2", {}),
     "olmoe": ("olmoe", {}),
     "qwen2moe": ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": []}),

@@ -55,6 +55,7 @@ ARCHITECTURES = {
     "mamba": "mamba",
     "mamba2": "mamba2",
     "minimax_m2": "minimax-m2",
+    "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
@@ -81,6 +82,14 @@ _ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms are stored with 1 added."""
 
 
+def architecture_of(model: PreTrainedModel) -> str:
+    """Return the name in llama.cpp of a model's architecture."""
+    types = getattr(model.config, "layers_block_type", ())
+    if model.config.model_type == "nemotron_h" and "moe" not in types:
+        return "nemotron_h"
+    return ARCHITECTURES[model.config.model_type]
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -103,7 +112,7 @@ def write_gguf(
         experts_alone: only experts are of that kind, all else is float32.
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture_of(model)
     most = -(-_count(model) // parts) if parts > 1 else 0
     tensors = [*stacked(_tensors(model, architecture)), *extra_tensors(model)]
     if by_ollama:
@@ -134,7 +143,7 @@ def write_gguf(
 
 
 def _count(model: PreTrainedModel) -> int:
-    return len(stacked(_tensors(model, ARCHITECTURES[model.config.model_type])))
+    return len(stacked(_tensors(model, architecture_of(model))))
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -179,11 +188,11 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_layer_norm_eps(getattr(config, name))
             break
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts:
+    if experts and config.model_type != "nemotron_h":  # which may have layers of others alone
         writer.add_expert_count(experts)
         used = said.get("num_experts_per_tok") or said.get("top_k_experts")
         writer.add_expert_used_count(used)
-    if getattr(config, "moe_intermediate_size", None):
+    if experts and getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)

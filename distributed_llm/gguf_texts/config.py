@@ -58,6 +58,8 @@ _MODEL_TYPES: Mapping[str, str] = {
     "minimax-m2": "minimax_m2",
     "mistral3": "ministral3",
     "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
+    "nemotron_h_moe": "nemotron_h",
     "olmo2": "olmo2",
     "olmoe": "olmoe",
     "phi3": "phi3",
