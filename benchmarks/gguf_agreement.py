@@ -26,7 +26,9 @@ _VOCABULARY = 320
 _ALLOWED = 2e-3
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "gemma3n": {"intermediate_size": 8192},  # it takes deviations as of a sample
-    "deepseek2, lite": {"num_layers": 27},  # by which it knows that one
+    "command-r, larger": {"num_layers": 64},  # by which it knows that one
+    "deepseek2, lite": {"num_layers": 27},  # likewise
+    "phi3": {"sliding_window": None},  # it leaves the window out
 }
 """What a case needs for llama.cpp to compute the same."""
 

@@ -40,8 +40,12 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "phi3": ("phi3", {}),
     "granite": ("granite", {}),
-    "command-r": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {**_WINDOWED, "sliding_window": 5}),
+    "command-r": ("cohere", {}),
+    "command-r, larger": ("cohere", {"use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        {"layer_types": [*["sliding_attention"] * 3, "full_attention"], "sliding_window": 5},
+    ),
     "gpt_oss": (
         "gpt_oss",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
