@@ -34,12 +34,17 @@ class Caches:
         return self.cache.pages
 
     def step(self, number: int, start: int, count: int) -> None:
+        self.cache.begin(SequenceId(number), start, as_token_ids([0] * count))
+        self.compute(number, start, count)
+
+    def compute(self, number: int, start: int, count: int) -> None:
+        """Write what a step computes that has begun."""
         sequence = SequenceId(number)
-        self.cache.begin(sequence, start, as_token_ids([0] * count))
         column = (torch.arange(start, start + count) + 1000.0 * number)[None, :, None]
         for layer in range(len(self.cache.windows)):
             keys = (column + layer / 8).expand(HEADS, -1, DIM)
-            self.cache.append(layer, sequence, start, keys, -keys)
+            with torch.inference_mode():  # as layers of a stage do
+                self.cache.append(layer, sequence, start, keys, -keys)
         self.cache.commit(sequence, start + count)
 
     def check(self, number: int, length: int, unseen: int = 0) -> None:
@@ -137,6 +142,19 @@ def test_a_step_for_which_tensors_could_not_grow_may_be_tried_again(
     made.check(1, 10)
     made.cache.free([SequenceId(0), SequenceId(1)])
     assert made.cache.capacity == 0
+
+
+def test_pages_are_closed_up_between_steps_though_they_were_made_in_one() -> None:
+    """Tensors that torch makes while nothing is differentiated can only be written there."""
+    made = Caches((0,))
+    for number, count in ((0, 640), (1, 100)):
+        made.cache.begin(SequenceId(number), 0, as_token_ids([0] * count))
+    made.compute(0, 0, 640)
+    made.compute(1, 0, 100)
+    made.cache.free([SequenceId(0)])
+    made.pages.trim(made.cache._segments)
+    assert made.cache.memory_bytes == (2 + 1) * BLOCK_BYTES
+    made.check(1, 100)
 
 
 def test_layers_with_a_window_and_others_share_the_limit() -> None:

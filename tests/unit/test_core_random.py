@@ -580,6 +580,56 @@ class SourcesCluster(MovingCluster):
         self.num_shared.append(self.world.core.status(now=self.world.now).prefix_hit_tokens)
 
 
+class SlowSources(SourcesCluster):
+    """Sources are slow on their way, and overtaken by answers that need the room that they free."""
+
+    calm = True
+    memories = (900, 900, 900)
+    faulty: ClassVar[list[type[Message]]] = [Task, TaskResult]
+    settings_of_core: ClassVar = {"strategy": "even", "min_workers": 2}
+    max_examples = 2
+    least_moves = 0
+    least_shared = 0
+    num_moves: ClassVar[list[int]] = []
+    num_shared: ClassVar[list[int]] = []
+
+    def start(self, draw: random.Random) -> None:
+        """Let the worker that was there first be slow."""
+        super().start(draw)
+        self.join(0, error=None, slow=False)
+        self.world.workers[0].task_s = 0.4
+        self.world.run(for_s=1.0)
+
+    @rule(
+        kept=between(1, 3),
+        growing=between(2, 4),
+        length=between(1, 64),
+        quick=between(2, 4),
+        wait_s=any_of([0.05, 0.2, 0.5]),
+    )
+    def sources_come_while_answers_grow(
+        self, kept: int, growing: int, length: int, quick: int, wait_s: float
+    ) -> None:
+        """What long texts have left goes for short ones, and for answers that grow meanwhile."""
+        for _ in range(kept):
+            self._ask_anew(70, 60)
+        self.world.run(for_s=30.0)
+        for number in range(growing):
+            self._ask_anew((length + 17 * number) % 64, 90)
+        self.world.run(for_s=0.5)
+        for _ in range(quick):
+            self._ask_anew(5, 1)
+            self.world.run(for_s=wait_s)
+        self.world.run(for_s=20.0)
+
+    def _ask_anew(self, length: int, new_tokens: int) -> None:
+        """Ask for a text that begins like no other."""
+        number = len(self.submitted)
+        text = [(3 * number + 7 * i) % POISON for i in range(length)]
+        params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+        self._submit([number % POISON, number // POISON, *text], params)
+
+
 class StatefulMoves(StatefulCluster):
     """Layers with states move again and again; steps are lost, and no worker is."""
 
@@ -749,6 +799,7 @@ class FailingMoves(FailingLoads, MovingCluster):
         MovingCluster,
         StatefulCluster,
         SourcesCluster,
+        SlowSources,
         StatefulMoves,
         MovingTwins,
         AutoCluster,

@@ -22,7 +22,7 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.blocks import Blocks
 from distributed_llm.worker.kv.layer_memory import ArrivedLayers, LayerMemory, SharedLayers
 from distributed_llm.worker.kv.manifest import KVManifest
-from distributed_llm.worker.kv.segments import KVBuffers, Segment
+from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 
 _DROPPED = -1
 
@@ -331,6 +331,11 @@ class LayerPages(LayerMemory):
     def _resize(self, layer: int, count: int) -> None:
         """Give a layer tensors of so many blocks, of which the first have what they had."""
         layout = self.layout(layer)
+        with torch.inference_mode(False):  # else only steps could write them
+            self._replace(layer, layout, count)
+        self._changed()
+
+    def _replace(self, layer: int, layout: KVLayout, count: int) -> None:
         if self._tensors[layer] is None:
             empty = torch.empty(0, dtype=layout.dtype, device=layout.device)
             self._tensors[layer] = empty, empty
@@ -344,7 +349,6 @@ class LayerPages(LayerMemory):
                 made[:kept].copy_(both[place][:kept])
             both[place] = made
             self._tensors[layer] = both[0], both[1]  # one after the other, for memory may be short
-        self._changed()
 
     def trim(self, segments: Iterable[Segment]) -> None:
         """Free the blocks that nobody has, where they are a fifth of all or more; no step runs.
