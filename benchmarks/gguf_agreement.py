@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tests.checkpoints import build_model
-from tests.gguf_cases import CASES
+from tests.gguf_cases import CASES, WRITTEN
 from tests.gguf_models import write_gguf
 
 _PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38]
@@ -40,7 +40,7 @@ def distance(python: str, case: str, folder: Path) -> float | str:
     family, settings = CASES[case]
     settings = {"num_layers": 4, **settings, **_NEEDED.get(case, {})}
     model = build_model(family, vocab_size=_VOCABULARY, **settings)
-    file = write_gguf(folder / "model.gguf", model)
+    file = write_gguf(folder / "model.gguf", model, **WRITTEN.get(case, {}))
     command = [python, str(_SCRIPT), str(file), *map(str, _PROMPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

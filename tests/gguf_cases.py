@@ -102,6 +102,13 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3next": ("qwen3_next", _DELTA_NET),
     "qwen35": ("qwen3_5_text", _DELTA_NET),
     "qwen35moe": ("qwen3_5_moe_text", _DELTA_NET),
+    "qwen2vl": ("qwen2", {"use_sliding_window": False, "sliding_window": None}),
+    "qwen3vl": ("qwen3", {}),
+    "qwen3vlmoe": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
+    "mistral3, without scaling": ("mistral", {"sliding_window": None}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "stablelm": ("stablelm", {}),
@@ -124,3 +131,12 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 """Tiny models, made so that a GGUF file of them says all that they are: model type and settings."""
+
+_SECTIONS = {"arch__rope__dimension_sections": [2, 1, 1, 0]}
+WRITTEN: Mapping[str, Mapping[str, Any]] = {
+    "qwen2vl": {"architecture": "qwen2vl", **_SECTIONS},
+    "qwen3vl": {"architecture": "qwen3vl", "arch__n_deepstack_layers": 0, **_SECTIONS},
+    "qwen3vlmoe": {"architecture": "qwen3vlmoe", "arch__n_deepstack_layers": 0, **_SECTIONS},
+    "mistral3, without scaling": {"architecture": "mistral3"},
+}
+"""What `write_gguf` is told besides of some of them: what else their files say."""

@@ -22,6 +22,7 @@ from tests.gguf_families import as_by_ollama, extra_tensors, sizes_of, stacked, 
 
 ARCHITECTURES = {
     "llama": "llama",
+    "mistral": "llama",
     "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
@@ -99,6 +100,7 @@ def write_gguf(
     parts: int = 1,
     by_ollama: bool = False,
     experts_alone: bool = False,
+    architecture: str | None = None,
     **fields: Any,
 ) -> Path:
     """Write a model, and return the (first) file.
@@ -110,11 +112,14 @@ def write_gguf(
         parts: number of files.
         by_ollama: with the names of ollama's own files of gpt-oss.
         experts_alone: only experts are of that kind, all else is float32.
+        architecture: llama.cpp's name, if it is not the usual one of that model type.
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
-    architecture = architecture_of(model)
+    architecture = architecture or architecture_of(model)
     most = -(-_count(model) // parts) if parts > 1 else 0
-    tensors = [*stacked(_tensors(model, architecture)), *extra_tensors(model)]
+    known = architecture in gguf.MODEL_ARCH_NAMES.values()
+    named_as = architecture if known else architecture_of(model)
+    tensors = [*stacked(_tensors(model, named_as)), *extra_tensors(model)]
     if by_ollama:
         architecture, tensors = "gptoss", as_by_ollama(tensors)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)

@@ -64,16 +64,21 @@ _MODEL_TYPES: Mapping[str, str] = {
     "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen25vl": "qwen2",
     "qwen2moe": "qwen2_moe",
+    "qwen2vl": "qwen2",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "qwen3next": "qwen3_next",
+    "qwen3vl": "qwen3",
+    "qwen3vlmoe": "qwen3_moe",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
-"""Model types in transformers, by llama.cpp's names of architectures; those that are right."""
+"""Model types in transformers, by llama.cpp's names of architectures; those that are right. Models
+that read pictures as well are, to text, those that they were made of."""
 
 _TABLES = {
     "cohere": "llama",

@@ -14,7 +14,7 @@ import torch
 
 from distributed_llm.worker.model.quantized.targets import Join, Target
 
-KNOWN_AS: Mapping[str, str] = {"gptoss": "gpt-oss"}
+KNOWN_AS: Mapping[str, str] = {"gptoss": "gpt-oss", "qwen25vl": "qwen2vl"}
 """Architectures that ollama's own files call otherwise than llama.cpp."""
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
