@@ -11,7 +11,8 @@ import pytest
 from distributed_llm import load_check
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.coordinator.loadable import as_json, ensure_loadable
-from distributed_llm.local_process import LocalProcess, fork_server
+from distributed_llm.forking import fork_server
+from distributed_llm.local_process import LocalProcess
 
 
 @pytest.fixture(scope="session", autouse=True)
