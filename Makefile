@@ -4,7 +4,7 @@
 SETUP := setup_scripts/setup_$(if $(filter Darwin,$(shell uname -s)),macos,linux).sh
 PYTHON := .venv/bin/python
 
-.PHONY: all demo test web chaos lint typecheck format install clean
+.PHONY: all demo test web chaos processors lint typecheck format install clean
 
 all: lint typecheck test
 
@@ -27,6 +27,11 @@ web: install
 chaos: install
 	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py tests/model/test_clusters.py \
 	  tests/model/test_damaged_configs.py --schedules 850 $(ARGS)
+
+# The C library on processors and systems that this machine is not: built for them, and tested by emulation.
+# Needs Debian, and to be root; takes an hour.
+processors: install
+	bash scripts/try_processors.sh
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -18,6 +18,7 @@ from distributed_llm.common.model_files import TensorInfo, read_json
 from distributed_llm.common.other_formats import CONFIG_NAME
 from distributed_llm.gguf_texts.texts import write_texts
 from tests.checkpoints import make_tokenizer
+from tests.gguf_families import as_by_ollama, extra_tensors, sizes_of, stacked, tensors_of
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -37,8 +38,44 @@ ARCHITECTURES = {
     "granite": "granite",
     "cohere": "command-r",
     "cohere2": "cohere2",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "gemma3n_text": "gemma3n",
+    "gemma4_text": "gemma4",
+    "arcee": "arcee",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "exaone4": "exaone4",
+    "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "minimax_m2": "minimax-m2",
+    "ministral3": "mistral3",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "lfm2": "lfm2",
+    "lfm2_moe": "lfm2moe",
+    "minicpm3": "minicpm3",
+    "olmo2": "olmo2",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
+    "olmoe": "olmoe",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
 }
 """The name in llama.cpp of each model type."""
+
+_ROTATED_IN_PAIRS = (
+    *("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "mistral3"),
+)
+"""Architectures whose queries and keys are stored in another order."""
 
 _ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms are stored with 1 added."""
@@ -51,6 +88,8 @@ def write_gguf(
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
     parts: int = 1,
+    by_ollama: bool = False,
+    experts_alone: bool = False,
     **fields: Any,
 ) -> Path:
     """Write a model, and return the (first) file.
@@ -60,21 +99,33 @@ def write_gguf(
             package cannot write gets random blocks.
         tokenizer: of byte pairs; None: a made one.
         parts: number of files.
+        by_ollama: with the names of ollama's own files of gpt-oss.
+        experts_alone: only experts are of that kind, all else is float32.
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
     architecture = ARCHITECTURES[model.config.model_type]
     most = -(-_count(model) // parts) if parts > 1 else 0
+    tensors = [*stacked(_tensors(model, architecture)), *extra_tensors(model)]
+    if by_ollama:
+        architecture, tensors = "gptoss", as_by_ollama(tensors)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
     _write_sizes(writer, model.config)
-    for name, value in fields.items():
+    for name, value in ({f"arch__{k}": v for k, v in sizes_of(model).items()} | fields).items():
         name = name.replace("__", ".").replace("arch.", f"{architecture}.")
         if name.endswith("token_id"):
+            writer.add_uint32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, value)
+        elif type(value) is bool:
+            writer.add_bool(name, value)
+        elif type(value) is int:
             writer.add_uint32(name, value)
         else:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     _write_tokenizer(writer, tokenizer or make_tokenizer(), int(model.config.vocab_size))
-    for name, tensor in _tensors(model, architecture):
-        _write_tensor(writer, name, tensor, kind)
+    for name, tensor in tensors:
+        is_plain = experts_alone and "_exps." not in name
+        _write_tensor(writer, name, tensor, "F32" if is_plain else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,30 +134,35 @@ def write_gguf(
 
 
 def _count(model: PreTrainedModel) -> int:
-    return sum(1 for _ in _tensors(model, ARCHITECTURES[model.config.model_type]))
+    return len(stacked(_tensors(model, ARCHITECTURES[model.config.model_type])))
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_context_length(config.max_position_embeddings)
+    said = config.to_dict()
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = said.get("head_dim") or config.hidden_size // max(1, heads)
+    writer.add_context_length(getattr(config, "max_position_embeddings", 256))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
-    if getattr(config, "intermediate_size", None):
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(said.get("num_key_value_heads", heads))
+    if isinstance(getattr(config, "intermediate_size", None), int):
         writer.add_feed_forward_length(config.intermediate_size)
     if rope:
         full = rope.get("full_attention", rope)
         writer.add_rope_freq_base(full["rope_theta"])
         rotated = int(head_dim * full.get("partial_rotary_factor", 1.0))
         writer.add_rope_dimension_count(rotated)
-    if config.model_type in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+    if heads and head_dim != config.hidden_size // heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config.model_type in ("gemma2", "gemma3_text", "phi3", "cohere2") and config.sliding_window:
+    if (
+        config.model_type in ("gemma2", "gemma3_text", "phi3", "cohere2", "exaone4")
+        and config.sliding_window
+    ):
         writer.add_sliding_window(config.sliding_window)
-    if config.model_type == "granite":
+    if config.model_type.startswith("granite"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -125,8 +181,9 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
     if experts:
         writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if hasattr(config, "moe_intermediate_size"):
+        used = said.get("num_experts_per_tok") or said.get("top_k_experts")
+        writer.add_expert_used_count(used)
+    if getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
@@ -163,8 +220,11 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue
+        if (own := tensors_of(model, name, tensor)) is not None:
+            yield from own
+            continue
         values = tensor.float().numpy()
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):
+        if match := re.fullmatch(r"model\.layers\.(\d+)\..*\.experts\.(\w+)", name):
             layer, half = match[1], values.shape[1] // 2
             if match[2] == "down_proj":
                 yield f"blk.{layer}.ffn_down_exps.weight", values
@@ -174,7 +234,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
             continue
         if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
             values = values.T
-        if architecture in ("llama", "granite") and re.search(r"\.[qk]_proj\.", name):
+        if architecture in _ROTATED_IN_PAIRS and re.search(r"\.[qk]_proj\.", name):
             heads = config.num_attention_heads
             heads = heads if ".q_proj." in name else config.num_key_value_heads
             paired = values.reshape(heads, 2, -1, *values.shape[1:])
@@ -215,10 +275,12 @@ def random_blocks(kind: str, count: int) -> np.ndarray:
     nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     blocks = numbers.integers(0, 256, (count, nbytes), dtype=np.uint8)
     scales = (0.01 * numbers.standard_normal((count, 2))).astype(np.float16).view(np.uint8)
-    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}.get(kind, 0)
     wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
     if kind == "MXFP4":
         blocks[:, 0] = 110 + blocks[:, 0] % 30  # an exponent
+    elif kind == "IQ1_M":
+        blocks[:, -1] = 0x20 | blocks[:, -1] % 16  # the high bits of the scale
     else:
         blocks[:, at : at + wide] = scales[:, :wide]
     return blocks

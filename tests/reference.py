@@ -58,9 +58,15 @@ def check_greedy(folder: Path, prompt: Sequence[int], token_ids: Sequence[int]) 
     answer costs no more than a short one.
     """
     check_varied(token_ids)
+    assert list(token_ids) == likeliest(folder, [*prompt, *token_ids])[len(prompt) - 1 : -1]
+
+
+def likeliest(folder: Path, token_ids: Sequence[int]) -> list[int]:
+    """Return what the model finds likeliest after each token of a text."""
     with torch.inference_mode():
-        logits = _model(folder)(torch.tensor([[*prompt, *token_ids]])).logits[0]
-    assert list(token_ids) == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+        logits = _model(folder)(torch.tensor([list(token_ids)])).logits[0]
+    found: list[int] = logits.argmax(-1).tolist()
+    return found
 
 
 def reference_text(folder: Path, prompt: str, new_tokens: int) -> str:

@@ -54,7 +54,7 @@ from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
-_KV_NAME = re.compile(r"^self_attn\.[kv]_(proj|norm)\.")
+_KV_NAME = re.compile(r"^(self_attn\.[kv]_(proj|norm)|attn_[kv](_norm)?)\.")
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
 

@@ -20,9 +20,9 @@ _GROUP = 64
 _KEPT = re.compile(
     r"(^|[._])(router|(\w+_)?layer_?norm\w*|\w*norm|ln(_\w+)?|embed\w*)(\.|$)"
     r"|(^|[._])(dt_proj|conv\w*(?!\.(in|out)_proj\.))(\.|$)"
-    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj|weights_proj)(\.|$)"
+    r"|(^|\.)(gate|\w*expert_gate|ffn_gate_inp\w*|kv_b_proj|attn_(k|v|kv)_b|weights_proj)(\.|$)"
     r"|(^|\.)block_inject_weight(\.|$)"
-    r"|rotary|\bssm_|_bias$|\.bias$"
+    r"|rotary|\bssm_(?!(in|out)\.)|_bias$|\.bias$"
 )
 """Names of what is no matrix of a linear layer, decides where tokens go (routers), what they attend
 to (indexers), which residual streams a layer adds to or how fast a state fades, or is multiplied by

@@ -41,7 +41,7 @@ REFUSAL_NAME = "refusal.json"
 
 SUFFIX = ".gguf"
 
-_VERSION = 1
+_VERSION = 2
 """Of the texts; another number has all written anew."""
 
 _MAGIC = b"GGUF"

@@ -14,6 +14,7 @@ GGUF_METHOD = "gguf"
 
 
 _INT4 = WeightForm(4, 32)
+_WIDE_INT4 = WeightForm(4, 128)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ GGUF_BLOCKS: Mapping[str, BlockLayout] = {
     "IQ4_NL": BlockLayout(32, 18, INT8),
     "IQ4_XS": BlockLayout(256, 136, INT8),
     "MXFP4": BlockLayout(32, 17, INT8),
+    "IQ1_S": BlockLayout(256, 50, _INT4),
+    "IQ1_M": BlockLayout(256, 56, INT8),
+    "IQ2_XXS": BlockLayout(256, 66, INT8),
+    "IQ2_XS": BlockLayout(256, 74, INT8),
+    "IQ2_S": BlockLayout(256, 82, INT8),
+    "IQ3_XXS": BlockLayout(256, 98, INT8),
+    "IQ3_S": BlockLayout(256, 110, _INT4),
+    "TQ1_0": BlockLayout(256, 54, _WIDE_INT4),
+    "TQ2_0": BlockLayout(256, 66, _WIDE_INT4),
 }
 """The types that can be read, by their names in llama.cpp."""
 
@@ -73,4 +83,4 @@ class GgufScheme:
 
     def is_exact(self, shape: tuple[int, ...]) -> bool:
         """Return whether that form holds the same numbers, but for the rounding of scales."""
-        return self.form(shape) in (_INT4, None)
+        return self.form(shape) != INT8

@@ -17,11 +17,11 @@ from distributed_llm.common.types import LayerRange
 
 _EMBEDDING_NAME = re.compile(
     r"(^|[._])((?!embedding_norm\b)embed\w*|wte|wpe|word_embeddings\w*|project_in"
-    r"|altup_projections|(token|position)_embd|transformer\.w)(\.|$)"
+    r"|altup_proj(ections)?|(token|position)_embd|transformer\.w)(\.|$)"
 )
 _NEVER_TIED_NAME = re.compile(
     r"(^|\.)(wpe|embed_positions|positions_embed|project_in|embeddings_project|position_embd"
-    r"|word_embeddings_layernorm|embed_tokens_per_layer|altup_projections"
+    r"|word_embeddings_layernorm|embed_tokens_per_layer|per_layer_token_embd|altup_proj(ections)?"
     r"|(position|token_type)_embeddings|embeddings\.(LayerNorm|norm))\."
 )
 _HEAD_NAME = re.compile(

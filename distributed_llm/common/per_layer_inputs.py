@@ -13,9 +13,15 @@ _DEFAULT_WIDTH: Mapping[str, int] = {"gemma3n_text": 256, "gemma4_text": 256}
 
 _OF_EVERY_STAGE = re.compile(
     r"(^|\.)(embed_tokens|embed_tokens_per_layer|per_layer_model_projection"
-    r"|per_layer_projection_norm)(\.|$)"
+    r"|per_layer_projection_norm|token_embd|per_layer_token_embd|per_layer_model_proj"
+    r"|per_layer_proj_norm)(\.|$)"
 )
-_LIES_ALONG: Mapping[str, int] = {"embed_tokens_per_layer": 1, "per_layer_model_projection": 0}
+"""Names in a model of transformers, and in GGUF files."""
+
+_LIES_ALONG: Mapping[str, int] = {
+    **{"embed_tokens_per_layer": 1, "per_layer_model_projection": 0},
+    **{"per_layer_token_embd": 1, "per_layer_model_proj": 0},
+}
 
 
 def per_layer_width(config: Mapping[str, Any]) -> int:

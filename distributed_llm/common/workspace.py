@@ -38,6 +38,9 @@ QUERIES_AT_ONCE = 128
 EXPANDED_AT_ONCE = 2**23
 """Numbers of keys and values that are made of latents at once."""
 
+_GRAPHS_BYTES = 256 << 20
+"""Of a GPU's memory that recorded decode steps may take: what they compute with, and the driver."""
+
 _COPIES_OF_SCORES = 4
 """The scores themselves, what the softmax makes of them, and what it is made with, in float32."""
 
@@ -76,6 +79,15 @@ _IN_STEPS = ("gelu_new", "gelu_fast", "quick_gelu")
 
 _LEAST_BYTES = 8 << 20
 """Blocks of weights that are converted, states that are rounded, and other small things."""
+
+
+def graphs_bytes(device: str) -> int:
+    """Return the bytes that recorded decode steps may take on a device; 0 if it records none.
+
+    Args:
+        device: torch's name of it ("cuda:0").
+    """
+    return _GRAPHS_BYTES if device.partition(":")[0] == "cuda" else 0
 
 
 def workspace_bytes(

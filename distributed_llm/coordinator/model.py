@@ -12,6 +12,7 @@ from distributed_llm.common.sampling_params import CheckpointParams, SamplingPar
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange, TokenId
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.workspace import graphs_bytes
 from distributed_llm.coordinator.model_cost import ModelCost
 
 
@@ -115,7 +116,8 @@ class ServedModel:
 
     def workspace_on(self, machine: Capabilities) -> int:
         """Return the bytes that a step takes on a machine beside weights and KV cache."""
-        return self.cost.workspace_bytes * self._widening(machine)
+        computing = self.cost.workspace_bytes * self._widening(machine)
+        return computing + graphs_bytes(machine.device)
 
     def planned(self, machine: Capabilities) -> Capabilities:
         """Return a machine as plans count it: room for weights and KV cache in the model's dtype.

@@ -8,6 +8,9 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.gguf_texts.header import Header
 
 _NEEDED = ("embedding_length", "block_count", "attention.head_count")
+_WITHOUT_ATTENTION = frozenset({"mamba", "mamba2"})
+"""Architectures that say 0 where others say how many heads they have."""
+
 _SIZES = (
     *("context_length", "feed_forward_length", "attention.head_count_kv", "expert_count"),
     *("expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length"),
@@ -41,6 +44,8 @@ def check_metadata(header: Header) -> None:
     name = header.architecture
     for field in _NEEDED:
         value = header.get(field)
+        if field == "attention.head_count" and name in _WITHOUT_ATTENTION:
+            continue
         if not _is_size(value) or (field == "block_count" and value > _MAX_LAYERS):
             raise _wrong(f"{name}.{field}", value)
     for field in _SIZES:

@@ -22,24 +22,52 @@ from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
 from distributed_llm.gguf_texts.checks import check_metadata
+from distributed_llm.gguf_texts.families import model_type_of, of_family
 from distributed_llm.gguf_texts.header import Header
-from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
+from distributed_llm.gguf_texts.hybrids import layers_of
 
 _MODEL_TYPES: Mapping[str, str] = {
+    "arcee": "arcee",
     "cohere2": "cohere2",
     "command-r": "cohere",
+    "deepseek2": "deepseek_v3",
+    "dots1": "dots1",
+    "ernie4_5": "ernie4_5",
+    "ernie4_5-moe": "ernie4_5_moe",
+    "exaone4": "exaone4",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "glm4": "glm4",
+    "glm4moe": "glm4_moe",
+    "gpt-oss": "gpt_oss",
     "gpt2": "gpt2",
+    "gptoss": "gpt_oss",
     "granite": "granite",
+    "granitehybrid": "granitemoehybrid",
+    "granitemoe": "granitemoe",
+    "hunyuan-dense": "hunyuan_v1_dense",
+    "hunyuan-moe": "hunyuan_v1_moe",
     "llama": "llama",
+    "lfm2moe": "lfm2_moe",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
+    "minicpm3": "minicpm3",
+    "minimax-m2": "minimax_m2",
+    "mistral3": "ministral3",
     "nemotron": "nemotron",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen2moe": "qwen2_moe",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
+    "seed_oss": "seed_oss",
+    "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
@@ -55,31 +83,32 @@ _TABLES = {
 }
 """By model type, the name under which transformers has a table of settings, if it is another."""
 
-_EXTRA_SIZES: Mapping[str, str] = {
-    "attention.key_length": "head_dim",
-    "expert_count": "num_experts",
-    "feed_forward_length": "intermediate_size",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "attention.layer_norm_epsilon": "layer_norm_eps",
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logit_scale",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+_USUAL_TABLE = "qwen2"
+"""Name of the table of those that transformers has none for."""
+
+_EXTRA_SIZES: tuple[tuple[str, str], ...] = (
+    ("attention.key_length", "head_dim"),
+    ("expert_count", "num_experts"),
+    ("feed_forward_length", "intermediate_size"),
+    ("expert_used_count", "num_experts_per_tok"),
+    ("expert_feed_forward_length", "moe_intermediate_size"),
+    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ("attention.layer_norm_epsilon", "layer_norm_eps"),
+    ("attention.scale", "attention_multiplier"),
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("logit_scale", "logit_scale"),
+    ("attn_logit_softcapping", "attn_logit_softcapping"),
+    ("final_logit_softcapping", "final_logit_softcapping"),
+    ("expert_count", "n_routed_experts"),
+    ("expert_count", "num_local_experts"),
+    ("expert_shared_count", "n_shared_experts"),
+    ("leading_dense_block_count", "first_k_dense_replace"),
+    ("attention.kv_lora_rank", "kv_lora_rank"),
+)
 """Names in the metadata, and in config.json of those models that have them."""
 
-_LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
-"""Layers of the models of 27 billion, whose attention alone is scaled by the hidden size."""
-
-
-_SCALED_GEMMAS = (34, 48, 62)
-"""Layers of the models of Gemma 3 whose rotary positions are scaled; not all files say so."""
-
-_GEMMA_FACTOR = 8.0
+_BIASES = ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias")
 _SHOWN_CHARS = 60
 
 
@@ -104,10 +133,16 @@ def write_config(header: Header, out: Path) -> None:
     for name in ("bos", "eos"):
         content[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
     content["pad_token_id"] = header.metadata.get("tokenizer.ggml.padding_token_id")
-    for key, name in _EXTRA_SIZES.items():
+    for key, name in _EXTRA_SIZES:
         if name in known and (value := header.get(key)) is not None:
             content[name] = value
-    content |= _of_family(header, content)
+    if "attention_bias" in known:
+        content["attention_bias"] = any(name in header.tensors for name in _BIASES)
+    heads = header.get("attention.head_count")
+    if heads and "head_dim" in known and not content.get("head_dim"):  # as in llama.cpp
+        content["head_dim"] = header.get("embedding_length") // heads
+    content["num_hidden_layers"] = layers_of(header)
+    content |= of_family(header, content)
     written = kind(**content).to_dict() | {
         "dtype": _dtype(header),
         "quantization_config": {
@@ -134,67 +169,13 @@ def _read(header: Header) -> dict[str, Any]:
     architecture = header.architecture
     if architecture in GGUF_CONFIG_ARCHS:
         return dict(get_gguf_config(dict(header.metadata), tuple(header.tensors)))
-    kind = _MODEL_TYPES[architecture]
-    if architecture == "llama" and header.get("expert_count"):
-        kind = "mixtral"
-    table: Any = GGUF_CONFIG_MAPPING[_TABLES.get(kind, kind)]
+    kind = model_type_of(header, _MODEL_TYPES[architecture])
+    table: Any = GGUF_CONFIG_MAPPING.get(_TABLES.get(kind, kind), GGUF_CONFIG_MAPPING[_USUAL_TABLE])
     content: dict[str, Any] = {"model_type": kind, **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
     for key, name in table.items():
         if name and name != "rope_theta" and (value := header.get(key)) is not None:
             content[name] = value
     return content
-
-
-def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what differs from family to family."""
-    kind = content["model_type"]
-    heads = content.get("num_attention_heads") or header.get("attention.head_count")
-    hidden = header.get("embedding_length")
-    head_dim = content.get("head_dim") or hidden // heads
-    found: dict[str, Any] = {}
-    if kind in _LARGEST_GEMMAS:
-        largest = header.get("block_count") == _LARGEST_GEMMAS[kind]
-        found["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
-    if kind == "gemma3_text":
-        found |= _of_gemma3(header)
-    elif header.architecture not in GGUF_CONFIG_ARCHS and kind != "gpt2":
-        found["rope_parameters"] = rope_parameters(header, head_dim)
-    if kind == "phi3":
-        found["sliding_window"] = header.get("attention.sliding_window")
-        if original := header.get("rope.scaling.original_context_length"):
-            found["original_max_position_embeddings"] = original
-    if kind == "granite":
-        found["logits_scaling"] = header.get("logit_scale") or 1.0
-    if kind == "cohere":
-        found["use_qk_norm"] = "blk.0.attn_q_norm.weight" in header.tensors
-    if kind == "cohere2":
-        found["sliding_window"] = header.get("attention.sliding_window")
-    if kind == "gpt2":
-        found["n_positions"] = header.get("context_length")
-    if kind == "mixtral":
-        found["num_local_experts"] = header.get("expert_count")
-    if kind == "stablelm":
-        found["use_qkv_bias"] = "blk.0.attn_q.bias" in header.tensors
-        found["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in header.tensors
-    return found
-
-
-def _of_gemma3(header: Header) -> dict[str, Any]:
-    """Return the rotary positions of Gemma 3; ollama's own files have names of their own."""
-
-    def first(*names: str, default: float) -> float:
-        return float(next((v for name in names if (v := header.get(name))), default))
-
-    found: dict[str, Any] = {
-        "rope_theta": first("rope.freq_base", "rope.global.freq_base", default=1e6),
-        "rope_local_base_freq": first("rope.freq_base_swa", "rope.local.freq_base", default=1e4),
-    }
-    factor = linear_factor(header)
-    if factor is None and header.get("block_count") in _SCALED_GEMMAS:
-        factor = _GEMMA_FACTOR
-    if factor:
-        found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    return found
 
 
 def _dtype(header: Header) -> str:

@@ -15,6 +15,8 @@ _LLAMA3_CONTEXTS = (8192, 4096, 16384, 32768)
 """Lengths that models with Llama 3's scaling were first trained with."""
 
 _TOLERANCE = 1e-4
+_UNSAID = {"gptoss": "yarn"}
+"""How architectures scale whose files say only by how much."""
 
 
 def rope_parameters(header: Header, head_dim: int) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def _scaling(header: Header, base: float, rotated: int) -> dict[str, Any]:
         return _by_factors(header, factors, base, rotated)
     if (long := _tensor(header, "rope_factors_long.weight")) is not None:
         return _longrope(header, long, _tensor(header, "rope_factors_short.weight") or long)
-    kind = header.get("rope.scaling.type") or "none"
+    kind = header.get("rope.scaling.type") or _UNSAID.get(header.architecture, "none")
     if kind in ("none", "longrope"):  # longrope without factors: of a short context
         return {"rope_type": "default"}
     factor = float(header.get("rope.scaling.factor") or 1.0)

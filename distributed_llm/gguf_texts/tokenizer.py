@@ -12,9 +12,15 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.gguf_texts.cuts import patterns_of
 from distributed_llm.gguf_texts.header import Header
 
-_AS_GPT2 = frozenset({"gpt-2", "phi-2", "gigachat", "mellum", "jais", "olmo", "trillion"})
+_AS_GPT2 = frozenset(
+    {
+        *("gpt-2", "phi-2", "gigachat", "mellum", "jais", "olmo", "trillion", "exaone4", "a.x-4.0"),
+        *("granite-docling",),
+    }
+)
 """How text is cut before merges, where it is cut as for GPT-2: transformers' own way here."""
 
 _DIGITS = frozenset(
@@ -22,8 +28,10 @@ _DIGITS = frozenset(
 )
 """Where it is cut so, too, but each digit stands for itself."""
 
-_AS_OTHERS = {"stablelm2": "qwen2"}
-"""Where it is cut as for other models."""
+_IMPLIED = {"gptoss": "gpt-4o"}
+"""How the text of architectures is cut whose files do not say it."""
+
+_GEMMA4 = "gemma4"
 
 _WHOLE_WORDS = frozenset(
     {
@@ -49,6 +57,11 @@ def write_tokenizer(header: Header, out: Path) -> None:
         return
     try:
         architecture, content, config = get_gguf_tokenizer(str(header.files[0]))
+        if architecture == _GEMMA4:
+            kind = content["tokenizer_type"] = _GEMMA4  # ollama's files say llama
+            config["add_bos_token"] = False  # the chat template writes it
+        elif architecture in _IMPLIED:
+            content["pre_tokenizer_type"] = _IMPLIED[architecture]
         backend, more = convert_gguf_tokenizer(architecture, content)
     except Exception as exc:
         raise UnsupportedModel(
@@ -76,14 +89,10 @@ def _cut_text(backend: Tokenizer, way: str | None) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    elif way in _AS_OTHERS:
-        split = Regex(GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[way]])
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(split, behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    elif (patterns := patterns_of(way)) is not None:
+        cuts = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, as_bytes])
     elif way in (None, "default"):
         raise UnsupportedModel(
             "does not say how its tokenizer cuts text (tokenizer.ggml.pre): it was made by an old "

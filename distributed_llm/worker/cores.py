@@ -10,8 +10,9 @@ import hashlib
 import math
 import os
 import socket
+import struct
 import sys
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,12 @@ _CAPABLE = 0.5
 """Capacity of a large core at least, as a share of the largest core's."""
 
 _SYSTEM = "sys/devices/system/cpu"
+
+_CORES = 0
+"""`RelationProcessorCore`: Windows tells of each core."""
+
+_RECORD = struct.Struct("<IIBB22xQH6x")
+"""A core, for Windows: relationship, size, flags, efficiency class, mask of CPUs, their group."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,59 @@ def own_cores() -> Cores:
     """Return the cores of this process."""
     if sys.platform == "linux":
         return linux_cores(Path("/"), os.sched_getaffinity(0), socket.gethostname())
-    logical = psutil.cpu_count() or 1
     if sys.platform == "darwin":
-        fast = _sysctl_int("hw.perflevel0.physicalcpu") or _sysctl_int("hw.physicalcpu")
-        boot = _sysctl_text("kern.bootsessionuuid")
-    else:
-        fast, boot = psutil.cpu_count(logical=False), _windows_machine()
-        if sys.platform == "win32":
-            logical = len(psutil.Process().cpu_affinity() or range(logical))
-    threads = max(1, min(fast or logical, logical))
-    kind = "performance cores" if sys.platform == "darwin" else "cores"
-    return Cores(threads, f"{threads} {kind}, {logical} logical", _hashed(boot) if boot else "")
+        return apple_cores(_sysctl, psutil.cpu_count() or 1)
+    if sys.platform == "win32":
+        allowed = set(psutil.Process().cpu_affinity() or range(psutil.cpu_count() or 1))
+        return windows_cores(_windows_processors(), allowed, _windows_machine())
+    threads = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return Cores(threads, count_text(threads, "core"), "")
+
+
+def apple_cores(sysctl: Callable[[str], bytes], logical: int) -> Cores:
+    """Return the performance cores of a Mac.
+
+    Args:
+        sysctl: returns what the system knows under a name; empty: nothing.
+        logical: CPUs.
+    """
+    fast, all_cores = (
+        int.from_bytes(sysctl(name), sys.byteorder)
+        for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu")
+    )
+    threads = max(1, min(fast or all_cores or logical, logical))
+    boot = sysctl("kern.bootsessionuuid").split(b"\0")[0].decode(errors="replace")
+    kind = "performance core" if fast else "core"
+    reason = f"{count_text(threads, kind)}, {logical} logical"
+    return Cores(threads, reason, _hashed(boot) if boot else "")
+
+
+def windows_cores(processors: bytes, allowed: Set[int], machine: str) -> Cores:
+    """Return the cores of this process on Windows.
+
+    Args:
+        processors: `PROCESSOR_RELATIONSHIP` records, as `GetLogicalProcessorInformationEx` writes
+            them.
+        allowed: numbers of the logical CPUs that it may run on; all are of the first group.
+        machine: a text that no other machine has; empty: unknown.
+    """
+    cores: dict[int, list[set[int]]] = {}  # by how fast: Windows' efficiency class
+    start = 0
+    while start + _RECORD.size <= len(processors):
+        _, size, _, speed, mask, group = _RECORD.unpack_from(processors, start)
+        own = {cpu for cpu in allowed if not group and mask >> cpu & 1}
+        if own:
+            cores.setdefault(speed, []).append(own)
+        start += max(size, _RECORD.size)
+    fast = cores[max(cores)] if cores else [{cpu} for cpu in allowed]
+    reason = f"{count_text(len(allowed), 'logical CPU')} allowed"
+    if len(cores) > 1:
+        reason += f", {sum(map(len, fast))} of them on large cores"
+    if len(fast) < sum(map(len, fast)):
+        reason += f", which are {count_text(len(fast), 'core')}"
+    numbers = ",".join(map(str, sorted(set().union(*fast))))
+    shares = _hashed(machine, numbers) if machine else ""
+    return Cores(max(1, len(fast)), reason, shares)
 
 
 def linux_cores(root: Path, allowed: Set[int], hostname: str) -> Cores:
@@ -139,19 +188,23 @@ def _hashed(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _sysctl(name: str, size: int) -> bytes:
-    buffer, length = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
+def _sysctl(name: str) -> bytes:
+    buffer, length = ctypes.create_string_buffer(256), ctypes.c_size_t(256)
     libc = ctypes.CDLL(None)
     failed = libc.sysctlbyname(name.encode(), buffer, ctypes.byref(length), None, 0)
     return b"" if failed else buffer.raw[: length.value]
 
 
-def _sysctl_int(name: str) -> int:
-    return int.from_bytes(_sysctl(name, 8), sys.byteorder)
-
-
-def _sysctl_text(name: str) -> str:
-    return _sysctl(name, 256).split(b"\0")[0].decode(errors="replace")
+def _windows_processors() -> bytes:
+    """Return what Windows tells of the cores of this machine; empty if it tells nothing."""
+    if sys.platform != "win32":
+        return b""
+    size = ctypes.c_uint32()
+    kernel = ctypes.WinDLL("kernel32")
+    kernel.GetLogicalProcessorInformationEx(_CORES, None, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    told = kernel.GetLogicalProcessorInformationEx(_CORES, buffer, ctypes.byref(size))
+    return buffer.raw[: size.value] if told else b""
 
 
 def _windows_machine() -> str:

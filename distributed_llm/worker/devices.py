@@ -90,6 +90,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def overwritten(target: Tensor, tensor: Tensor) -> None:
+    """Copy a tensor of the CPU over one of a device, as `sent` does it."""
+    if _backend(target.device) is not None and target.device.type != "mps":
+        tensor = tensor.pin_memory()
+    target.copy_(tensor, non_blocking=True)
+
+
 def fetched(tensor: Tensor) -> Tensor:
     """Return a tensor on the CPU, once its device has computed it; itself if it is there.
 

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -14,10 +15,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.gguf_files import open_gguf
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
+from distributed_llm.gguf_texts.families import model_type_of, of_family
+from distributed_llm.gguf_texts.header import Header
 from distributed_llm.gguf_texts.texts import write_texts
+from distributed_llm.gguf_texts.tokenizer import _cut_text
 from distributed_llm.worker.model.empty_model import model_config
 from tests.checkpoints import build_model, make_tokenizer
-from tests.gguf_models import write_gguf
+from tests.gguf_cases import CASES
+from tests.gguf_models import open_here, write_gguf
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}},
@@ -113,6 +118,57 @@ def test_scaled_rotary_frequencies_are_read_from_their_tensor(
         assert config.rope_parameters == rope
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "ministral3"])
+def test_frequencies_that_grow_with_the_context(tmp_path: Path, family: str) -> None:
+    """gpt-oss does not round where they begin to, which files do not say."""
+    settings = {"rope_parameters": CASES["deepseek3, scaled positions"][1]["rope_parameters"]}
+    model = build_model(
+        family, num_layers=2, vocab_size=320, **(settings if family == "deepseek_v3" else {})
+    )
+    config = model_config(json_of(texts(tmp_path, model)))
+    expected = model.config
+    read, wanted = (ROPE_INIT_FUNCTIONS["yarn"](one, "cpu") for one in (config, expected))
+    torch.testing.assert_close(read[0], wanted[0])
+    assert read[1] == pytest.approx(wanted[1])
+    for name in ("mscale_all_dim", "llama_4_scaling_beta"):
+        assert config.rope_parameters.get(name) == expected.rope_parameters.get(name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"expert_count": 256, "expert_gating_func": 2}, ("deepseek_v3", 8, 4)),
+        ({"expert_count": 384, "expert_gating_func": 2}, ("deepseek_v3", 1, 1)),
+        ({"expert_count": 160}, ("deepseek_v2", 8, 3)),
+        ({"expert_count": 64}, ("deepseek_v2", 1, 1)),
+        (
+            {"expert_count": 64, "expert_group_count": 4, "expert_group_used_count": 2},
+            ("deepseek_v2", 4, 2),
+        ),
+    ],
+)
+def test_groups_of_experts_that_old_files_do_not_tell(
+    sizes: dict[str, int], expected: tuple[str, int, int]
+) -> None:
+    said = {
+        **{"attention.head_count": 8, "attention.key_length": 12, "attention.value_length": 8},
+        **{"embedding_length": 64, "rope.dimension_count": 4, **sizes},
+    }
+    metadata = {f"deepseek2.{name}": value for name, value in said.items()}
+    header = Header([], {"general.architecture": "deepseek2", **metadata}, {})
+    kind = model_type_of(header, "deepseek_v3")
+    found = of_family(header, {"model_type": kind})
+    assert (kind, found["n_group"], found["topk_group"]) == expected
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    model = build_model("glm4_moe", num_layers=3, vocab_size=320)
+    file = write_gguf(tmp_path / "m.gguf", model, arch__nextn_predict_layers=1)
+    checkpoint = open_here(file, tmp_path / "texts")
+    assert checkpoint.num_layers == 2
+    assert not [name for name in checkpoint.tensors if name.startswith("blk.2.")]
+
+
 def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
     made = make_tokenizer()
     model = build_model("llama", num_layers=1, vocab_size=len(made))
@@ -198,7 +254,7 @@ def test_the_dtype_to_compute_in(tmp_path: Path, kind: str, dtype: str) -> None:
         ({"tokenizer__ggml__pre": "haiku"}, "cuts text in a way that is not known.*'haiku'"),
         ({"tokenizer__ggml__pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"tokenizer__ggml__model": "rwkv"}, "a tokenizer .rwkv. that transformers cannot"),
-        ({"general__architecture": "deepseek2"}, "architecture 'deepseek2', which is not read"),
+        ({"general__architecture": "plamo2"}, "architecture 'plamo2', which is not read"),
         ({"general__architecture": "mamba9"}, "architecture 'mamba9', which is not read"),
     ],
 )
@@ -221,13 +277,13 @@ def test_broken_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf", model).read_bytes()
     unknown = whole.replace(b"token_embd.weight\x02", b"token_embd.weight\x02", 1)
     at = unknown.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    other = unknown[:at] + (16).to_bytes(4, "little") + unknown[at + 4 :]
+    other = unknown[:at] + (9).to_bytes(4, "little") + unknown[at + 4 :]
     never = unknown[:at] + (999).to_bytes(4, "little") + unknown[at + 4 :]
     for content, words in (
         (whole[:-50], "is not a whole GGUF file"),
         (whole[:500], "is not a whole GGUF file"),
         (b"GGUF" + b"\xff" * 100, "of version 4294967295 of GGUF"),
-        (other, r"type IQ2_XXS \(token_embd\.weight\), which are not read.*Q4_K"),
+        (other, r"type Q8_1 \(token_embd\.weight\), which are not read.*Q4_K"),
         (never, "a type that is not known"),
     ):
         (tmp_path / "tiny.gguf").write_bytes(content)
@@ -249,3 +305,27 @@ def test_a_process_of_its_own_reads_the_files(
         "tiny-00001-of-00002.gguf",
         "tiny-00002-of-00002.gguf",
     }
+
+
+@pytest.mark.parametrize(
+    ("way", "pieces"),
+    [
+        ("glm4", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("hunyuan", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("bailingmoe", "I|'ll| buy| |1|2|3|4|5| C|++| books|!NN|Größe| 你好ABC|?| | x"),
+        ("deepseek-coder", "I|'|ll| buy| |1|2|3|4|5| C|++| books|!|N|N|Größe| |你好|ABC|?| | x"),
+        ("deepseek-llm", "I|'|ll| buy| |12345| C|++| books|!|N|N|Gr|öß|e| |你好|ABC|?| | x"),
+        ("deepseek-v3", "I|'ll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("falcon", "I|'|ll| buy| |123|45| C|++| books|!|N|N|Größe| 你好ABC|?| | x"),
+        ("kimi-k2", "I'll| buy| |123|45| C|++| books|!NN|Größe| |你好|ABC|?| | x"),
+        ("seed-coder", "I|'ll| buy| |1|2|3|4|5| C|++| books|!|NN|Größe| 你好ABC|?| | x"),
+    ],
+)
+def test_how_text_is_cut(way: str, pieces: str) -> None:
+    """Each line break is written N; the pieces are those that llama.cpp makes tokens of."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    _cut_text(backend, way)
+    text = pieces.replace("|", "").replace("N", "\n")
+    assert backend.pre_tokenizer is not None
+    found = backend.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[slice(*place)] for _, place in found] == pieces.replace("N", "\n").split("|")

@@ -92,8 +92,14 @@ class Charges:
 class Driver:
     """A cache, and what it should hold: each position's key is a fresh number, so mix-ups show."""
 
-    def __init__(self, max_blocks: int | None = None) -> None:
-        self.cache = KVCache(LAYERS, None if max_blocks is None else max_blocks * BLOCK_BYTES)
+    in_pages = False
+
+    def __init__(self, max_blocks: int | None = None, *, in_pages: bool | None = None) -> None:
+        self.cache = KVCache(
+            LAYERS,
+            None if max_blocks is None else max_blocks * BLOCK_BYTES,
+            in_pages=self.in_pages if in_pages is None else in_pages,
+        )
         self.model: dict[int, list[int]] = {}
         self.charges = Charges()
         self.next_number = 0
@@ -158,12 +164,23 @@ class Driver:
             self.charges.free(sequence_id)
 
 
+@pytest.fixture(params=["buffers", "pages"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with both kinds of memory."""
+    monkeypatch.setattr(Driver, "in_pages", request.param == "pages")
+
+
+both = pytest.mark.usefixtures("memory")  # not for all: machines take no parameters
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Any order of what a stage does, one sequence or several at a time."""
 
+    in_pages = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.driver = Driver(MAX_BLOCKS)
+        self.driver = Driver(MAX_BLOCKS, in_pages=self.in_pages)
         self.cache, self.model = self.driver.cache, self.driver.model
         self.driver.step(0, 1)  # as a stage warms up: the limit counts from here on
         self.driver.free(0)
@@ -291,6 +308,18 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.nbytes <= charged * BLOCK_BYTES <= MAX_BLOCKS * BLOCK_BYTES
         assert self.cache.bytes_per_token == TOKEN_BYTES
 
+    @invariant()
+    def blocks_have_one_owner_and_take_no_more_than_the_limit(self) -> None:
+        taken = [number for s in self.cache._segments for both in s.blocks for number in both]
+        assert len(set(taken)) == len(taken)
+        if self.in_pages:
+            assert len(taken) * KV_BLOCK == self.cache.capacity
+            assert 0 not in taken
+            assert self.cache.memory_bytes <= (MAX_BLOCKS + 1) * BLOCK_BYTES
+        else:
+            assert not taken
+            assert self.cache.memory_bytes == self.cache.nbytes
+
     def teardown(self) -> None:
         for sequence_id in sorted(self.model):
             # What every sequence holds is right to the end, whatever became of the others.
@@ -306,6 +335,17 @@ CacheMachine.TestCase.settings = settings(
 TestCache = CacheMachine.TestCase
 
 
+class PagesMachine(CacheMachine):
+    """The same, in pages."""
+
+    in_pages = True
+
+
+PagesMachine.TestCase.settings = settings(CacheMachine.TestCase.settings, max_examples=50)
+TestPages = PagesMachine.TestCase
+
+
+@both
 def test_sequences_of_one_prefix_hold_it_once() -> None:
     driver = Driver()
     driver.step(0, 5 * KV_BLOCK)
@@ -323,6 +363,7 @@ def test_sequences_of_one_prefix_hold_it_once() -> None:
     assert driver.cache.nbytes == 0
 
 
+@both
 def test_a_parent_goes_on_and_back_without_its_children_noticing() -> None:
     driver = Driver()
     driver.step(0, 100)
@@ -335,6 +376,7 @@ def test_a_parent_goes_on_and_back_without_its_children_noticing() -> None:
     driver.step(0, 10)
 
 
+@both
 def test_conversations_that_take_over_their_last_turn_stay_one_segment() -> None:
     driver = Driver()
     driver.step(0, 50)
@@ -347,6 +389,7 @@ def test_conversations_that_take_over_their_last_turn_stay_one_segment() -> None
     assert driver.cache.capacity == blocks(1501) * KV_BLOCK
 
 
+@both
 def test_memory_is_exactly_the_blocks_that_are_needed() -> None:
     driver = Driver()
     for position in range(1, 400):
@@ -365,6 +408,7 @@ def slice_of(
     )
 
 
+@both
 def test_a_step_that_does_not_fit_as_a_whole_is_refused() -> None:
     driver = Driver(max_blocks=4)
     driver.step(0, 2 * KV_BLOCK)
@@ -380,6 +424,7 @@ def test_a_step_that_does_not_fit_as_a_whole_is_refused() -> None:
     assert driver.cache.capacity == 4 * KV_BLOCK
 
 
+@both
 def test_what_is_taken_makes_room() -> None:
     driver = Driver(max_blocks=4)
     driver.step(0, 4 * KV_BLOCK)
@@ -391,6 +436,7 @@ def test_what_is_taken_makes_room() -> None:
     assert driver.cache.sequence_ids == (1,)
 
 
+@both
 def test_what_is_taken_goes_on_in_place_unless_others_read_there() -> None:
     """Five positions of it are read by another; the taker begins beyond them, or before."""
     for start, capacity in ((5, 2), (4, 2 + 2)):
@@ -402,6 +448,7 @@ def test_what_is_taken_goes_on_in_place_unless_others_read_there() -> None:
         assert driver.cache.capacity == capacity * KV_BLOCK
 
 
+@both
 def test_one_that_is_shared_goes_on_in_place() -> None:
     driver = Driver()
     driver.step(0, 10)
@@ -413,6 +460,7 @@ def test_one_that_is_shared_goes_on_in_place() -> None:
     driver.step(1, 1)
 
 
+@both
 def test_who_shares_beyond_what_was_shared_is_not_in_the_way() -> None:
     driver = Driver()
     driver.step(0, 10)

@@ -25,9 +25,9 @@ def ranges(split: Sequence[int]) -> list[LayerRange]:
 class Held:
     """What one worker holds, if anything."""
 
-    def __init__(self, layers: LayerRange) -> None:
+    def __init__(self, layers: LayerRange, *, in_pages: bool) -> None:
         self.layers = layers
-        self.cache = new_cache(layers)
+        self.cache = new_cache(layers, in_pages=in_pages)
 
 
 class Transfer:
@@ -52,13 +52,15 @@ Plan = list[tuple[int, Held, list[Transfer]]]
 class MoveMachine(RuleBasedStateMachine):
     """Workers hold the stages of a pipeline; a twin does the same steps and never moves."""
 
+    in_pages = False
+
     def __init__(self) -> None:
         super().__init__()
         self.workers: list[Held | None] = [None] * NUM_WORKERS
         self.order: list[int] = [0, 1, 2]
         for worker, layers in zip(self.order, ranges(SPLITS[0]), strict=True):
-            self.workers[worker] = Held(layers)
-        self.twin = Held(LayerRange(0, NUM_LAYERS))
+            self.workers[worker] = Held(layers, in_pages=self.in_pages)
+        self.twin = Held(LayerRange(0, NUM_LAYERS), in_pages=False)
         self.model: dict[int, list[int]] = {}
         self.next_id = self.next_token = 0
         self.equal = True  # no step was abandoned, so capacities are the twin's too
@@ -174,7 +176,7 @@ class MoveMachine(RuleBasedStateMachine):
                 stop = min(held.layers.stop, layers.stop)
                 if held is not own and start < stop:
                     transfers.append(Transfer(held, LayerRange(start, stop)))
-            plan.append((worker, Held(layers), transfers))
+            plan.append((worker, Held(layers, in_pages=self.in_pages), transfers))
         return plan
 
     def commit(self, plan: Plan) -> None:
@@ -231,3 +233,13 @@ MoveMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestMoves = MoveMachine.TestCase
+
+
+class PagesMachine(MoveMachine):
+    """The same with workers whose caches are in pages."""
+
+    in_pages = True
+
+
+PagesMachine.TestCase.settings = settings(MoveMachine.TestCase.settings, max_examples=15)
+TestMovesOfPages = PagesMachine.TestCase

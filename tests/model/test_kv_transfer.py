@@ -24,9 +24,20 @@ ALL = LayerRange(4, 7)
 MUCH = 2**30
 
 
-def new_cache(layers: LayerRange) -> KVCache:
+@pytest.fixture(params=["buffers", "pages"])
+def in_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Run a test with both kinds of memory."""
+    monkeypatch.setitem(KIND, "in_pages", request.param == "pages")
+    return KIND["in_pages"]
+
+
+KIND = {"in_pages": False}
+"""Of the caches that are made."""
+
+
+def new_cache(layers: LayerRange, *, in_pages: bool | None = None) -> KVCache:
     """Return an empty cache that knows its layouts, as after the warm-up of a stage."""
-    cache = KVCache(len(layers))
+    cache = KVCache(len(layers), in_pages=KIND["in_pages"] if in_pages is None else in_pages)
     compute(cache, layers, 99, 0, [0])
     cache.free([SequenceId(99)])
     return cache
@@ -56,10 +67,9 @@ def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[
     for layer in range(len(layers)):
         row: list[float] = []
         for segment, count in cache._sequences[SequenceId(sequence_id)].spans():
-            held = segment.layers[layer]
-            assert held is not None or not count
-            if held is not None:
-                keys, values = held.keys[:, :count], held.values[:, :count]
+            if count:
+                held = cache.read(layer, segment, 0, count)
+                keys, values = held.keys, held.values
                 assert torch.equal(values[..., :KEY_DIM], -keys)
                 assert bool((keys == keys[:1, :, :1]).all())
                 row += (keys[0, :, 0] - (layers.start + layer) / 16).tolist()
@@ -68,7 +78,7 @@ def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[
 
 
 @pytest.fixture
-def source() -> KVCache:
+def source(in_pages: bool) -> KVCache:
     """Sequence 0 has 100 positions, 1 began as 70 of them and has 80, 2 has 64."""
     cache = new_cache(ALL)
     compute(cache, ALL, 0, 0, list(range(100)))
@@ -352,8 +362,8 @@ def test_only_an_empty_cache_is_filled(source: KVCache) -> None:
         assemble(source, ALL, (source, ALL), [])
 
 
-def test_buffers_are_used_and_not_copied(source: KVCache) -> None:
-    """Those of this worker and those that arrived; shared segments stay shared."""
+def test_memory_is_used_and_not_copied(source: KVCache, in_pages: bool) -> None:
+    """That of this worker, and buffers that arrived; shared segments stay shared."""
     layers = LayerRange(5, 8)
     sender = new_cache(layers)
     for sequence_id, start, tokens in ((0, 0, list(range(100))), (2, 0, list(range(300, 364)))):
@@ -364,10 +374,14 @@ def test_buffers_are_used_and_not_copied(source: KVCache) -> None:
     pump(KVExporter(sender, layers, LayerRange(7, 8)), into)
     into.update(sender.manifest())
     made = new_cache(layers)
-    assemble(made, layers, (source, ALL), [into])
-    own = {held.keys.data_ptr() for s in source.extents() for held in s.layers if held}
     arrived = {one.buffers.keys.data_ptr() for one in into._arrived.values()}
-    for segment in made.extents():
+    assemble(made, layers, (source, ALL), [into])
+    assert not into._arrived
+    if made.pages and source.pages:
+        for layer in (0, 1):
+            assert made.pages.tensors_of(layer) == source.pages.tensors_of(layer + 1)
+    own = {held.keys.data_ptr() for s in source.extents() for held in s.layers if held}
+    for segment in () if in_pages else made.extents():
         assert [held is not None and held.keys.data_ptr() in own for held in segment.layers] == [
             True,
             True,
@@ -379,6 +393,18 @@ def test_buffers_are_used_and_not_copied(source: KVCache) -> None:
     assert (made.capacity, made.nbytes) == (source.capacity, source.nbytes)
     for sequence_id in (0, 1, 2):
         assert contents(made, layers, sequence_id) == contents(sender, layers, sequence_id)
+
+
+def test_blocks_that_nobody_has_are_freed_before_pages_are_handed_on() -> None:
+    source, made = new_cache(ALL, in_pages=True), new_cache(ALL, in_pages=True)
+    compute(source, ALL, 0, 0, list(range(1000)))
+    compute(source, ALL, 1, 0, list(range(64)))
+    source.free([SequenceId(0)])
+    assemble(made, ALL, (source, ALL), [])
+    block_bytes = KV_BLOCK * 3 * TOKEN_BYTES
+    assert source.memory_bytes == made.memory_bytes == (1 + 1) * block_bytes
+    for cache in (source, made):
+        assert contents(cache, ALL, 1) == [list(range(64))] * 3
 
 
 def test_sources_that_differ_give_what_they_have_in_common(source: KVCache) -> None:

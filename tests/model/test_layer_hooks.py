@@ -77,6 +77,32 @@ def test_all_layers_and_nothing_else_are_counted(
         assert hooks.seconds == count
 
 
+def test_layers_that_are_launched_at_once_count_by_their_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is recorded for that is neither timed nor progress."""
+    clock, progress = [0.0], [0]
+
+    def after_layer() -> None:
+        progress[0] += 1
+
+    monkeypatch.setattr(layer_hooks, "perf_counter", lambda: clock[0])
+    layers = nn.ModuleList(Layer(clock) for _ in range(3))
+    hooks = hooks_on(layers, after_layer=after_layer)
+    hooks.recording = True
+    run(layers, torch.zeros(1))
+    hooks.recording = False
+    assert (hooks.seconds, progress) == (0.0, [0])
+
+    def launch() -> None:
+        clock[0] += 8
+
+    hooks.launch(launch, 0.75)
+    assert (hooks.seconds, progress) == (6.0, [1])
+    run(layers, torch.zeros(1))
+    assert (hooks.seconds, progress) == (3.0, [4])
+
+
 def test_a_run_that_fails_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(layer_hooks, "perf_counter", lambda: clock[0])

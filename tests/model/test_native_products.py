@@ -1,5 +1,8 @@
 """The C library multiplies the states that it rounds, with every set of instructions."""
 
+import ctypes
+import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,21 +266,85 @@ def test_the_usual_order_is_that_of_the_library_where_there_is_one(
 
 
 @pytest.mark.parametrize(
-    ("torch_has", "allowed"), [("DEFAULT", ["none"]), ("AVX2", ["avx2", "avxvnni"])]
+    ("torch_has", "supported", "used"),
+    [
+        ("AVX512", ("none", "avx2", "avxvnni", "avx512vnni"), "avx512vnni"),
+        ("AVX2", ("none", "avx2", "avxvnni", "avx512vnni"), "avxvnni"),
+        ("AVX2", ("none", "avx2", "avx512vnni"), "avx2"),
+        ("DEFAULT", ("none", "avx2", "avx512vnni"), "none"),
+        ("DEFAULT", ("none", "neon", "dotprod"), "dotprod"),  # what torch says on ARM
+        ("DEFAULT", ("none", "plain"), "plain"),
+    ],
 )
 def test_instructions_that_torch_may_not_use_are_not_used_either(
-    torch_has: str, allowed: list[str], monkeypatch: pytest.MonkeyPatch
+    torch_has: str, supported: tuple[str, ...], used: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
+    monkeypatch.setattr(library, "supported", lambda: supported)
     native.instructions.cache_clear()
-    assert native.instructions() in allowed
-    assert native.instructions() in library.supported()
+    assert native.instructions() == used
+
+
+def test_the_sets_of_instructions_are_numbered_as_in_c() -> None:
+    header = (Path(library.__file__).parent / "processor.h").read_text()
+    (names,) = re.findall(r"enum \{ (.*), SETS \};", header)
+    assert tuple(name.lower() for name in names.split(", ")) == library.NAMES
 
 
 def test_without_torchs_threads_the_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would compute with one thread, and measurements, which have one too, would not tell."""
-    monkeypatch.setattr(library, "_parallel", lambda: None)
+    monkeypatch.setattr(library, "_threads", lambda: None)
     assert library._library.__wrapped__() is None
+
+
+def test_without_a_compiler_torchs_kernels_are_used_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "_FILE", tmp_path / "kernels.so")
+    assert library._library.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+
+
+OPENMP = """
+#include <stdint.h>
+typedef void Forked(int32_t *, int32_t *, void *, void *);
+int32_t pushed, forks;
+int32_t __kmpc_global_thread_num(const void *place) { return place ? 7 : 0; }
+void __kmpc_push_num_threads(const void *place, int32_t thread, int32_t threads)
+{
+    pushed = place && thread == 7 ? threads : -1;
+}
+void __kmpc_fork_call(const void *place, int32_t count, Forked *forked, void *first, void *second)
+{
+    for (int32_t n = 0; place && count == 2 && n < pushed; n++, forks++)
+        forked(&n, &n, first, second);
+}
+"""
+"""What OpenMP libraries have that have no GOMP_parallel: those of Windows."""
+
+
+def test_threads_of_a_library_without_gccs_functions(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, built = tmp_path / "omp.c", tmp_path / "libiomp5md.so"
+    source.write_text(OPENMP)
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", built], check=True)
+    monkeypatch.setattr(library, "_loaded", lambda maps: [])
+    monkeypatch.setattr(library, "_beside_torch", lambda: [str(tmp_path / "none"), str(built)])
+    threads = library._threads()
+    assert threads is not None
+    assert len(threads) == 3
+    own = shutil.copy(library._FILE, tmp_path / "kernels.so")  # with functions of its own
+    opened = library._opened(Path(own), threads)
+    assert opened is not None
+    states, weight = torch.randn(64, 1024).bfloat16(), torch.randn(1024).bfloat16()
+    output = torch.zeros_like(states)
+    addresses = states.data_ptr(), output.data_ptr(), weight.data_ptr()
+    opened.rms_norm(*addresses, 64, 1024, 1e-6, NormKind.PLUS_ONE.value, 3)
+    assert torch.equal(output, rms_norm(states, weight, 1e-6, NormKind.PLUS_ONE))
+    openmp = ctypes.CDLL(str(built))
+    assert ctypes.c_int32.in_dll(openmp, "pushed").value == 3
+    assert ctypes.c_int32.in_dll(openmp, "forks").value == 3
 
 
 def test_openmp_libraries_that_are_loaded(tmp_path: Path) -> None:
@@ -296,12 +363,12 @@ def test_openmp_libraries_that_are_loaded(tmp_path: Path) -> None:
 def test_a_processor_without_such_instructions_has_no_library(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    """The C files compile to nothing but this on others than x86; nobody has to be told."""
+    """Such as one of Intel's or AMD's without AVX2; nobody has to be told."""
     source = tmp_path / "none.c"
     source.write_text("int has_instructions(int number) { return number < 0; }\n")
     built = tmp_path / "none.so"
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", built], check=True)
-    assert library._opened([built], None) is None
+    assert library._opened(built, [0]) is None
     assert not caplog.records
-    assert library._opened([source], None) is None
+    assert library._opened(source, [0]) is None
     assert "Install this package again" in caplog.text

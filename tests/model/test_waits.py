@@ -18,11 +18,12 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker import devices
-from distributed_llm.worker.model import latents
-from distributed_llm.worker.model.kernels import packed_nbytes
+from distributed_llm.worker.model import latents, page_attention
+from distributed_llm.worker.model.kernels import packed_nbytes, varlen
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.tensor_frames import frame_of
 from tests.checkpoints import make_checkpoint
+from tests.made_up_gpus import GPUS
 
 META = torch.device("meta")
 
@@ -144,6 +145,30 @@ def test_products_with_integers_wait_for_nothing(tmp_path: Path) -> None:
     assert packed_nbytes(stage._held.layers) > 0
     for parts in (PREFILL, MIXED, DECODE):
         assert waits_of(stage, parts, made.hidden_size) == ["copy"]
+
+
+def test_attention_over_pages_waits_for_nothing_and_sends_its_tables_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each kind of layers: here those with a window, and those without."""
+    monkeypatch.setattr(varlen, "facts_of", lambda device: GPUS["cuda"])
+    monkeypatch.setattr(varlen, "_problem", lambda *_: "")
+    monkeypatch.setattr(varlen, "_right", {})
+    made = open_checkpoint(make_checkpoint(tmp_path, "gpt_oss", num_layers=4))
+    stage = Stage.load(made, LayerRange(1, 3), device=META, dtype=torch.bfloat16)
+    assert stage._cache.pages
+    assert set(stage._cache.windows) > {0}
+    sent: list[Tensor] = []
+
+    def counted(tensor: Tensor, device: torch.device) -> Tensor:
+        sent.append(tensor)
+        return devices.sent(tensor, device)
+
+    monkeypatch.setattr(page_attention, "sent", counted)
+    for parts in (PREFILL, MIXED, DECODE):
+        sent.clear()
+        assert waits_of(stage, parts, made.hidden_size) == ["copy"]
+    assert len(sent) == 2
 
 
 # ------------------------------------------------------------------ memory that is pinned

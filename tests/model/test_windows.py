@@ -15,6 +15,7 @@ from distributed_llm.common.messages import MissingPositions, SequenceSlice, Sha
 from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv import slabs
 from distributed_llm.worker.kv.cache import KVCacheFull
+from distributed_llm.worker.model import stage as stage_module
 from distributed_llm.worker.model.failures import MissingPositionsError
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -37,13 +38,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_checkpoint(path, request.param, num_layers=NUM_LAYERS, **settings)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["slabs", "exact"])
+@pytest.fixture(params=["slabs", "exact", "pages"])
 def pipeline(
     request: pytest.FixtureRequest, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> Pipeline:
-    """Two stages, whose buffers are in slabs or have exactly the room that they need."""
+    """Two stages, with buffers in slabs or of exactly the room that they need; or with pages."""
     if request.param == "exact":
         monkeypatch.setattr(slabs, "_pages_come_when_written", lambda: False)
+    monkeypatch.setattr(stage_module, "in_pages", lambda *_: request.param == "pages")
     return Pipeline(load_stages(checkpoint, [1, 2]))
 
 
@@ -170,12 +172,12 @@ def test_memory_is_that_of_the_window(pipeline: Pipeline) -> None:
     pipeline.prefill(PROMPTS[:1], [len(PROMPTS[0]) - 1])
     for stage in pipeline.stages:
         windowed, every = stage.kv_windowed_bytes_per_token, stage.kv_bytes_per_token
-        assert stage.kv_bytes == 4 * KV_BLOCK * every
+        assert stage._held_sequences.nbytes == 4 * KV_BLOCK * every
         stage.limit_kv(KV_BLOCK * (7 * (every - windowed) + 2 * windowed))
     forget(pipeline.stages, pipeline.done)
     for stage in pipeline.stages:
         windowed, every = stage.kv_windowed_bytes_per_token, stage.kv_bytes_per_token
-        assert stage.kv_bytes == KV_BLOCK * (4 * (every - windowed) + windowed)
+        assert stage._held_sequences.nbytes == KV_BLOCK * (4 * (every - windowed) + windowed)
     pipeline.texts[0] += PROMPTS[0]
     for start in (199, 263, 327):
         pipeline.run([(0, start, start + KV_BLOCK)], sampling=None)
@@ -185,7 +187,7 @@ def test_memory_is_that_of_the_window(pipeline: Pipeline) -> None:
         pipeline.run([(1, 391, 520)], sampling=None)
     for stage in pipeline.stages:
         stage.release([SequenceId(0), SequenceId(1)])
-        assert stage.kv_bytes == 0
+        assert stage._held_sequences.nbytes == 0
 
 
 def test_who_would_see_what_was_dropped_begins_again(checkpoint: Checkpoint) -> None:
@@ -232,7 +234,7 @@ def test_moved_layers_go_on(
                 into.add(piece)
         into.update(stage.kv_manifest())
     moved.assemble_kv(None, [into for _, into in transfers])
-    assert moved.kv_bytes == sum(stage.kv_bytes for stage in old)
+    assert moved._held_sequences.nbytes == sum(stage._held_sequences.nbytes for stage in old)
     pipeline.stages = [moved]
     decode(pipeline, 10)
     check(whole, pipeline.texts, [len(prompt) for prompt in PROMPTS])

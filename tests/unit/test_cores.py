@@ -1,11 +1,13 @@
 """How many threads a worker has, on made-up machines; and with whom it shares its cores."""
 
+import struct
+import sys
 from pathlib import Path
 
 import pytest
 
 from distributed_llm.common.waiting_threads import limit_active_waiting
-from distributed_llm.worker.cores import Cores, linux_cores, own_cores
+from distributed_llm.worker.cores import Cores, apple_cores, linux_cores, own_cores, windows_cores
 
 CPU = "sys/devices/system/cpu"
 BOOT = {"proc/sys/kernel/random/boot_id": "2f0a"}
@@ -98,6 +100,42 @@ def test_who_shares_cores(tmp_path: Path) -> None:
     limited = tree(tmp_path, {"proc/self/cgroup": "0::/", "sys/fs/cgroup/cpu.max": "100000 100000"})
     names = ("one", "other")
     assert len({cores(limited, 4, name).shares for name in names}) == 2, "each has its quota"
+
+
+def test_performance_cores_of_a_mac() -> None:
+    known = {
+        "hw.perflevel0.physicalcpu": (4).to_bytes(4, sys.byteorder),
+        "hw.physicalcpu": (10).to_bytes(4, sys.byteorder),
+        "kern.bootsessionuuid": b"A-B\0",
+    }
+    found = apple_cores(lambda name: known.get(name, b""), 10)
+    assert (found.threads, found.reason) == (4, "4 performance cores, 10 logical")
+    assert found.shares
+    del known["hw.perflevel0.physicalcpu"]  # a Mac of Intel's has but one kind
+    known["hw.physicalcpu"] = (2).to_bytes(4, sys.byteorder)
+    assert apple_cores(lambda name: known.get(name, b""), 4).reason == "2 cores, 4 logical"
+    assert apple_cores(lambda name: b"", 4) == Cores(4, "4 cores, 4 logical", "")
+
+
+def windows_record(mask: int, speed: int, group: int = 0) -> bytes:
+    """Return a core as Windows writes it, by its documented order; of 48 bytes."""
+    core = bytes([0, speed]) + bytes(20) + (1).to_bytes(2, "little")
+    return struct.pack("<II", 0, 48) + core + struct.pack("<QHHHH", mask, group, 0, 0, 0)
+
+
+def test_efficient_cores_are_left_out_on_windows() -> None:
+    """Two large cores of two threads, four small ones, and what another group has."""
+    processors = [windows_record(0b11, 1), windows_record(0b1100, 1)]
+    processors += [windows_record(1 << cpu, 0) for cpu in range(4, 8)]
+    told = b"".join([*processors, windows_record(0b1, 2, group=1)])
+    found = windows_cores(told, set(range(8)), "guid")
+    assert found.threads == 2
+    assert found.reason == "8 logical CPUs allowed, 4 of them on large cores, which are 2 cores"
+    assert found.shares
+    assert found.shares != windows_cores(told, {0, 1}, "guid").shares
+    assert windows_cores(told, {4, 5, 6}, "").threads == 3, "where there are no others"
+    assert windows_cores(told, {0, 4}, "").threads == 1
+    assert windows_cores(b"", {0, 1, 2}, "") == Cores(3, "3 logical CPUs allowed", "")
 
 
 def test_this_machine() -> None:

@@ -98,6 +98,9 @@ class FakeStage:
     def reset(self) -> None:
         self.story.append("reset")
 
+    def give_kv_back(self) -> None:
+        self.story.append("give back")
+
     def release(self, ids: Sequence[int]) -> None:
         if ids:
             self.story.append(("release", *ids))
@@ -675,7 +678,11 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
         assert "No layers are loaded for plan 3" in str(broke.error)
         engine.put(Load(0, order(epoch=5, layers=LayerRange(1, 3))))
         assert posted.loaded().epoch == 5
-        assert new.story[-2:] == ["reset", ("limit", blocks(16))]  # it is the served one
+        assert new.story[-3:] == [
+            "reset",
+            "give back",
+            ("limit", blocks(16)),
+        ]  # it is the served one
 
 
 def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.MonkeyPatch) -> None:

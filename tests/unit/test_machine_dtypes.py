@@ -72,6 +72,14 @@ def test_a_machine_that_computes_in_float32_counts_half() -> None:
     assert served.planned(machine(bfloat16=False, memory_bytes=GIB)).memory_bytes == 0
 
 
+@pytest.mark.parametrize(("device", "graphs"), [("cuda:0", 256 << 20), ("cpu", 0), ("xpu:0", 0)])
+def test_a_gpu_that_records_its_steps_keeps_room_for_that(device: str, graphs: int) -> None:
+    served = model(large=True, workspace=GIB)
+    found = msgspec.structs.replace(machine(bfloat16=False), device=device)
+    assert served.workspace_on(found) == 2 * GIB + graphs
+    assert served.planned(found).memory_bytes == 3 * GIB - graphs // 2
+
+
 @pytest.mark.parametrize(("large", "other"), [(False, "float16"), (True, "float32")])
 def test_each_worker_is_told_its_own_dtype(large: bool, other: str) -> None:
     """One of two equal machines has no bfloat16; in float32 it gets fewer layers."""

@@ -1,5 +1,6 @@
 """The probe: real measurements on the CPU, and machines of other kinds built from files."""
 
+import platform
 import queue
 import re
 import statistics
@@ -368,6 +369,7 @@ def test_the_tightest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("processor\t: 0\nmodel name\t: AMD Ryzen 9\nmodel name\t: AMD Ryzen 9", "AMD Ryzen 9"),
         ("processor\t: 0\nModel\t\t: Raspberry Pi 5", "Raspberry Pi 5"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd0b", f"{platform.machine()} 0x41 0xd0b"),
         ("processor\t: 0", ""),
     ],
 )

@@ -236,6 +236,7 @@ class HeldStages:
         held = self.served
         if held is not None and same_layers(held.order, load.order):
             held.stage.reset()
+            held.stage.give_kv_back()
             give_memory_back(self._device)
             return NewStage(held.stage, torch.get_num_threads())
         del held

@@ -307,4 +307,6 @@ def _linux_cpu_name(root: Path) -> str:
     for key in ("model name", "Model", "Hardware", "cpu"):
         if fields.get(key):
             return fields[key]
+    if part := fields.get("CPU part"):  # ARM's have numbers only
+        return f"{platform.machine()} {fields.get('CPU implementer', '')} {part}"
     return ""

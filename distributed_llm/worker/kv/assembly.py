@@ -6,13 +6,14 @@ the tokens that all sources have in common; a task that needs more is answered w
 Its segments are those of the first source, so shared ones stay shared.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.layer_memory import ArrivedLayers
 from distributed_llm.worker.kv.manifest import (
     Extent,
     KVManifest,
@@ -66,6 +67,7 @@ def assemble(
     layers: LayerRange,
     own: tuple[KVCache, LayerRange] | None,
     imports: Sequence[KVImporter],
+    beside: Callable[[Mapping[SequenceId, int]], None] = lambda lengths: None,
 ) -> None:
     """Fill an empty cache, while no step runs.
 
@@ -76,7 +78,9 @@ def assemble(
             copied. Either of the two caches may run the next step; the other one must not be used
             after that.
         imports: of the layers that `own` lacks, with their senders' manifests; must not be used
-            afterwards.
+            after success.
+        beside: called with how many positions the cache will hold of each sequence, before anything
+            changes; what it raises, this raises.
 
     Raises:
         KVIncomplete: positions that a sender's manifest names have not arrived.
@@ -84,7 +88,9 @@ def assemble(
             and values in another way than `cache`.
         ValueError: the cache is not empty.
     """
-    mine = _buffers_of(own, layers)
+    if cache.sequence_ids:
+        raise ValueError("the KV cache is not empty")
+    mine = _numbers_in_both(own[1], layers) if own else range(0)
     imported = {n: each for each in imports for n in _numbers(each.layers) if n not in mine}
     used = list(dict.fromkeys(imported.values()))
     manifests = [own[0].manifest()] if own and mine else []
@@ -105,23 +111,23 @@ def assemble(
         raise KVTransferError(f"nobody sent the KV cache of layers {orphans}")
     windowed = {layer for layer in numbers if cache.windows[layer - layers.start]}
     sources = {source: _Source(source, manifest, windowed) for source in used}
-    arriving = ((layer, source) for layer, source in imported.items() if layer in kept)
+    arriving = [(layer, source) for layer, source in imported.items() if layer in kept]
     missing = [gap for layer, source in arriving for gap in sources[source].missing(layer)]
     if missing:
         raise KVIncomplete(tuple(missing))
 
-    def buffers(segment: ManifestSegment, layer: int) -> KVBuffers | None:
-        if layer in mine:
-            return mine[layer][segment.number]
-        if layer not in kept:
-            return None
-        layout = cache.layout(layer - layers.start)
-        return sources[imported[layer]].buffers(segment, layer, layout)
+    def arrived() -> ArrivedLayers:
+        for layer, source in arriving:
+            place = layer - layers.start
+            layout, found = cache.layout(place), sources[source]
+            yield place, {s.number: found.buffers(s, layer, layout) for s in manifest.segments}
+            source.forget(layer)  # where it was copied there is no room for both
 
-    cache.restore(
-        manifest,
-        {s.number: [buffers(s, layer) for layer in numbers] for s in manifest.segments},
-    )
+    beside({sequence.sequence_id: sequence.length for sequence in manifest.sequences})
+    shared = None
+    if own and mine:
+        shared = own[0], {n - layers.start: n - own[1].start for n in mine}
+    cache.restore(manifest, shared, arrived())
 
 
 def _numbers(layers: LayerRange) -> range:
@@ -134,18 +140,8 @@ def _manifest_of(source: KVImporter) -> KVManifest:
     return source.manifest
 
 
-def _buffers_of(
-    own: tuple[KVCache, LayerRange] | None, layers: LayerRange
-) -> dict[int, dict[int, KVBuffers | None]]:
-    """Return the buffers of `layers`, by layer of the model and number of the segment."""
-    if own is None:
-        return {}
-    cache, held = own
-    segments = list(cache.extents())
-    return {
-        layer: {segment.number: segment.layers[layer - held.start] for segment in segments}
-        for layer in range(max(layers.start, held.start), min(layers.stop, held.stop))
-    }
+def _numbers_in_both(one: LayerRange, other: LayerRange) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
 
 
 @dataclass(frozen=True)

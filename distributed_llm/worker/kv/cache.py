@@ -1,18 +1,20 @@
 """The KV cache of one stage: keys and values of every sequence in every layer, and its token ids.
 
-A sequence is a chain of segments. In each layer a segment has one contiguous buffer of keys and one
-of values, so attention reads it without gathering, and a layer is sent to another worker as a few
-slices. Most sequences have one segment. A sequence whose prefix is another sequence (`share`)
-references the segments of that one, copies nothing, and continues in a segment of its own. Only the
-owner of a segment writes it, and only behind the positions that others read. It may pass ownership
-on: a conversation in which every turn takes the turn before stays in one segment.
+A sequence is a chain of segments. Most sequences have one segment. A sequence whose prefix is
+another sequence (`share`) references the segments of that one, copies nothing, and continues in a
+segment of its own. Only the owner of a segment writes it, and only behind the positions that others
+read. It may pass ownership on: a conversation in which every turn takes the turn before stays in
+one segment.
 
-The coordinator accounts for memory in blocks of `KV_BLOCK` positions. On a CPU the buffers are rows
-of slabs (`slabs.py`): they have room for more, and take memory for what is written. One that is
-full is copied to a row of twice the room. Elsewhere a buffer has room for exactly the blocks that
-it needs, and is copied once per `KV_BLOCK` tokens. Attention has read it `KV_BLOCK` times by then,
-so reading and writing it once more adds one part in 32. During a copy one layer of one segment
-exists twice; that is not accounted for.
+The coordinator accounts for memory in blocks of `KV_BLOCK` positions. It is of one of two kinds. In
+*pages* (`pages.py`) a layer has one tensor each, of which every block belongs to a segment; they
+are for a GPU with a kernel that reads them. In *buffers* each segment has one of keys and one of
+values in each layer, so attention reads it without gathering. On a CPU they are rows of slabs
+(`slabs.py`): they have room for more, and take memory for what is written. One that is full is
+copied to a row of twice the room. Elsewhere a buffer has room for exactly the blocks that it needs,
+and is copied once per `KV_BLOCK` tokens. Attention has read it `KV_BLOCK` times by then, so reading
+and writing it once more adds one part in 32. During a copy one layer exists twice, of one segment
+or of all pages; that is not accounted for.
 
 A step is a transaction. `admit` refuses a step that does not fit before anything changes. `begin`
 truncates a sequence to where the step starts and sets its tokens. `append` writes the keys and
@@ -40,7 +42,9 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.coding import coding_of
 from distributed_llm.worker.kv.layer_buffers import LayerBuffers
+from distributed_llm.worker.kv.layer_memory import ArrivedLayers, LayerMemory, SharedLayers
 from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
+from distributed_llm.worker.kv.pages import LayerPages
 from distributed_llm.worker.kv.segments import (
     CachedSequence,
     KVBuffers,
@@ -73,23 +77,32 @@ class KVCache:
         num_layers: layers of the stage, numbered from 0.
         max_bytes: limit of `nbytes`, or None; layers count once they were written.
         kv_dtype: how keys and values are kept.
+        in_pages: whether in pages, or else in buffers.
 
     Attributes:
         max_bytes: as given; may be changed at any time, and frees nothing.
         kv_dtype: as given.
         coding: how keys and values become the rows of bytes that buffers then hold instead; None
             if they are kept as they are computed.
+        pages: where keys and values are; None: they are in buffers.
     """
 
     def __init__(
-        self, num_layers: int, max_bytes: int | None = None, kv_dtype: KVDtype = "auto"
+        self,
+        num_layers: int,
+        max_bytes: int | None = None,
+        kv_dtype: KVDtype = "auto",
+        *,
+        in_pages: bool = False,
     ) -> None:
         self.max_bytes = max_bytes
         self.kv_dtype: KVDtype = kv_dtype
         self.coding = coding_of(kv_dtype)
         self._num_layers = num_layers
         self._sequences: dict[SequenceId, CachedSequence] = {}
-        self._layers = LayerBuffers(num_layers)
+        self.pages = LayerPages(num_layers) if in_pages else None
+        self._buffers = LayerBuffers(num_layers)
+        self._layers: LayerMemory = self.pages or self._buffers
         self._segments: set[Segment] = set()
         self._capacity = 0
         self._unseen = 0
@@ -99,7 +112,15 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, each segment once, with the unfilled positions of blocks."""
+        if self.pages is not None:
+            unseen_bytes = self._unseen * self.windowed_bytes_per_token if self._unseen else 0
+            return self._capacity * self.bytes_per_token - unseen_bytes
         return sum(segment.nbytes for segment in self._segments)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that are taken: of pages, with those that no sequence has now."""
+        return self.nbytes if self.pages is None else self.pages.nbytes
 
     @property
     def capacity(self) -> int:
@@ -118,8 +139,8 @@ class KVCache:
 
     @windows.setter
     def windows(self, windows: Sequence[int]) -> None:
-        assert not self._segments
         self._layers.windows = tuple(windows)
+        self.give_back()
 
     @property
     def windowed_bytes_per_token(self) -> int:
@@ -273,6 +294,7 @@ class KVCache:
         self._capacity += growth
         sequence.segments, sequence.length = kept, start
         sequence.write_tokens(start, token_ids)
+        self._layers.make_room(kept[-1], self._segments, self.max_bytes)
 
     def append(
         self, layer: int, sequence_id: SequenceId, start: int, keys: Tensor, values: Tensor
@@ -287,24 +309,29 @@ class KVCache:
             values: [heads, tokens, value_dim].
 
         Returns:
-            Views of the positions up to start + tokens, in order: of all of them, or of those that
-            a layer with a window keeps. The last view contains at least the new tokens. They are
-            valid until the next call for this layer.
+            The positions up to start + tokens, in order: all of them, or those that a layer with a
+            window keeps; the last buffers contain at least the new ones. They are not to be
+            written, and valid until the next call for this layer.
         """
         if self.coding:
             keys, values = self.coding.encoded(keys, values)
         segments = self._sequences[sequence_id].segments
-        last = segments[-1]
-        first = start - last.start
-        stop = first + keys.shape[1]
-        held = self._layers.with_room(layer, last, first, keys, values)
-        new = held.cut(first, stop)
-        new.keys.copy_(keys)
-        new.values.copy_(values)
-        newest = self._layers.newest(layer, last, stop)
-        if len(segments) == 1:
-            return [newest]
-        return [*self._layers.views(layer, segments), newest]
+        first = start - segments[-1].start
+        self._layers.write(layer, segments[-1], first, keys, values)
+        return self._layers.read_chain(layer, segments, first + keys.shape[1])
+
+    def read(self, layer: int, segment: Segment, first: int, stop: int) -> KVBuffers:
+        """Return positions `[first, stop)` of a segment, counted from its start.
+
+        They are not to be written, and valid until the layer is written.
+
+        Args:
+            layer: number of the layer within the stage, which has written them.
+            segment: with these positions.
+            first: of them.
+            stop: where they end.
+        """
+        return self._layers.read(layer, segment, first, stop)
 
     def append_tokens(
         self, layer: int, tokens: Sequence[tuple[SequenceId, int]], keys: Tensor, values: Tensor
@@ -324,11 +351,11 @@ class KVCache:
     def make_room(
         self, layer: int, tokens: Sequence[tuple[SequenceId, int]], keys: Tensor, values: Tensor
     ) -> None:
-        """Make room in one layer where somebody else will write what `append_tokens` would."""
+        """Make room in buffers, where somebody else will write what `append_tokens` would."""
         if self.coding and not self._layers.knows(layer):
             keys, values = self.coding.encoded(keys, values)
         for segment, offset in self._places(tokens):
-            self._layers.with_room(layer, segment, offset, keys, values)
+            self._buffers.with_room(layer, segment, offset, keys, values)
 
     def _places(self, tokens: Sequence[tuple[SequenceId, int]]) -> list[tuple[Segment, int]]:
         """Return the segments that tokens belong to, and how far after their starts."""
@@ -356,6 +383,7 @@ class KVCache:
             segment.owner = None if segment.owner == sequence_id else segment.owner
             if not segment.holders:
                 self._segments.remove(segment)
+                self._layers.drop(segment)
                 self._capacity -= segment.capacity
                 self._unseen -= segment.unseen
             else:
@@ -373,9 +401,16 @@ class KVCache:
                 extents[segment] = max(count, extents.get(segment, 0))
         return extents
 
-    def buffers(self) -> list[KVBuffers]:
-        """Return all keys and values, each buffer once."""
-        return [held for segment in self._segments for held in segment.layers if held]
+    def buffers(self) -> list[object]:
+        """Return all that has keys and values, each once."""
+        pages = self.pages.tensors if self.pages else []
+        return [*pages, *(held for segment in self._segments for held in segment.layers if held)]
+
+    def give_back(self) -> None:
+        """Free the memory that no sequence has; there are no sequences."""
+        assert not self._segments
+        if self.pages:
+            self.pages.give_back()
 
     def manifest(self) -> KVManifest:
         """Return a description of the content; not to be called in a step."""
@@ -398,26 +433,33 @@ class KVCache:
         )
 
     def restore(
-        self, manifest: KVManifest, buffers: Mapping[int, Sequence[KVBuffers | None]]
+        self,
+        manifest: KVManifest,
+        own: "tuple[KVCache, Mapping[int, int]] | None",
+        arrived: ArrivedLayers,
     ) -> None:
         """Fill this empty cache with the content of a manifest, without regard to `max_bytes`.
 
         Args:
             manifest: of another cache, checked.
-            buffers: by number of the manifest's segments, the buffers of each layer; they belong to
-                this cache from now on.
-
-        Raises:
-            ValueError: the cache is not empty.
+            own: that cache, if it is this worker's, and the layers that are shared with it, by
+                their numbers here, with theirs there.
+            arrived: the other layers that keep anything, and what they keep of each segment, by its
+                number; that belongs to this cache from now on.
         """
-        if self._sequences:
-            raise ValueError("the KV cache is not empty")
+        assert not self._sequences
         segments = {}
         for told in manifest.segments:
             segment = segments[told.number] = self._new_segment(told.start)
             segment.capacity, segment.owner = told.capacity, told.owner
-            self._layers.adopt(segment, buffers[told.number])
             self._capacity += segment.capacity
+        shared = None
+        if own is not None:
+            cache, layers = own
+            shared = SharedLayers(
+                cache._layers, layers, {segment.number: segment for segment in cache._segments}
+            )
+        self._layers.adopt(segments, shared, arrived, manifest)
         for held in manifest.sequences:
             sequence = self._sequences[held.sequence_id] = CachedSequence()
             sequence.length = held.length

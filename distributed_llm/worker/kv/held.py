@@ -11,7 +11,7 @@ from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
 from distributed_llm.worker.kv.import_room import ImportRoom
-from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
+from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.kv.state_assembly import assemble_states
 from distributed_llm.worker.kv.state_transfer import StateExporter, StateImporter
 from distributed_llm.worker.kv.states import SequenceState, StateStore, StateTensors, layout_of
@@ -35,8 +35,13 @@ class HeldSequences:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that keys, values and states take."""
+        """Bytes of keys, values and states."""
         return self._cache.nbytes + self._states.nbytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that they take."""
+        return self._cache.memory_bytes + self._states.nbytes
 
     @property
     def tensors(self) -> list[object]:
@@ -175,14 +180,14 @@ class HeldSequences:
             ValueError: something is held.
         """
         mine = (own[0]._cache, self._places(own[1])) if own else None
-        assemble(self._cache, self._places(layers), mine, [each.positions for each in imports])
-        lengths = {each: self._cache.length(each) for each in self._cache.sequence_ids}
         states = (own[0]._states, own[1]) if own else None
-        try:
-            assemble_states(self._states, layers, lengths, states, imports)
-        except KVTransferError:
-            self._cache.free(self._cache.sequence_ids)
-            raise
+        assemble(
+            self._cache,
+            self._places(layers),
+            mine,
+            [each.positions for each in imports],
+            lambda lengths: assemble_states(self._states, layers, lengths, states, imports),
+        )
 
     def _places(self, layers: LayerRange) -> LayerRange:
         """Return where the cache has these layers."""

@@ -1,48 +1,49 @@
-"""The buffers of a stage's layers: what they look like, where they come from, and how they fill."""
+"""The buffers of a stage's layers: where they come from, and how they fill."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
+from distributed_llm.worker.kv.layer_memory import ArrivedLayers, LayerMemory, SharedLayers
+from distributed_llm.worker.kv.manifest import KVManifest
+from distributed_llm.worker.kv.segments import KVBuffers, Segment
 from distributed_llm.worker.kv.slabs import SlabPool
 
 
-class LayerBuffers:
+class LayerBuffers(LayerMemory):
     """Gives the segments of a cache their buffers.
 
     Args:
         num_layers: of the stage.
-
-    Attributes:
-        bytes_per_token: of one position in all layers that were written.
-        windows: by layer, how many positions a token sees, itself included; 0: all.
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.bytes_per_token = 0
-        self.windows = (0,) * num_layers
-        self._layouts: list[KVLayout | None] = [None] * num_layers
+        super().__init__(num_layers)
         self._pools: list[SlabPool | None] = [None] * num_layers
         self._places = _TokenPlaces()
 
-    @property
-    def windowed_bytes_per_token(self) -> int:
-        """Bytes of one position in the layers with a window."""
-        windowed = [n for n, window in enumerate(self.windows) if window]
-        return sum(self.layout(layer).token_bytes for layer in windowed)
+    def make_room(
+        self, segment: Segment, segments: Collection[Segment], max_bytes: int | None
+    ) -> None:
+        """Do nothing: buffers grow when they are written."""
 
-    def knows(self, layer: int) -> bool:
-        """Return whether a layer has been written."""
-        return self._layouts[layer] is not None
+    def drop(self, segment: Segment) -> None:
+        """Do nothing: buffers are freed with the segment."""
 
-    def layout(self, layer: int) -> KVLayout:
-        """Return the layout of a layer that has been written at least once."""
-        layout = self._layouts[layer]
-        assert layout is not None
-        return layout
+    def write(self, layer: int, segment: Segment, first: int, keys: Tensor, values: Tensor) -> None:
+        """Write positions of a segment; see `LayerMemory.write`."""
+        held = self.with_room(layer, segment, first, keys, values)
+        new = held.cut(first, first + keys.shape[1])
+        new.keys.copy_(keys)
+        new.values.copy_(values)
+
+    def read(self, layer: int, segment: Segment, first: int, stop: int) -> KVBuffers:
+        """Return views of positions of a segment."""
+        held = segment.layers[layer]
+        assert held is not None
+        return held.cut(first, stop)
 
     def with_room(
         self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
@@ -60,7 +61,7 @@ class LayerBuffers:
         if held is not None and held.room >= segment.capacity:
             return held
         if self._layouts[layer] is None:
-            self._learn_layout(layer, keys, values)
+            self.learn(layer, keys, values)
         first = self._first(layer, segment)
         grown = self._pool(layer).take(segment.capacity, first)
         if held is None:
@@ -71,12 +72,7 @@ class LayerBuffers:
         return grown
 
     def drop_unseen(self, segment: Segment, before: int) -> None:
-        """Free the positions that `segment` counts as unseen, in layers with a window.
-
-        Args:
-            segment: whose `unseen` has grown.
-            before: what `unseen` was.
-        """
+        """Free the positions that `segment` counts as unseen, in layers with a window."""
         for layer, window in enumerate(self.windows):
             held = segment.layers[layer]
             if not window or held is None:
@@ -93,34 +89,20 @@ class LayerBuffers:
     def _first(self, layer: int, segment: Segment) -> int:
         return segment.unseen if self.windows[layer] else 0
 
-    def views(self, layer: int, segments: Sequence[Segment]) -> list[KVBuffers]:
-        """Return what a layer keeps in all segments of a sequence but the last."""
+    def read_chain(self, layer: int, segments: Sequence[Segment], stop: int) -> list[KVBuffers]:
+        """Return views of what a layer keeps of each segment of a sequence."""
         views = []
         for segment, following in itertools.pairwise(segments):
-            first, stop = self._first(layer, segment), following.start - segment.start
-            if first < stop:
-                held = segment.layers[layer]
-                assert held is not None
-                views.append(held.cut(first, stop))
-        return views
-
-    def newest(self, layer: int, segment: Segment, stop: int) -> KVBuffers:
-        """Return what a layer keeps of a segment, up to `stop` positions after its start."""
-        held = segment.layers[layer]
-        assert held is not None
-        return held.cut(self._first(layer, segment), stop)
+            first, end = self._first(layer, segment), following.start - segment.start
+            if first < end:
+                views.append(self.read(layer, segment, first, end))
+        last = segments[-1]
+        return [*views, self.read(layer, last, self._first(layer, last), stop)]
 
     def write_tokens(
         self, layer: int, places: Sequence[tuple[Segment, int]], keys: Tensor, values: Tensor
     ) -> None:
-        """Write one token into each of several segments.
-
-        Args:
-            layer: number of the layer within the stage.
-            places: segments with room for the token, and how far after their starts it belongs.
-            keys: [heads, tokens, head_dim].
-            values: [heads, tokens, value_dim].
-        """
+        """Write one token into each of several segments."""
         held = [self.with_room(layer, one, offset, keys, values) for one, offset in places]
         offsets = [offset for _, offset in places]
         if not self._places.write(held, offsets, keys, values):
@@ -128,10 +110,29 @@ class LayerBuffers:
                 buffers.keys[:, offset - buffers.first] = keys[:, number]
                 buffers.values[:, offset - buffers.first] = values[:, number]
 
-    def adopt(self, segment: Segment, layers: Sequence[KVBuffers | None]) -> None:
-        """Give a new segment buffers that came from elsewhere; all layers were written before."""
-        segment.layers = list(layers)
-        for layer, held in enumerate(layers):
+    def adopt(
+        self,
+        segments: Mapping[int, Segment],
+        shared: SharedLayers | None,
+        arrived: ArrivedLayers,
+        manifest: KVManifest,
+    ) -> None:
+        """Give new segments buffers that came from elsewhere."""
+        if shared is not None:
+            for layer, there in shared.layers.items():
+                theirs = shared.segments
+                self._adopt(layer, segments, {n: theirs[n].layers[there] for n in segments})
+        for layer, buffers in arrived:
+            self._adopt(layer, segments, buffers)
+
+    def _adopt(
+        self,
+        layer: int,
+        segments: Mapping[int, Segment],
+        buffers: Mapping[int, KVBuffers | None],
+    ) -> None:
+        for number, segment in segments.items():
+            held = segment.layers[layer] = buffers[number]
             if held is not None:
                 self._count(layer, segment)
                 self._pool(layer).adopt(held)
@@ -147,11 +148,6 @@ class LayerBuffers:
         if pool is None:
             pool = self._pools[layer] = SlabPool(self.layout(layer))
         return pool
-
-    def _learn_layout(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        layout = KVLayout(keys.shape[0], keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
-        self._layouts[layer] = layout
-        self.bytes_per_token += layout.token_bytes
 
 
 class _TokenPlaces:

@@ -111,13 +111,17 @@ class Segment:
         token_bytes: of one position in all layers that were written.
         windowed_token_bytes: those of them in layers with a window.
         layers: the buffers by layer, with room for at least the capacity; None until the layer is
-            first written, and of an earlier, smaller capacity until it is written again.
+            first written, and of an earlier, smaller capacity until it is written again. In pages
+            there are none.
+        blocks: of pages, the numbers of its blocks, in layers that keep everything and in those
+            with a window; -1 for one that these have dropped.
         owner: the sequence that may write the segment; None once it has left.
         holders: by sequence that reads the segment, where the positions that it reads end
             (exclusive); may be out of date for the owner.
     """
 
     __slots__ = (
+        "blocks",
         "capacity",
         "holders",
         "layers",
@@ -137,6 +141,7 @@ class Segment:
         self.token_bytes = 0
         self.windowed_token_bytes = 0
         self.layers: list[KVBuffers | None] = [None] * num_layers
+        self.blocks: tuple[list[int], list[int]] = ([], [])
         self.owner: int | None = None
         self.holders: dict[int, int] = {}
 

@@ -26,7 +26,7 @@ from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 class KVPiece:
     """A `KVPart`, which says where it belongs, with its tensors.
 
-    Those of an exporter are views of its cache: copy them before the next step runs.
+    Those of an exporter may be views of its cache: copy them before the next step runs.
 
     Attributes:
         part: segment, layer, positions.
@@ -121,8 +121,6 @@ class KVExporter:
         return self._done.get(segment.number) or [0] * len(self._layers)
 
     def _piece(self, segment: Segment, layer: int, offset: int, count: int) -> KVPiece:
-        held = segment.layers[layer]
-        assert held is not None
         part = KVPart(
             segment=segment.number,
             layer=self._first + layer,
@@ -130,7 +128,7 @@ class KVExporter:
             count=count,
             capacity=segment.capacity,
         )
-        cut = held.cut(offset, offset + count)
+        cut = self._cache.read(layer, segment, offset, offset + count)
         return KVPiece(part, cut.keys, cut.values)
 
 
@@ -241,6 +239,10 @@ class KVImporter:
             KeyError: nothing of it has arrived.
         """
         return self._arrived[segment, layer].buffers
+
+    def forget(self, layer: int) -> None:
+        """Drop what has arrived in a layer; the importer only goes on with the others."""
+        self._arrived = {key: one for key, one in self._arrived.items() if key[1] != layer}
 
     def _grow(self, old: _Arrived | None, part: KVPart, layout: KVLayout) -> _Arrived:
         first = old.first if old else part.offset

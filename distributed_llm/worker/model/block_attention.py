@@ -195,8 +195,7 @@ def _held_keys(
         stop = min(part.start, following.start) if following else part.start
         if segment is None or stop <= max(first, segment.start):
             continue
-        buffers = segment.layers[layer]
-        assert buffers is not None
-        keys = buffers.cut(max(first, segment.start) - segment.start, stop - segment.start).keys
+        low = max(first, segment.start) - segment.start
+        keys = step.cache.read(layer, segment, low, stop - segment.start).keys
         found.append(coding.turned_back(coding.decoded(keys, *kind)) if coding else keys)
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)

@@ -1,6 +1,7 @@
 """Runs the layers of a stage on the packed batch of one step: one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.indexers import INDEXED
 from distributed_llm.common.key_blocks import CHOOSES_BLOCKS
 from distributed_llm.worker.devices import sent
+from distributed_llm.worker.model.away_layers import place_of
 from distributed_llm.worker.model.block_indexers import block_starts
+from distributed_llm.worker.model.decode_graphs.capture import Capture
+from distributed_llm.worker.model.decode_graphs.packed_steps import GraphedSteps
+from distributed_llm.worker.model.decode_graphs.steps import DecodeGraphs
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
@@ -60,11 +65,14 @@ class Forward:
         self._blocks = blocks
         self._appending = [int(keeps) for keeps in keeps_kv for _ in range(attentions)]
         self._updating = [int(keeps) for keeps in keeps_state]
+        self._layers = stage_model.layers
+        self._is_last = stage_model.numbers.stop == num_layers
+        self._graphed: GraphedSteps | None = None
         self.sums = HiddenSums(stage_model.decoder)
         self.hooks = LayerHooks(
             stage_model.layers,
             first=stage_model.numbers.start == 0,
-            last=stage_model.numbers.stop == num_layers,
+            last=self._is_last,
             new_event=event_type(device),
             after_layer=None,
         )
@@ -76,6 +84,21 @@ class Forward:
             ],
             *(device, dtype),
         )
+
+    def use_graphs(self, capture: Capture, room_bytes: int) -> None:
+        """Have decode steps become graphs from now on, unless layers forbid it.
+
+        Args:
+            capture: makes graphs.
+            room_bytes: of the device's memory that they may take.
+        """
+        is_away = any(place_of(layer) is not None for layer in self._layers)
+        if is_away or any(self._updating) or self._blocks is not None:
+            return
+        graphs = DecodeGraphs(capture, self._device, room_bytes)
+        model: Any = self._model
+        head = model.get_output_embeddings() if self._is_last else None
+        self._graphed = GraphedSteps(graphs, self.hooks, self._layers, head)
 
     def _calls_attention_plainly(self) -> bool:
         """Return whether a layer's attention depends on what it is given and its own cache alone.
@@ -113,34 +136,73 @@ class Forward:
             StageError: a layer did not call each attention exactly once, or did not make exactly
                 one new state if it keeps any.
         """
+        given = self._given(step, token_ids, hidden_states, rows)
+
+        def plainly() -> Tensor | None:
+            return self._plainly(step, given, spans)
+
+        every_row = len(rows) == (len(token_ids) if self._is_last else 0)
+        if self._graphed is None or step.chunks or spans or not every_row:
+            return plainly()
+        if hidden_states is not None:
+            given["hidden_states"] = hidden_states.to(self._dtype)
+        return self._graphed.run(step, given, self._compute, plainly)
+
+    def _given(
+        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
+    ) -> dict[str, Tensor]:
+        """Return what a step is computed from, on the CPU; see `_compute`."""
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         if self._blocks is not None:  # to turn their keys, as `PackedBlockIndexer` expects it
             starts = block_starts(step.slices, self._blocks)
             positions.insert(0, torch.tensor(starts, dtype=torch.int64))
-        inputs = {
-            "input_ids": sent(token_ids.to(torch.int64), self._device)[None],
-            "position_ids": sent(torch.cat(positions), self._device)[None],
-            "use_cache": False,
-        }
+        given = {"token_ids": token_ids.to(torch.int64), "positions": torch.cat(positions)}
         if hidden_states is not None:
-            incoming = sent(hidden_states, self._device).to(self._dtype)
-            self.hooks.incoming = self._in_streams(incoming)
+            given["hidden_states"] = hidden_states
+        if rows:
+            given["rows"] = torch.tensor(rows)
+        return given
+
+    def _plainly(
+        self, step: PackedStep, given: Mapping[str, Tensor], spans: Spans
+    ) -> Tensor | None:
+        """Compute a step kernel by kernel."""
         self.sums.spans = spans
         try:
-            with running(step), kernels_for(len(token_ids)):
-                if rows:
-                    kept = sent(torch.tensor(rows), self._device)
-                    output = self._model(**inputs, logits_to_keep=kept).logits
+            return self._compute(step, {n: sent(one, self._device) for n, one in given.items()})
+        finally:
+            self.sums.spans = ()
+
+    def _compute(self, step: PackedStep, given: Mapping[str, Tensor]) -> Tensor | None:
+        """Compute a step from tensors on the device.
+
+        Args:
+            step: to compute.
+            given: `token_ids` and `positions`, int64 [tokens], the latter behind those of blocks;
+                `hidden_states` but on the first stage, as `run` takes them; `rows`, int64, but
+                where no logits are wanted.
+        """
+        inputs = {
+            "input_ids": given["token_ids"][None],
+            "position_ids": given["positions"][None],
+            "use_cache": False,
+        }
+        if "hidden_states" in given:
+            self.hooks.incoming = self._in_streams(given["hidden_states"].to(self._dtype))
+        output: Tensor | None
+        try:
+            with running(step), kernels_for(len(given["token_ids"])):
+                if "rows" in given:
+                    output = self._model(**inputs, logits_to_keep=given["rows"]).logits
                 else:
                     self._decoder(**inputs)
                     output = self.hooks.outgoing
         finally:
             self.hooks.forget()
-            self.sums.spans = ()
         self._check_every_layer_ran(step)
         if output is None:
             return None
-        return output[0] if rows else self._side_by_side(output)
+        return output[0] if "rows" in given else self._side_by_side(output)
 
     def _in_streams(self, states: Tensor) -> Tensor:
         """Return hidden states as layers take them.

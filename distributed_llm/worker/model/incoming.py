@@ -4,8 +4,9 @@ Floating-point numbers come as they are, whatever the files hold. Integers with 
 rows of bytes instead (`quantized/rows`), in a form that kernels compute with.
 """
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.gguf_types import GgufScheme
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.decoding import decoded, shape_of
-from distributed_llm.worker.model.quantized.gguf_names import Target
+from distributed_llm.worker.model.quantized.gguf_rows import rows_of_blocks
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import to_rows
+from distributed_llm.worker.model.quantized.targets import Target
 from distributed_llm.worker.model.tensor_files import TensorReader
 
 _NOWHERE = torch.device("meta")
@@ -49,11 +52,24 @@ class Entry:
 
     Attributes:
         name: as in a checkpoint of floating-point numbers.
-        pieces: that it is made of; they follow each other along the rows.
+        pieces: that it is made of; they follow each other along the rows, unless their target says
+            otherwise.
     """
 
     name: str
     pieces: tuple[Piece, ...]
+
+    @property
+    def lies_as_in_files(self) -> bool:
+        """Whether its matrices are [.., out_features, in_features], whatever the model wants."""
+        return all(piece.target is not None and piece.keeps_rows for piece in self.pieces)
+
+    def joined(self, values: Sequence[Tensor]) -> Tensor:
+        """Return what the values, or rows of bytes, of all pieces make."""
+        target = self.pieces[0].target
+        if target is not None:
+            return target.joined(values)
+        return values[0] if len(values) == 1 else torch.cat(list(values), dim=-2)
 
 
 class WeightReader:
@@ -98,8 +114,15 @@ class WeightReader:
 
         Numbers that do not fit the form become the nearest ones.
         """
+        stored = piece.weight
         with self._decoding:
-            weight = self._decoded(piece.weight)
+            if isinstance(stored.scheme, GgufScheme):
+                assert piece.target is not None
+                blocks, kind = self._tensors.read(stored.parts[""]), stored.scheme.kind
+                check = functools.partial(_check_finite, stored)
+                rows = rows_of_blocks(blocks, kind, stored.shape[-1], form, check)
+                return piece.target.ordered(rows), None
+            weight = self._decoded(stored)
             if isinstance(weight, Tensor):
                 weight = quantized(weight, form)
             elif not weight.fits(form):
@@ -177,8 +200,9 @@ class Floats:
         pieces = self._entry.pieces
         if len(pieces) > 1 and all(piece.target is None for piece in pieces):
             return self._one_by_one()[index]
-        values = [self._values(piece) for piece in pieces]
-        joined = values[0] if len(values) == 1 else torch.cat(values, dim=max(-2, -values[0].dim()))
+        joined = self._entry.joined([self._values(piece) for piece in pieces])
+        if self._transposed and self._entry.lies_as_in_files:
+            joined = joined.transpose(-1, -2)
         return joined[index]
 
     def _one_by_one(self) -> Tensor:
@@ -225,4 +249,4 @@ class Rows:
             pieces.append(rows)
             if order is not None:
                 self._orders[self._entry.name] = order
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2))[index]
+        return self._entry.joined(pieces)[index]

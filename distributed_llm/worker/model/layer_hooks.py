@@ -25,6 +25,8 @@ class LayerHooks:
         after_layer: as given; may be changed.
         incoming: [1, tokens, hidden_size], the input of the first layer, unless `first`.
         outgoing: [1, tokens, hidden_size], the output of the last layer, unless `last`.
+        recording: what layers are asked is recorded, to be launched later; it is neither timed nor
+            progress.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class LayerHooks:
         self.outgoing: Tensor | None = None
         self._new_event = new_event
         self.after_layer = after_layer
+        self.recording = False
         self._began = new_event()
         self._span = (self._began, self._began)
+        self._share = 1.0
         for entry in (layers[0], *entries):
             entry.register_forward_pre_hook(self.begin)
         if not first:
@@ -61,7 +65,20 @@ class LayerHooks:
         """
         began, ended = self._span
         ended.synchronize()
-        return began.elapsed_time(ended) / 1000
+        return began.elapsed_time(ended) / 1000 * self._share
+
+    def launch(self, layers: Callable[[], None], share: float) -> None:
+        """Have all layers computed at once, and more beside them.
+
+        Args:
+            layers: computes them.
+            share: of the time that this takes, what layers are taken to take.
+        """
+        self.begin()
+        layers()
+        self.end()
+        self._share = share
+        self.report_progress()
 
     def forget(self) -> None:
         """Drop the hidden states, so that their memory can be freed."""
@@ -69,18 +86,22 @@ class LayerHooks:
 
     def begin(self, *_: Any) -> None:
         """Note that the layers begin."""
+        if self.recording:
+            return
         self._began = self._new_event()
         self._began.record()
 
     def end(self, *_: Any) -> None:
         """Note that the layers have ended."""
+        if self.recording:
+            return
         ended = self._new_event()
         ended.record()
-        self._span = (self._began, ended)
+        self._span, self._share = (self._began, ended), 1.0
 
     def report_progress(self, *_: Any) -> None:
         """Tell whoever wants to know that a layer has ended."""
-        if self.after_layer is not None:
+        if self.after_layer is not None and not self.recording:
             self.after_layer()
 
     def _replace_input(

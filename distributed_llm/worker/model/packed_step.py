@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.page_tables import TableKey, TokenTables
 from distributed_llm.worker.kv.states import SequenceState, StateTensors, joined
 
 
@@ -61,6 +63,14 @@ class StateGroup:
         return self._latest[1]
 
 
+class PageLayer(NamedTuple):
+    """What the tables of a layer that attends to pages follow from; see `TableKey`."""
+
+    window: int
+    section: int
+    group: int
+
+
 @dataclass(slots=True)
 class PackedStep:
     """One step, as the attention of each layer and layers with a state of their own need it.
@@ -77,6 +87,8 @@ class PackedStep:
         sections: of the layers, as in `Scoring`; empty: no layer has any.
         lenders: of each layer of the stage, the one whose keys and values it reads, if these are
             another's; likewise numbered within the stage.
+        page_layers: of the layers that have attended to pages; kept from step to step.
+        tables: where the single tokens write and read in pages; made when a layer asks for them.
         single: the slices of one token.
         chunks: the other slices.
         windows: of the layers that have run: positions that a token sees at most, itself included;
@@ -93,6 +105,8 @@ class PackedStep:
     updated: list[int] = field(default_factory=list)
     sections: Sequence[int] = ()
     lenders: Sequence[int | None] = ()
+    page_layers: dict[int, PageLayer] = field(default_factory=dict)
+    tables: dict[TableKey, TokenTables] = field(default_factory=dict)
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     windows: dict[int, int] = field(default_factory=dict)

@@ -20,19 +20,22 @@ from distributed_llm.common.offloading import away
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.workspace import graphs_bytes
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.held import HeldSequences
 from distributed_llm.worker.kv.held_transfer import HeldExporter, HeldImporter
 from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.config_faults import computing
+from distributed_llm.worker.model.decode_graphs.capture import capture_of
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
 )
 from distributed_llm.worker.model.finite_weights import check_finite_weights
 from distributed_llm.worker.model.forward import Forward
-from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, grouped
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, PageLayer, grouped
+from distributed_llm.worker.model.page_choice import in_pages
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stacks.forward import StackForward
 from distributed_llm.worker.model.step_results import StageOutput, StepResults
@@ -82,12 +85,17 @@ class Stage:
         self._dtype = dtype
         self._lenders = lenders_within(checkpoint.config, checkpoint.num_layers, layers)
         self._attentions = attentions_per_layer(checkpoint.config)
-        self._cache = KVCache(len(layers) * self._attentions, kv_dtype=kv_dtype)
+        self._cache = KVCache(
+            len(layers) * self._attentions,
+            kv_dtype=kv_dtype,
+            in_pages=in_pages(checkpoint.config, device, dtype, kv_dtype),
+        )
         own = slice(layers.start, layers.stop)
         self._sections = layer_sections(checkpoint.config, checkpoint.num_layers)[own]
         of_states = checkpoint.layer_state_bytes(DTYPE_NAMES[dtype])[own]
         self._held_sequences = HeldSequences(self._cache, of_states, self._attentions)
         self._coarse_layers: set[int] = set()
+        self._page_layers: dict[int, PageLayer] = {}
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
         self._forward: Forward | StackForward
@@ -111,6 +119,9 @@ class Stage:
         )
         self._checkpoint = checkpoint
         self._warm_up(of_states)
+        capture = capture_of(device)
+        if isinstance(self._forward, Forward) and capture is not None:
+            self._forward.use_graphs(capture, graphs_bytes(str(device)))
 
     @classmethod
     def load(
@@ -243,15 +254,16 @@ class Stage:
     def layers_s(self) -> float:
         """Seconds that the layers took in the latest `run` that completed them.
 
-        Embedding, norm, head and sampling do not count. On a GPU read it after the result was
-        copied to the CPU, or it waits for the layers.
+        Embedding, norm, head and sampling do not count; where all of a step was launched at once,
+        layers count by their share of its weights. On a GPU read it after the result was copied to
+        the CPU, or it waits for the layers.
         """
         return self._forward.hooks.seconds
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of memory that the KV cache and states of layers take now."""
-        return self._held_sequences.nbytes
+        return self._held_sequences.memory_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -350,6 +362,10 @@ class Stage:
         self._held_sequences.free(self._cache.sequence_ids)
         self._samplings.clear()
         self._released.clear()
+
+    def give_kv_back(self) -> None:
+        """Free the memory of the KV cache of a stage that holds no sequence."""
+        self._cache.give_back()
 
     def memory(self) -> list[object]:
         """Return what holds weights and KV cache, so that they can be freed one by one.
@@ -501,4 +517,5 @@ class Stage:
             [0] * num_layers,
             [one for one in self._sections for _ in range(self._attentions)],
             [one for one in self._lenders for _ in range(self._attentions)],
+            self._page_layers,
         )

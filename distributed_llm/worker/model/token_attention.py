@@ -25,6 +25,7 @@ from distributed_llm.worker.model.kernels.native.attention import (
 )
 from distributed_llm.worker.model.kernels.native.calls import Places, unrecorded
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
+from distributed_llm.worker.model.page_attention import attend_pages, reads_pages
 from distributed_llm.worker.model.partial_attention import (
     Partial,
     fused,
@@ -60,8 +61,10 @@ def attend_tokens(
     Returns:
         [tokens, heads, value_dim].
     """
-    coding = step.cache.coding
-    if can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
+    if reads_pages(step, scoring, query, value):
+        return attend_pages(step, layer, query, key, value, scoring)
+    coding, in_buffers = step.cache.coding, step.cache.pages is None
+    if in_buffers and can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
         with unrecorded():
             places = make_places(step, layer, key, value, scoring)
             rotation = coding.rotation(query.shape[-1], query.device) if coding else None
@@ -97,8 +100,7 @@ def read_tokens(
     coding = step.cache.coding
     readings = readings_of(step, scoring)
     heads, tokens, _ = query.shape
-    held = [reading.segment.layers[layer] for reading in readings]
-    assert held[0] is not None
+    held = [_held(step, layer, reading) for reading in readings]
     kv_heads = held[0].keys.shape[0]
     rows = None
     if coding is not None:
@@ -120,6 +122,14 @@ def read_tokens(
     if scoring.sinks is not None:
         attended = with_sinks(part, scoring.sinks.view(kv_heads, -1))
     return attended.reshape(tokens, heads, -1)
+
+
+def _held(step: PackedStep, layer: int, reading: Reading) -> KVBuffers:
+    """Return buffers with what a reading reads in a layer, and perhaps more."""
+    buffers = reading.segment.layers[layer]
+    if buffers is None:  # it is in pages
+        return step.cache.read(layer, reading.segment, reading.first, reading.stop)
+    return buffers
 
 
 def make_places(
@@ -167,15 +177,13 @@ class _Kernels:
     with_lse: bool
     rows: CodedRows | None
 
-    def attend_one(self, reading: Reading, held: KVBuffers | None, queries: Tensor) -> Partial:
+    def attend_one(self, reading: Reading, held: KVBuffers, queries: Tensor) -> Partial:
         """Compute attention of one token over one segment."""
-        assert held is not None
         there = held.cut(reading.first, reading.stop)
         return self._attend(queries, there.keys[None], there.values[None], None)
 
-    def attend_run(self, run: Run, held: KVBuffers | None, queries: Tensor) -> Partial:
+    def attend_run(self, run: Run, held: KVBuffers, queries: Tensor) -> Partial:
         """Compute one run: [results, kv_heads, group, value_dim]."""
-        assert held is not None
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
         chosen = queries.index_select(0, sent(run.queries, queries.device))
         if run.rows is None:

@@ -97,14 +97,13 @@ def readings_of(step: PackedStep, scoring: Scoring) -> list[Reading]:
 def schedule_of(
     step: PackedStep,
     readings: Sequence[Reading],
-    held: Sequence[KVBuffers | None],
+    held: Sequence[KVBuffers],
     scoring: Scoring,
 ) -> Schedule:
     """Return which readings of a layer are computed together; layers that are alike share it."""
     slabs: dict[int, int] = {}  # numbered as they appear, for each layer has its own
     signature: list[object] = [scoring.window, scoring.section, scoring.across]
     for buffers in held:
-        assert buffers is not None
         if buffers.row is None:
             signature.append(None)
         else:
@@ -117,13 +116,10 @@ def schedule_of(
     return made  # type: ignore[return-value]
 
 
-def _new_schedule(
-    readings: Sequence[Reading], held: Sequence[KVBuffers | None], tokens: int
-) -> Schedule:
+def _new_schedule(readings: Sequence[Reading], held: Sequence[KVBuffers], tokens: int) -> Schedule:
     alone: list[int] = []
     in_slabs: dict[int, list[int]] = {}
     for number, (reading, buffers) in enumerate(zip(readings, held, strict=True)):
-        assert buffers is not None
         if len(reading.readers) > 1 or buffers.row is None:
             alone.append(number)
         else:
@@ -151,14 +147,13 @@ def _new_schedule(
     return Schedule(tuple(runs), torch.tensor(table).T.contiguous())
 
 
-def _row_of(buffers: KVBuffers | None) -> int:
-    assert buffers is not None
+def _row_of(buffers: KVBuffers) -> int:
     assert buffers.row is not None
     return buffers.row.index
 
 
 def _neighbours(
-    numbers: list[int], readings: Sequence[Reading], held: Sequence[KVBuffers | None]
+    numbers: list[int], readings: Sequence[Reading], held: Sequence[KVBuffers]
 ) -> list[list[int]]:
     """Divide readings of one slab into those that are read together, each in the order of rows.
 
@@ -168,7 +163,6 @@ def _neighbours(
     """
     numbers = sorted(numbers, key=lambda number: _row_of(held[number]))
     one = held[numbers[0]]
-    assert one is not None
     position_bytes = one.nbytes // one.room
     call = _CALL_BYTES // position_bytes  # positions
     groups = [[numbers[0]]]

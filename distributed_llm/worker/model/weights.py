@@ -20,13 +20,11 @@ from distributed_llm.common.cache_folder import offload_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.encoder_decoders import encoder_layers
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.gguf_types import GGUF_METHOD
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_sizes import attentions_per_layer
 from distributed_llm.common.ngrams import table_part
 from distributed_llm.common.offloading import Away
 from distributed_llm.common.schemes.bnb import BnbTableScheme
-from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
@@ -40,8 +38,6 @@ from distributed_llm.worker.model.kernels import only_plain, pack_linear_layers,
 from distributed_llm.worker.model.layer_cuts import LayerCut
 from distributed_llm.worker.model.layer_loading import ModelLoader
 from distributed_llm.worker.model.offload import move_to_disk, read_one_ahead
-from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
-from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.reading_ahead import ReadingAhead
 from distributed_llm.worker.model.shared_blocks import (
     holders_of,
@@ -52,6 +48,7 @@ from distributed_llm.worker.model.shared_weights import SharedModules, StageMode
 from distributed_llm.worker.model.stacks.joined import drop_unread, link_stacks
 from distributed_llm.worker.model.stacks.positions import AbsentPositions, LearnedPositions
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
+from distributed_llm.worker.model.weight_names import WeightNames
 
 _EMBED_IN_PLACE = frozenset({"ctrl"})
 """Model types that scale embeddings in place."""
@@ -343,42 +340,6 @@ def checkpoint_place(checkpoint: Checkpoint) -> Locate:
     return lambda info: Place(checkpoint.path_of(info.file), info.offset, info.nbytes)
 
 
-class WeightNames:
-    """How the weights of a checkpoint are called by transformers.
-
-    Args:
-        checkpoint: with the weights.
-        whole: the model, on the meta device.
-        path: of its layers.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, whole: PreTrainedModel, path: str) -> None:
-        self._checkpoint = checkpoint
-        self._path = path
-        in_gguf = check_method(checkpoint.config) == GGUF_METHOD
-        self._gguf = GgufNames(whole, checkpoint) if in_gguf else None
-
-    def target(self, name: str) -> Target | None:
-        """Return what becomes of a weight of GGUF files, or of MLX's experts, else None."""
-        return self._gguf.target(name) if self._gguf else mlx_target(name)
-
-    def name(self, name: str, target: Target | None) -> str:
-        """Return the name of a weight for transformers' loader, with 0 for its layer's number."""
-        layer = self._checkpoint.layer_in(name)
-        if layer is None:
-            return target.parameter if target else name
-        path, known = (
-            (self._path, target.parameter) if target else (self._checkpoint.layer_prefix, name)
-        )
-        whole = f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
-        part = table_part(whole)
-        return whole if part is None else part[0]
-
-    def parameter(self, name: str) -> str:
-        """Return the name of a weight outside the layers for transformers' loader."""
-        return self.name(name, self.target(name))
-
-
 def _entries(
     checkpoint: Checkpoint,
     layers: LayerRange,
@@ -401,18 +362,19 @@ def _entries(
             if block not in holders:
                 continue
             layer = holders[block]
-        target = names.target(weight.name)
-        name = names.name(weight.name, target)
-        if weight.name == checkpoint.outer.lone_head:
-            name = tied.get(name, name)
-        if shared.has(name) if layer is None else shared.has_layer(layer):
-            continue
-        if layer is None and (matrix := shared.matrix(name)) is not None:
-            matrices[name] = matrix
-            continue
-        own = pieces.setdefault(layer, {}).setdefault(name, {})
-        part = table_part(weight.name)
-        own[target.piece if target else part[1] if part else 0] = Piece(weight, target)
+        for target in names.targets(weight.name):
+            name = names.name(weight.name, target)
+            if weight.name == checkpoint.outer.lone_head:
+                name = tied.get(name, name)
+            if shared.has(name) if layer is None else shared.has_layer(layer):
+                continue
+            if layer is None and (matrix := shared.matrix(name)) is not None:
+                matrices[name] = matrix
+                continue
+            own = pieces.setdefault(layer, {}).setdefault(name, {})
+            part = table_part(weight.name)
+            place = target.piece if target else part[1] if part else 0
+            own[place] = Piece(weight, target)
     entries = {
         layer: [Entry(name, tuple(own[i] for i in sorted(own))) for name, own in by_name.items()]
         for layer, by_name in pieces.items()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distributed_llm.worker.model.kernels.choice import Choice, Kind
 from distributed_llm.worker.model.kernels.int4 import Int4Pack, Int4Rows, channels_of_block
 from distributed_llm.worker.model.kernels.int8 import Int8Fbgemm, Int8OneDnn, Int8Rows
+from distributed_llm.worker.model.kernels.kleidi import Int4Kleidi
 from distributed_llm.worker.model.kernels.layout import Layout
 from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, instructions
 from distributed_llm.worker.model.kernels.packed import (
@@ -34,6 +35,7 @@ INT4: dict[str, Callable[[Tensor, Tensor, Tensor, torch.dtype], Layout]] = {
     "rows": Int4Rows,
     "pack": lambda codes, scales, offsets, dtype: Int4Pack(codes, scales, offsets),
     "blocks": lambda codes, scales, offsets, dtype: Int4Blocks(codes, scales, offsets),
+    "kleidi": lambda codes, scales, offsets, dtype: Int4Kleidi(codes, scales, offsets),
 }
 """Makes a layout of codes uint8 [out_features, in_features], scales and offsets [.., groups]."""
 

@@ -7,8 +7,8 @@ do to integers is found out by giving them numbers of rows.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,51 +18,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
-    Qwen2MoeTensorProcessor,
     TensorProcessor,
     get_gguf_hf_weights_map,
 )
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.worker.model.quantized.gguf_changes import CHANGES
+from distributed_llm.worker.model.quantized.gguf_layouts import (
+    KNOWN_AS,
+    more_names,
+    parts_of,
+    piece_of,
+    stack_of,
+    usual_name,
+)
+from distributed_llm.worker.model.quantized.targets import Target
 
-_EXPERTS = re.compile(r"(?P<name>blk\.\d+\.ffn_(?P<part>gate|up|down)_exps)\.weight")
 _LAYER = re.compile(r"^blk\.\d+\.")
-_AS_OTHERS = {"gemma": "gemma2", "granite": "llama"}
+_AS_OTHERS = {
+    "gemma": "gemma2",
+    **dict.fromkeys(("arcee", "granite", "granitemoe", "mistral3", "smollm3"), "llama"),
+    "lfm2moe": "lfm2",
+}
 """Architectures whose values are changed like those of others that transformers has a table for."""
 
 _PROBED_COLUMNS = 2
-
-
-@dataclass(frozen=True)
-class Target:
-    """What becomes of a tensor of a GGUF file.
-
-    Attributes:
-        parameter: of the model that it belongs to, with the layer's number in the whole model.
-        piece: which piece of the parameter it is; they follow each other along the rows, the last
-            dimension but one.
-        pieces: number of pieces.
-        rows: int64: row i of the piece is row `rows[i]` of the tensor; None: they are in order.
-        convert: returns the numbers of the piece for those of the tensor, float32; None: they are
-            the same, but for the order of rows, and integers may stay integers.
-    """
-
-    parameter: str
-    piece: int = 0
-    pieces: int = 1
-    rows: Tensor | None = None
-    convert: Callable[[Tensor], Tensor] | None = None
-
-    def ordered(self, tensor: Tensor) -> Tensor:
-        """Return rows, of whatever they consist, in the order of the model."""
-        if self.rows is None:
-            return tensor
-        return tensor.index_select(max(tensor.dim() - 2, 0), self.rows.to(tensor.device))
-
-    def values(self, tensor: Tensor) -> Tensor:
-        """Return the numbers of the piece for those of the tensor, float32."""
-        return self.convert(tensor) if self.convert else self.ordered(tensor)
 
 
 class GgufNames:
@@ -82,54 +63,64 @@ class GgufNames:
         self._processor = kind(config=model.config.to_dict())
         self._targets: dict[tuple[str, tuple[int, ...]], Target] = {}
 
-    def target(self, name: str) -> Target:
-        """Return what becomes of tensor `name`.
+    def targets(self, name: str) -> tuple[Target, ...]:
+        """Return what becomes of tensor `name`; several things if it is several parameters.
 
         Raises:
             UnsupportedModel: it belongs nowhere: the file holds another model than its metadata
                 say, so that answers would be wrong.
         """
-        if match := _EXPERTS.fullmatch(name):
-            part = match["part"]
-            target = Target(self._parameter(match["name"], name))
-            if part == "down":
-                return target
-            return replace(target, piece=0 if part == "gate" else 1, pieces=2)
-        parameter = self._parameter(name, name)
-        shape = self._checkpoint.tensors[name].shape
-        key = (_LAYER.sub("", name), shape)
-        if key not in self._targets:
-            self._targets[key] = self._probe(name, shape)
-        return replace(self._targets[key], parameter=parameter)
-
-    def _parameter(self, known: str, name: str) -> str:
-        parameter = self._parameters.get(known)
-        if parameter is None:
+        parameters = self._parameters.get(usual_name(name, self._architecture))
+        if parameters is None:
             raise UnsupportedModel(
                 f"{self._checkpoint.place} holds a {self._checkpoint.model_type!r} model with the "
                 f"tensor {name}, which transformers' model has no place for: without it, answers "
                 "would be wrong. Use a folder with the original model."
             )
-        return parameter
+        shape = self._checkpoint.tensors[name].shape
+        if len(parameters) > 1:
+            return parts_of(parameters, [self._shapes[one] for one in parameters], len(shape))
+        leaf = _LAYER.sub("", name)
+        if (leaf, shape) not in self._targets:
+            self._targets[leaf, shape] = self._probe(name, shape)
+        target = replace(self._targets[leaf, shape], parameter=parameters[0])
+        if (piece := piece_of(leaf, target.parameter, self._architecture)) is not None:
+            stack = stack_of(parameters[0], self._checkpoint.config)
+            target = replace(target, piece=piece[0], join=piece[1], stack=stack)
+        return (target,)
 
     @cached_property
-    def _parameters(self) -> Mapping[str, str]:
-        """The parameters of the model by the names in GGUF files."""
-        has_experts = any(_EXPERTS.fullmatch(name) for name in self._checkpoint.tensors)
-        kind: Any = Qwen2MoeTensorProcessor
-        namer = kind() if has_experts else self._processor
-        found: dict[str, str] = get_gguf_hf_weights_map(self._model, namer, self._architecture)
-        return found
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of the parameters of the model."""
+        return {name: tuple(one.shape) for name, one in self._model.state_dict().items()}
+
+    @cached_property
+    def _known(self) -> Mapping[str, str]:
+        """The parameters of the model by the names of tensors that transformers or gguf know."""
+        known = KNOWN_AS.get(self._architecture, self._architecture)
+        return dict(get_gguf_hf_weights_map(self._model, self._processor, known))
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters of the model by the names in GGUF files; several if they are one there."""
+        more: dict[str, list[str]] = {}
+        for parameter in self._shapes:
+            for name in more_names(parameter):
+                more.setdefault(name, []).append(parameter)
+        return {name: (one,) for name, one in self._known.items()} | {
+            name: tuple(several) for name, several in more.items()
+        }
 
     def _probe(self, name: str, shape: tuple[int, ...]) -> Target:
         """Return what the processor does to a tensor, by giving it numbers of rows."""
         narrow = (shape[0], *(min(size, _PROBED_COLUMNS) for size in shape[1:]))
         numbers = np.arange(np.prod(narrow, dtype=np.int64), dtype=np.float64).reshape(narrow)
         try:
-            done = self._process(numbers, name)
+            with np.errstate(all="ignore"):  # logarithms, of numbers that are none of theirs
+                done = self._process(numbers, name)
         except (ValueError, IndexError):  # it wants all columns
             return self._converted(name)
-        if done.shape != narrow:
+        if done.shape != narrow or not np.isfinite(done).all():
             return self._converted(name)
         rows = done.reshape(shape[0], -1)[:, 0] // (numbers.size // shape[0])
         if not np.array_equal(np.sort(rows), np.arange(shape[0])):
@@ -156,9 +147,13 @@ class GgufNames:
         return Target("", convert=convert)
 
     def _process(self, numbers: "np.ndarray[Any, Any]", name: str) -> "np.ndarray[Any, Any]":
+        if (change := CHANGES.get(self._architecture)) is not None:
+            return change(numbers, name, self._checkpoint.config)
+        if "_exps." in name:
+            return numbers  # gates and ups are joined elsewhere
         parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
         done = self._processor.process(
-            numbers, name=name, tensor_key_mapping=self._parameters, parsed_parameters=parsed
+            numbers, name=name, tensor_key_mapping=self._known, parsed_parameters=parsed
         )
         if done.name is None:  # it has put it where it belongs by itself
             return next(iter(parsed["tensors"].values())).numpy()

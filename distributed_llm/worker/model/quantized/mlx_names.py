@@ -5,7 +5,7 @@ MLX keeps the experts of a layer in three stacks; in transformers, gates and ups
 
 import re
 
-from distributed_llm.worker.model.quantized.gguf_names import Target
+from distributed_llm.worker.model.quantized.targets import Target
 
 _STACK = re.compile(r"^(?P<path>.+)\.switch_mlp\.(?P<part>gate|up|down)_proj\.weight$")
 
@@ -18,5 +18,5 @@ def mlx_target(name: str) -> Target | None:
     if match["part"] == "down":
         return Target(f"{match['path']}.experts.down_proj")
     return Target(
-        f"{match['path']}.experts.gate_up_proj", piece=0 if match["part"] == "gate" else 1, pieces=2
+        f"{match['path']}.experts.gate_up_proj", piece=0 if match["part"] == "gate" else 1
     )

@@ -5,6 +5,7 @@
  *     2022. */
 #include "floats.h"
 #include "instructions.h"
+#include "memory.h"
 #include "threads.h"
 
 #include <math.h>
@@ -12,8 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 #define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
@@ -46,24 +46,11 @@ typedef struct {
     atomic_int failed;
 } Work;
 
-INLINE __m256 int8_load8(const uint8_t *from)
-{
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-}
-
-/* As 1/256 of what they stand for: the bits are those of a float16, whose exponents are biased so. */
-INLINE __m256 fp8_load8(const uint8_t *from)
-{
-    __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)from));
-    wide = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbfff)); /* one sign */
-    return _mm256_cvtph_ps(wide);
-}
-
-INLINE __m256 scale8(const uint8_t *from, float factor)
+INLINE Eight scale8(const uint8_t *from, float factor)
 {
     uint16_t narrow;
     memcpy(&narrow, from, sizeof narrow);
-    return _mm256_set1_ps(widened(narrow) * factor);
+    return same8(widened(narrow) * factor);
 }
 
 static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t stride, int64_t columns,
@@ -72,18 +59,18 @@ static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t str
     for (int64_t row = 0; row < rows; row++, from += stride, to += columns) {
         /* Positions that come next often begin a page, at which the processor stops reading ahead. */
         for (int64_t i = 0; i < columns * (kept == BFLOAT16 ? 2 : 1); i += 64)
-            _mm_prefetch((const char *)from + POSITIONS * stride + i, _MM_HINT_T0);
+            PREFETCH(from + POSITIONS * stride + i);
         if (kept == INT8) {
-            __m256 scale = scale8(from + columns, 1.0f);
+            Eight scale = scale8(from + columns, 1.0f);
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, _mm256_mul_ps(int8_load8(from + i), scale));
+                store_floats8(to + i, multiply8(load_signed8(from + i), scale));
         } else if (kept == FP8) {
-            __m256 scale = scale8(from + columns, 256.0f);
+            Eight scale = scale8(from + columns, 256.0f);
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, _mm256_mul_ps(fp8_load8(from + i), scale));
+                store_floats8(to + i, multiply8(load_fp8(from + i), scale));
         } else {
             for (int64_t i = 0; i < columns; i += 8)
-                _mm256_store_ps(to + i, load8((const uint16_t *)from + i));
+                store_floats8(to + i, load8((const uint16_t *)from + i));
         }
     }
 }
@@ -95,22 +82,18 @@ INLINE void score_heads(float *scores, const float *queries, const float *keys, 
 {
     for (int p = 0; p < POSITIONS; p += 4) {
         const float *k = keys + p * dim;
-        __m256 sums[MOST_SCORED][4];
+        Eight sums[MOST_SCORED][4];
         for (int h = 0; h < heads; h++)
             for (int n = 0; n < 4; n++)
-                sums[h][n] = _mm256_setzero_ps();
+                sums[h][n] = zero8();
         for (int64_t i = 0; i < dim; i += 8)
             for (int h = 0; h < heads; h++) {
-                __m256 query = _mm256_load_ps(queries + h * dim + i);
+                Eight query = load_floats8(queries + h * dim + i);
                 for (int n = 0; n < 4; n++)
-                    sums[h][n] = _mm256_fmadd_ps(query, _mm256_load_ps(k + n * dim + i), sums[h][n]);
+                    sums[h][n] = multiply_add8(query, load_floats8(k + n * dim + i), sums[h][n]);
             }
-        for (int h = 0; h < heads; h++) {
-            __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[h][0], sums[h][1]),
-                                          _mm256_hadd_ps(sums[h][2], sums[h][3]));
-            _mm_store_ps(scores + h * POSITIONS + p, _mm_add_ps(_mm256_castps256_ps128(pairs),
-                                                                _mm256_extractf128_ps(pairs, 1)));
-        }
+        for (int h = 0; h < heads; h++)
+            store_sums8(scores + h * POSITIONS + p, sums[h]);
     }
 }
 
@@ -122,17 +105,17 @@ INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, 
             scores[p] = softcap * tanhf(scores[p] / softcap);
     for (int64_t p = count; p < POSITIONS; p++)
         scores[p] = scores[0];
-    __m256 highest = _mm256_load_ps(scores);
+    Eight highest = load_floats8(scores);
     for (int p = 8; p < POSITIONS; p += 8)
-        highest = _mm256_max_ps(highest, _mm256_load_ps(scores + p));
-    float most = fmaxf(*largest, max8(highest));
+        highest = higher8(highest, load_floats8(scores + p));
+    float most = fmaxf(*largest, largest8(highest));
     for (int64_t p = count; p < POSITIONS; p++)
         scores[p] = most - 87.0f; /* adds 1e-38 to the total */
-    __m256 sum = _mm256_setzero_ps();
+    Eight sum = zero8();
     for (int p = 0; p < POSITIONS; p += 8) {
-        __m256 weight = exp8(_mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most)));
-        _mm256_store_ps(scores + p, weight);
-        sum = _mm256_add_ps(sum, weight);
+        Eight weight = exp8(subtract8(load_floats8(scores + p), same8(most)));
+        store_floats8(scores + p, weight);
+        sum = add8(sum, weight);
     }
     float fade = *largest == most ? 1.0f : expf(*largest - most);
     *total = *total * fade + sum8(sum);
@@ -145,27 +128,27 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
                        int64_t dim, int64_t positions, const int heads)
 {
     for (int64_t i = 0; i < dim; i += 8) {
-        __m256 own[MOST_ADDED], other[MOST_ADDED];
+        Eight own[MOST_ADDED], other[MOST_ADDED];
         for (int h = 0; h < heads; h++) {
-            own[h] = _mm256_mul_ps(_mm256_load_ps(sums + h * dim + i), _mm256_set1_ps(fades[h]));
-            other[h] = _mm256_setzero_ps();
+            own[h] = multiply8(load_floats8(sums + h * dim + i), same8(fades[h]));
+            other[h] = zero8();
         }
         int64_t p = 0;
         for (; p + 2 <= positions; p += 2) {
-            __m256 value = _mm256_load_ps(values + p * dim + i);
-            __m256 next = _mm256_load_ps(values + (p + 1) * dim + i);
+            Eight value = load_floats8(values + p * dim + i);
+            Eight next = load_floats8(values + (p + 1) * dim + i);
             for (int h = 0; h < heads; h++) {
                 const float *weight = weights + h * POSITIONS + p;
-                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight), value, own[h]);
-                other[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weight + 1), next, other[h]);
+                own[h] = multiply_add8(same8(*weight), value, own[h]);
+                other[h] = multiply_add8(same8(*(weight + 1)), next, other[h]);
             }
         }
         if (p < positions)
             for (int h = 0; h < heads; h++)
-                own[h] = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + h * POSITIONS + p),
-                                         _mm256_load_ps(values + p * dim + i), own[h]);
+                own[h] = multiply_add8(same8(weights[h * POSITIONS + p]),
+                                         load_floats8(values + p * dim + i), own[h]);
         for (int h = 0; h < heads; h++)
-            _mm256_store_ps(sums + h * dim + i, _mm256_add_ps(own[h], other[h]));
+            store_floats8(sums + h * dim + i, add8(own[h], other[h]));
     }
 }
 
@@ -173,11 +156,11 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
 static void rotate(float *to, const uint16_t *from, const float *rotation, int64_t dim)
 {
     for (int64_t column = 0; column < dim; column += 8) {
-        __m256 sum = _mm256_setzero_ps();
+        Eight sum = zero8();
         for (int64_t i = 0; i < dim; i++)
-            sum = _mm256_fmadd_ps(_mm256_set1_ps(widened(from[i])),
-                                  _mm256_loadu_ps(rotation + i * dim + column), sum);
-        _mm256_store_ps(to + column, sum);
+            sum = multiply_add8(same8(widened(from[i])),
+                                  load_floats8(rotation + i * dim + column), sum);
+        store_floats8(to + column, sum);
     }
 }
 
@@ -287,10 +270,10 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
     }
     for (int64_t g = 0; g < group; g++) {
         uint16_t *output = w->output + (token * w->heads + kv_head * group + g) * w->value_dim;
-        __m256 factor = _mm256_set1_ps(1.0f / totals[g]);
+        Eight factor = same8(1.0f / totals[g]);
         for (int64_t i = 0; i < w->value_dim; i += 8)
-            store8(output + i, rounded8(_mm256_mul_ps(
-                                   _mm256_load_ps(sums + g * w->value_dim + i), factor)));
+            store8(output + i, rounded8(multiply8(
+                                   load_floats8(sums + g * w->value_dim + i), factor)));
     }
 }
 
@@ -300,11 +283,12 @@ static void attend_some(void *data)
     int64_t group = w->heads / w->kv_heads;
     size_t numbers = (size_t)((group + POSITIONS) * (w->dim + w->value_dim) +
                               group * (POSITIONS + 3));
-    float *memory = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
-    if (!memory) {
+    char *own = malloc(numbers * sizeof(float) + LINE);
+    if (!own) {
         atomic_store(&w->failed, 1);
         return;
     }
+    float *memory = at_line(own);
     memset(memory, 0, numbers * sizeof(float)); /* rows of keys that are not there yet are scored */
     for (;;) {
         int64_t item = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
@@ -312,7 +296,7 @@ static void attend_some(void *data)
             break;
         attend_item(w, item / w->kv_heads, item % w->kv_heads, memory);
     }
-    free(memory);
+    free(own);
 }
 
 /* dim and value_dim are multiples of 8. Returns 0, or 1 if there is no memory. */
@@ -330,5 +314,4 @@ EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const ui
     in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -7,8 +7,7 @@
 
 #include <stdint.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 /* In the order of recurrences.py; steps are in elements. */
@@ -36,40 +35,40 @@ static void move_on(const Sizes *z, const uint16_t *column, uint16_t *window, co
     }
 }
 
-/* The same for windows of four columns, all of which count: a channel's are the 64 bits of a lane. */
+/* Moves windows of four columns on: a channel's are the 64 bits of a number. */
+static void shift_fours(uint16_t *window, const uint16_t *column, int64_t channels)
+{
+    for (int64_t c = 0; c < channels; c++) {
+        uint64_t four;
+        memcpy(&four, window + 4 * c, sizeof four);
+        four = four >> 16 | (uint64_t)column[c] << 48;
+        memcpy(window + 4 * c, &four, sizeof four);
+    }
+}
+
+/* The same for windows of four columns, all of which count. */
 static void move_on_by_fours(int64_t channels, const uint16_t *column, uint16_t *window,
                              const uint16_t *weight, const uint16_t *bias, uint16_t *output)
 {
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    shift_fours(window, column, channels);
     for (int64_t c = 0; c < channels; c += 8) {
-        __m256 products[4];
-        for (int half = 0; half < 2; half++) {
-            uint16_t *own = window + 4 * c + 16 * half;
-            __m256i newest = _mm256_cvtepu16_epi64(
-                _mm_loadl_epi64((const __m128i *)(column + c + 4 * half)));
-            __m256i moved = _mm256_srli_epi64(_mm256_loadu_si256((const __m256i *)own), 16);
-            moved = _mm256_or_si256(moved, _mm256_slli_epi64(newest, 48));
-            _mm256_storeu_si256((__m256i *)own, moved);
-            for (int pair = 0; pair < 2; pair++)
-                products[2 * half + pair] = _mm256_mul_ps(
-                    load8(own + 8 * pair), load8(weight + 4 * c + 16 * half + 8 * pair));
-        }
-        __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(products[0], products[1]),
-                                     _mm256_hadd_ps(products[2], products[3]));
-        sums = _mm256_permutevar8x32_ps(sums, order);
+        Eight products[4];
+        for (int i = 0; i < 4; i++)
+            products[i] = multiply8(load8(window + 4 * c + 8 * i), load8(weight + 4 * c + 8 * i));
+        Eight sums = sums_of_fours8(products);
         if (bias)
-            sums = _mm256_add_ps(sums, load8(bias + c));
+            sums = add8(sums, load8(bias + c));
         store8(output + c, rounded8(sums));
     }
 }
 
 static void silu(uint16_t *numbers, int64_t count)
 {
-    const __m256 one = _mm256_set1_ps(1.0f);
+    const Eight one = same8(1.0f);
     for (int64_t i = 0; i < count; i += 8) {
-        __m256 x = load8(numbers + i);
-        __m256 below = _mm256_add_ps(one, exp8(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-        store8(numbers + i, rounded8(_mm256_div_ps(x, below)));
+        Eight x = load8(numbers + i);
+        Eight below = add8(one, exp8(subtract8(zero8(), x)));
+        store8(numbers + i, rounded8(divide8(x, below)));
     }
 }
 
@@ -93,5 +92,4 @@ EXPORT void convolve(const uint16_t *column, uint16_t *window, const uint16_t *w
             silu(made, z->channels);
     }
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -1,90 +1,63 @@
-/* Functions of eight float32 at once; to be included after INSTRUCTIONS. */
+/* Functions of eight float32 at once; to be included after EIGHTS.
+ *
+ * `Eight` holds them. What a header for one kind of processor defines:
+ *
+ *   zero8, same8, load_floats8, store_floats8
+ *   load8, store8            bfloat16; what is stored has been rounded by `rounded8`
+ *   load_pairs8              sixteen bfloat16, those at even places apart from those at odd ones
+ *   load_halves8, store_halves8   float16
+ *   load_signed8             bytes as numbers from -128 to 127
+ *   load_fp8                 as 1/256 of what they stand for, see attention.c
+ *   store_codes8             whole numbers from 0 to 255 as bytes; a NaN as 0
+ *   rounded8                 each rounded to the nearest bfloat16, still as float32; a NaN stays one
+ *   add8, subtract8, multiply8, divide8
+ *   multiply_add8(a, b, c)   a * b + c, rounded once; minus_product8(c, a, b)   c - a * b, likewise
+ *   lower8, higher8          of a NaN and another, the second is taken
+ *   whole8                   to the nearest integer, ties to even
+ *   magnitude8
+ *   larger_bits8(a, b)       the one whose bits, as an integer, are larger
+ *   flipped8(a, bits)        with these bits of each flipped
+ *   power_of_two8            2**n of whole numbers n from -126 to 127
+ *   more8(a, b)              a mask of the lanes of which a > b; choose8(mask, a, b)   of these a, else b
+ *   sum8, largest8
+ *   store_sums8              the sums of four registers
+ *   sums_of_fours8           the sums of the first four lanes and of the last four, of four registers
+ *   exchange8                the eight lanes of each of eight registers, as eight registers
+ *   begins_with8(from, distance, wanted)   a bit for each of eight integers, if it is `wanted`, shifted
+ *                            right by so many bits
+ */
 #ifndef DISTRIBUTED_LLM_EIGHTS_H
 #define DISTRIBUTED_LLM_EIGHTS_H
 
-#include <immintrin.h>
+#include "instructions.h"
+
 #include <stdint.h>
 
-INLINE __m256 load8(const uint16_t *from)
-{
-    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-/* Each rounded to the nearest bfloat16, still as float32; a NaN stays one. */
-INLINE __m256 rounded8(__m256 values)
-{
-    __m256i bits = _mm256_castps_si256(values);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    __m256 cut = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000)));
-    __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-    return _mm256_blendv_ps(cut, nan, _mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-}
-
-/* Stores numbers that `rounded8` has returned. */
-INLINE void store8(uint16_t *to, __m256 rounded)
-{
-    __m256i high = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
-    __m256i packed = _mm256_packus_epi32(high, high);
-    packed = _mm256_permute4x64_epi64(packed, 0x88);
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed));
-}
+#if defined(X86)
+#include "eights256.h"
+#elif defined(ARM)
+#include "eights128.h"
+#else
+#include "eights_plain.h"
+#endif
 
 /* e**x to a relative error of 2e-7, for x in [-87, 88]; beyond, that of the nearest bound; a NaN stays
  * one. By Cephes' polynomial (S. L. Moshier). */
-INLINE __m256 exp8(__m256 x)
+INLINE Eight exp8(Eight x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(-87.3f), x); /* of a NaN and another, the second is taken */
-    x = _mm256_min_ps(_mm256_set1_ps(88.3f), x);
-    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
-    x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);
-    __m256 y = _mm256_set1_ps(1.9875691500e-4f);
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.3981999507e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(8.3334519073e-3f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(4.1665795894e-2f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(1.6666665459e-1f));
-    y = _mm256_fmadd_ps(y, x, _mm256_set1_ps(5.0000001201e-1f));
-    y = _mm256_fmadd_ps(y, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1.0f)));
-    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n),
-                                                       _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(y, _mm256_castsi256_ps(power));
-}
-
-INLINE float sum8(__m256 values)
-{
-    __m128 half = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-INLINE float max8(__m256 values)
-{
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-}
-
-/* The eight lanes of each of eight registers, as eight registers. */
-INLINE void exchange8(const __m256 rows[8], __m256 columns[8])
-{
-    __m256 pairs[8], fours[8];
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-        fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-        fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-        fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        columns[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
-        columns[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
-    }
+    x = higher8(same8(-87.3f), x); /* of a NaN and another, the second is taken */
+    x = lower8(same8(88.3f), x);
+    Eight n = whole8(multiply8(x, same8(1.44269504f)));
+    x = minus_product8(x, n, same8(0.693359375f));
+    x = minus_product8(x, n, same8(-2.12194440e-4f));
+    Eight y = same8(1.9875691500e-4f);
+    y = multiply_add8(y, x, same8(1.3981999507e-3f));
+    y = multiply_add8(y, x, same8(8.3334519073e-3f));
+    y = multiply_add8(y, x, same8(4.1665795894e-2f));
+    y = multiply_add8(y, x, same8(1.6666665459e-1f));
+    y = multiply_add8(y, x, same8(5.0000001201e-1f));
+    y = multiply_add8(y, multiply8(x, x), add8(x, same8(1.0f)));
+    return multiply8(y, power_of_two8(n));
 }
 
 #endif

@@ -9,8 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-
 /* What a call computes; see `expert_products`. */
 typedef struct {
     const uint16_t *states;
@@ -95,4 +93,3 @@ EXPORT int expert_products(const uint16_t *states, uint16_t *output, const Weigh
         }
     return choices == sharing ? multiply_one(&e) : multiply_each(&e);
 }
-#endif

@@ -10,7 +10,6 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -18,11 +17,23 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("none", "avx2", "avxvnni", "avx512vnni")
-"""Sets of instructions, in the order of products.c."""
+NAMES = ("none", "plain", "neon", "dotprod", "avx2", "avxvnni", "avx512vnni")
+"""Sets of instructions, in the order of processor.h: none of any processor, ARM's, x86's."""
+
+_TAKEN = {"DEFAULT": {"avx2", "avxvnni", "avx512vnni"}, "AVX2": {"avx512vnni"}}
+"""By what torch may use of the processor, the sets that are not used either."""
+
+_FILE = Path(__file__).with_name("kernels.so")
+"""As setup.py has it built, for every version of Python and on every system."""
 
 _OPENMP = re.compile(r"lib(g|i)?omp5?\b.*")
 """Names of OpenMP libraries: GCC's, LLVM's and Intel's."""
+
+_STARTS = (
+    ("GOMP_parallel",),
+    ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num"),
+)
+"""Functions that start threads, as threads.c calls them; on Windows there are but the latter."""
 
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -55,9 +66,8 @@ def instructions() -> str:
 
     Respects ATEN_CPU_CAPABILITY, which takes instructions from torch, and is read once.
     """
-    torch_has = torch.backends.cpu.get_cpu_capability()
-    allowed = NAMES[: {"DEFAULT": 1, "AVX2": 3}.get(torch_has, len(NAMES))]
-    return [name for name in supported() if name in allowed][-1]
+    taken = _TAKEN.get(torch.backends.cpu.get_cpu_capability(), set())
+    return [name for name in supported() if name not in taken][-1]
 
 
 def supported() -> tuple[str, ...]:
@@ -124,52 +134,60 @@ def function(name: str, instructions: str) -> Product:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    paths = [folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
-    built = [path for path in paths if path.exists()]
-    parallel = _parallel() if built else None
-    if built and parallel is None:
+    if not _FILE.exists():
         logger.warning(
-            "The OpenMP library that torch computes with was not found, or lacks GOMP_parallel, so "
-            "torch's slower kernels are used."
+            "The C library was not built when this package was installed: there was no C compiler. "
+            "So torch's slower kernels are used. Install one, then this package again."
         )
         return None
-    return _opened(built, parallel)
+    threads = _threads()
+    if threads is None:
+        logger.warning(
+            "The OpenMP library that torch computes with was not found, or lacks functions that "
+            "start threads, so torch's slower kernels are used."
+        )
+        return None
+    return _opened(_FILE, threads)
 
 
-def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
-    """Return the first library that can be loaded, ready to be called.
+def _opened(path: Path, threads: Sequence[int]) -> ctypes.CDLL | None:
+    """Return the library, ready to be called.
 
-    None if there is none, or if this processor has none of the instructions that it uses.
+    None if it cannot be loaded, or if this processor has none of the instructions that it uses.
+
+    Args:
+        path: of the library.
+        threads: addresses of the functions that start threads; see `_STARTS`.
     """
-    for path in paths:
-        try:
-            library = ctypes.CDLL(str(path))
-            if not library.has_instructions(1):
-                return None
-            for name, arguments in _ARGUMENTS.items():
-                getattr(library, name).argtypes = arguments
-            library.largest_magnitude.restype = _REAL
-            library.use_threads.argtypes = (_ADDRESS,)
-            library.use_threads(parallel)
-        except (OSError, AttributeError) as exc:
-            logger.warning(
-                "%s cannot be used (%s), so torch's kernels are. Install this package again.",
-                *(path, exc),
-            )
-            continue
-        return library
-    return None
+    try:
+        library = ctypes.CDLL(str(path))
+        if not any(map(library.has_instructions, range(1, len(NAMES)))):
+            return None
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes = arguments
+        library.largest_magnitude.restype = _REAL
+        use = library.use_parallel if len(threads) == 1 else library.use_fork
+        use.argtypes = [_ADDRESS] * len(threads)
+        use(*threads)
+    except (OSError, AttributeError) as exc:
+        logger.warning(
+            "%s cannot be used (%s), so torch's kernels are. Install this package again.",
+            *(path, exc),
+        )
+        return None
+    return library
 
 
-def _parallel() -> int | None:
-    """Return the address of what starts the threads of torch's OpenMP library; None: unknown."""
+def _threads() -> Sequence[int] | None:
+    """Return the addresses of what starts the threads of torch's OpenMP library; None: unknown."""
     for path in [*_loaded(Path("/proc/self/maps")), *_beside_torch()]:
-        try:
-            start = ctypes.CDLL(path).GOMP_parallel  # it is loaded; this finds it
-        except (OSError, AttributeError):
-            continue
-        return ctypes.cast(start, _ADDRESS).value
+        for names in _STARTS:
+            try:
+                library = ctypes.CDLL(path)  # it is loaded; this finds it
+                starts = [ctypes.cast(getattr(library, name), _ADDRESS).value for name in names]
+            except (OSError, AttributeError):
+                continue
+            return [address for address in starts if address is not None]
     return None
 
 

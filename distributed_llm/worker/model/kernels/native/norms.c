@@ -10,8 +10,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 typedef struct {
@@ -31,23 +30,23 @@ static void norm_row(const Work *w, int64_t row)
 {
     const uint16_t *states = w->states + row * w->columns;
     uint16_t *output = w->output + row * w->columns;
-    __m256 squares[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
-                         _mm256_setzero_ps()};
+    Eight squares[4] = {zero8(), zero8(), zero8(),
+                         zero8()};
     for (int64_t i = 0; i < w->columns; i += 8) {
-        __m256 x = load8(states + i);
-        squares[i / 8 % 4] = _mm256_fmadd_ps(x, x, squares[i / 8 % 4]);
+        Eight x = load8(states + i);
+        squares[i / 8 % 4] = multiply_add8(x, x, squares[i / 8 % 4]);
     }
-    float sum = sum8(_mm256_add_ps(_mm256_add_ps(squares[0], squares[1]),
-                                   _mm256_add_ps(squares[2], squares[3])));
-    __m256 factor = _mm256_set1_ps(1.0f / sqrtf(sum / (float)w->columns + w->epsilon));
+    float sum = sum8(add8(add8(squares[0], squares[1]),
+                                   add8(squares[2], squares[3])));
+    Eight factor = same8(1.0f / sqrtf(sum / (float)w->columns + w->epsilon));
     for (int64_t i = 0; i < w->columns; i += 8) {
-        __m256 x = _mm256_mul_ps(load8(states + i), factor);
-        __m256 weight = load8(w->weight + i);
+        Eight x = multiply8(load8(states + i), factor);
+        Eight weight = load8(w->weight + i);
         if (w->kind == PLUS_ONE)
-            weight = _mm256_add_ps(weight, _mm256_set1_ps(1.0f));
+            weight = add8(weight, same8(1.0f));
         else if (w->kind == ROUNDED_BEFORE)
             x = rounded8(x);
-        store8(output + i, rounded8(_mm256_mul_ps(x, weight)));
+        store8(output + i, rounded8(multiply8(x, weight)));
     }
 }
 
@@ -78,5 +77,4 @@ EXPORT void rms_norm(const uint16_t *states, uint16_t *output, const uint16_t *w
     w.step = rows / (4 * threads) + 1;
     in_threads(norm_rows, &w, threads);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -12,8 +12,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 /* What a row is cut by. */
@@ -89,19 +88,15 @@ static void find_more_bits(Border *border, const float *probabilities, int64_t c
     double bins[1 << NEXT];
     memset(bins, 0, sizeof bins);
     const uint32_t begin = border->bits, mask = (1u << more) - 1;
-    const __m256i wanted = _mm256_set1_epi32((int)begin);
-    const __m128i distance = _mm_cvtsi32_si128(more + shift);
     int64_t i = 0;
     for (; i + 8 <= columns; i += 8) {
-        __m256i eight = _mm256_loadu_si256((const __m256i *)(probabilities + i));
-        __m256i same = _mm256_cmpeq_epi32(_mm256_srl_epi32(eight, distance), wanted);
-        unsigned found = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(same));
-        for (; found; found &= found - 1) {
-            float value = probabilities[i + __builtin_ctz(found)];
-            uint32_t bits;
-            memcpy(&bits, &value, sizeof bits);
-            bins[bits >> shift & mask] += (double)value;
-        }
+        unsigned found = begins_with8(probabilities + i, more + shift, begin);
+        for (const float *value = probabilities + i; found; found >>= 1, value++)
+            if (found & 1) {
+                uint32_t bits;
+                memcpy(&bits, value, sizeof bits);
+                bins[bits >> shift & mask] += (double)*value;
+            }
     }
     for (; i < columns; i++) {
         uint32_t bits;
@@ -158,16 +153,16 @@ static void cut_row(float *probabilities, int64_t columns, const Cut *cut)
 
 static double sum_of(const float *values, int64_t count)
 {
-    __m256d sums[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+    double sums[8] = {0.0}, sum = 0.0; /* so many that no addition waits for the one before */
     int64_t i = 0;
     for (; i + 8 <= count; i += 8)
-        for (int k = 0; k < 2; k++)
-            sums[k] = _mm256_add_pd(sums[k], _mm256_cvtps_pd(_mm_loadu_ps(values + i + 4 * k)));
-    double four[4], sum = 0.0;
-    _mm256_storeu_pd(four, _mm256_add_pd(sums[0], sums[1]));
+        for (int k = 0; k < 8; k++)
+            sums[k] += (double)values[i + k];
     for (; i < count; i++)
         sum += (double)values[i];
-    return four[0] + four[1] + four[2] + four[3] + sum;
+    for (int k = 0; k < 4; k++)
+        sums[k] += sums[k + 4];
+    return sums[0] + sums[1] + sums[2] + sums[3] + sum;
 }
 
 static void cut_rows(void *data)
@@ -197,5 +192,4 @@ EXPORT void cut_probabilities(float *probabilities, double *sums, const Cut *cut
               .columns = columns, .group = group};
     in_threads(cut_rows, &w, rows < threads ? (int)rows : threads);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -10,8 +10,7 @@
 #define SIDE 8   /* rows and columns that are exchanged at once */
 #define HIGHEST_BITS 0x80808080u /* of four bytes: a code of 8 bits is kept as code + 128 */
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 /* What the threads of one call share. */
@@ -28,14 +27,12 @@ typedef struct {
 /* Writes 8 rows of 8 units as 8 columns of a block. */
 INLINE void exchange_units(const uint32_t *from, int64_t stride, uint32_t *to)
 {
-    __m256 rows[SIDE], columns[SIDE];
-    __m256i flipped = _mm256_set1_epi32((int)HIGHEST_BITS);
+    Eight rows[SIDE], columns[SIDE];
     for (int i = 0; i < SIDE; i++)
-        rows[i] = _mm256_loadu_ps((const float *)(from + i * stride));
+        rows[i] = load_floats8((const float *)(from + i * stride));
     exchange8(rows, columns);
     for (int i = 0; i < SIDE; i++)
-        _mm256_storeu_si256((__m256i *)(to + i * LANES),
-                            _mm256_xor_si256(_mm256_castps_si256(columns[i]), flipped));
+        store_floats8((float *)(to + i * LANES), flipped8(columns[i], HIGHEST_BITS));
 }
 
 static void pack_block8(const Work *w, int64_t block)
@@ -63,8 +60,7 @@ INLINE void pack_numbers(const Work *w, const float *numbers, int64_t block, int
         own[lane] = row < w->num_rows ? numbers[row * w->groups + group] / w->factor : 0.0f;
     }
     for (int half = 0; half < LANES; half += 8)
-        _mm_storeu_si128((__m128i *)(to + half),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(own + half), _MM_FROUND_TO_NEAREST_INT));
+        store_halves8(to + half, load_floats8(own + half));
 }
 
 static void pack_block4(const Work *w, int64_t block)
@@ -146,5 +142,4 @@ EXPORT float largest_magnitude(const float *numbers, int64_t count)
     memcpy(&most, &largest, sizeof most);
     return most;
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

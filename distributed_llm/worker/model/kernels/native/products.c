@@ -2,6 +2,8 @@
 
 #include "floats.h"
 #include "instructions.h"
+#include "memory.h"
+#include "processor.h"
 #include "threads.h"
 
 #include <stdatomic.h>
@@ -28,10 +30,7 @@ static inline int32_t four_bytes(const int8_t *from)
 }
 
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
-
+#if defined(X86)
 INSTRUCTIONS("avx2,fma,f16c")
 #define NAME(x) x##_avx2
 #define VECTORS 2
@@ -85,6 +84,63 @@ INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #include "products.inc.h"
 #include "undefine.h"
 INSTRUCTIONS_END
+
+#elif defined(ARM)
+#define VECTORS 4
+#define integer int32x4_t
+#define real float32x4_t
+#define UNSIGNED_CODES 0
+#define ROWS_AT_ONCE 4
+#define BLOCKS_AT_ONCE 1
+#include "vectors128.h"
+/* Codes of 8 bits as signed numbers. */
+INLINE integer signed_codes(integer codes) { return veorq_s32(codes, vdupq_n_s32((int32_t)0x80808080)); }
+
+#define NAME(x) x##_neon
+INLINE integer multiply_codes_neon(integer sum, integer codes, integer states)
+{
+    int8x16_t code = vreinterpretq_s8_s32(codes), state = vreinterpretq_s8_s32(states);
+    int16x8_t low = vmull_s8(vget_low_s8(code), vget_low_s8(state));
+    int16x8_t high = vmull_s8(vget_high_s8(code), vget_high_s8(state));
+    return vpadalq_s16(sum, vpaddq_s16(low, high)); /* 128 * 127 * 2 has room in 16 bits */
+}
+#define multiply_codes4 multiply_codes_neon
+#define multiply_codes8(sum, codes, states) multiply_codes_neon(sum, signed_codes(codes), states)
+#include "products.inc.h"
+#undef multiply_codes4
+#undef multiply_codes8
+#undef NAME
+
+INSTRUCTIONS(DOTPROD_NAME)
+#define NAME(x) x##_dotprod
+INLINE integer multiply_codes_dotprod(integer sum, integer codes, integer states)
+{
+#ifdef GNU /* older compilers have no intrinsic unless all functions may use it */
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(states));
+    return sum;
+#else
+    return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(states));
+#endif
+}
+#define multiply_codes4 multiply_codes_dotprod
+#define multiply_codes8(sum, codes, states) multiply_codes_dotprod(sum, signed_codes(codes), states)
+#include "products.inc.h"
+#include "undefine.h"
+INSTRUCTIONS_END
+
+#else
+#include "vectors_plain.h"
+#define NAME(x) x##_plain
+#define VECTORS 4
+#define integer FourIntegers
+#define real FourReals
+#define UNSIGNED_CODES 0
+#define ROWS_AT_ONCE 4
+#define BLOCKS_AT_ONCE 1
+#define multiply_codes4(sum, codes, states) multiply_codes_plain(sum, codes, states, 0)
+#define multiply_codes8(sum, codes, states) multiply_codes_plain(sum, codes, states, 0x80808080u)
+#include "products.inc.h"
+#include "undefine.h"
 #endif
 
 typedef void Rows(const Product *, const Rounded *, int64_t block, int blocks);
@@ -97,38 +153,18 @@ typedef struct {
     int blocks; /* that are fastest together */
 } Instructions;
 
-static const Instructions sets[] = {
-    {NULL, NULL, NULL, 1},
-#if defined(__x86_64__)
-    {round_row_avx2, int8_rows_avx2, int4_rows_avx2, 1},
-    {round_row_avxvnni, int8_rows_avxvnni, int4_rows_avxvnni, 1},
-    {round_row_avx512, int8_rows_avx512, int4_rows_avx512, 4},
+static const Instructions sets[SETS] = {
+#if defined(X86)
+    [AVX2] = {round_row_avx2, int8_rows_avx2, int4_rows_avx2, 1},
+    [AVXVNNI] = {round_row_avxvnni, int8_rows_avxvnni, int4_rows_avxvnni, 1},
+    [AVX512VNNI] = {round_row_avx512, int8_rows_avx512, int4_rows_avx512, 4},
+#elif defined(ARM)
+    [NEON] = {round_row_neon, int8_rows_neon, int4_rows_neon, 1},
+    [DOTPROD] = {round_row_dotprod, int8_rows_dotprod, int4_rows_dotprod, 1},
+#else
+    [PLAIN] = {round_row_plain, int8_rows_plain, int4_rows_plain, 1},
 #endif
 };
-
-/* Returns whether this processor has the instructions of the set with this number; 0 is none. */
-EXPORT int has_instructions(int number)
-{
-#if defined(__x86_64__)
-    unsigned eax = 0, ebx, ecx, edx;
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
-        return 0;
-    switch (number) {
-    case 1:
-        return 1;
-    case 2: /* AVX-VNNI, which not all have that have AVX512-VNNI */
-        __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-        return eax >> 4 & 1;
-    case 3:
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vnni");
-    }
-#endif
-    (void)number;
-    return 0;
-}
 
 /* What the threads of one call share. The blocks of all weights are numbered through. */
 typedef struct {
@@ -194,11 +230,12 @@ static int multiply(Product p, void *output, const Weight *weights, int num_weig
                     int threads, int instructions)
 {
     int64_t runs = (p.inputs + p.group - 1) / p.group;
-    size_t codes = ((size_t)(p.rows * p.inputs) + 63) / 64 * 64;
-    size_t each = ((size_t)(p.rows * runs) * 4 + 63) / 64 * 64;
-    char *memory = aligned_alloc(64, codes + 2 * each);
-    if (!memory)
+    size_t codes = ((size_t)(p.rows * p.inputs) + LINE - 1) / LINE * LINE;
+    size_t each = ((size_t)(p.rows * runs) * 4 + LINE - 1) / LINE * LINE;
+    char *own = malloc(codes + 2 * each + LINE);
+    if (!own)
         return 1;
+    char *memory = at_line(own);
     Rounded rounded = {(int8_t *)memory, (float *)(memory + codes),
                        (int32_t *)(memory + codes + each), runs};
     Work work = {.states = &p, .weights = weights, .set = &sets[instructions], .rounded = &rounded,
@@ -211,7 +248,7 @@ static int multiply(Product p, void *output, const Weight *weights, int num_weig
     work.step = work.step < each_time ? each_time : work.step > 8 ? 8 : work.step;
     in_threads(round_some, &work, p.rows >= 4 * threads ? threads : 1);
     in_threads(multiply_some, &work, threads);
-    free(memory);
+    free(own);
     return 0;
 }
 

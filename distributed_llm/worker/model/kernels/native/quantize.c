@@ -1,6 +1,7 @@
 /* Integers made of floating-point weights: what quantized/quantize.py computes, to the last bit, in one
  * pass over weights that stay in the caches. Only sums of numbers that are not whole depend on their order;
  * it is that of torch's sums along rows. */
+#include "floats.h"
 #include "instructions.h"
 #include "threads.h"
 
@@ -8,8 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 #define MOST_GROUP 128
@@ -36,17 +36,17 @@ INLINE const void *row_of(const Work *w, int64_t row)
     return (const char *)w->values + row * bytes_of_row(w);
 }
 
-INLINE __m256 values8(const void *row, int dtype, int64_t at)
+INLINE Eight values8(const void *row, int dtype, int64_t at)
 {
     if (dtype == BFLOAT16)
         return load8((const uint16_t *)row + at);
     if (dtype == FLOAT16)
-        return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)row + at)));
-    return _mm256_loadu_ps((const float *)row + at);
+        return load_halves8((const uint16_t *)row + at);
+    return load_floats8((const float *)row + at);
 }
 
 /* The last ones of a row, and zeros. */
-INLINE __m256 last_values(const void *row, int dtype, int64_t at, int64_t columns)
+INLINE Eight last_values(const void *row, int dtype, int64_t at, int64_t columns)
 {
     char padded[SIDE * 4] = {0};
     int64_t size = dtype == FLOAT32 ? 4 : 2;
@@ -54,118 +54,98 @@ INLINE __m256 last_values(const void *row, int dtype, int64_t at, int64_t column
     return values8(padded, dtype, 0);
 }
 
-/* Whole numbers from 0 to 255 as bytes. */
-INLINE void store_codes(uint8_t *to, __m256 codes)
+INLINE Eight codes_of_8_bits(Eight values, Eight scale)
 {
-    __m256i wide = _mm256_cvttps_epi32(codes);
-    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-    _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(words, words));
-}
-
-INLINE __m256 whole8(__m256 values)
-{
-    return _mm256_round_ps(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-INLINE __m256 magnitude8(__m256 values)
-{
-    return _mm256_and_ps(values, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
-}
-
-INLINE __m256 codes_of_8_bits(__m256 values, __m256 scale)
-{
-    return _mm256_add_ps(whole8(_mm256_div_ps(values, scale)), _mm256_set1_ps(128.0f));
+    return add8(whole8(divide8(values, scale)), same8(128.0f));
 }
 
 /* Codes of a channel, symmetric about 0. A NaN makes the scale NaN, and an infinity makes it infinite. */
 INLINE void fit_channel(const void *row, const int dtype, int64_t columns, uint8_t *codes, float *scale)
 {
     int64_t whole = columns / SIDE * SIDE;
-    __m256i largest = _mm256_setzero_si256(); /* magnitudes are in the order of their bits */
+    Eight largest = zero8(); /* magnitudes are in the order of their bits */
     for (int64_t i = 0; i < whole; i += SIDE)
-        largest = _mm256_max_epu32(
-            largest, _mm256_castps_si256(magnitude8(values8(row, dtype, i))));
+        largest = larger_bits8(largest, magnitude8(values8(row, dtype, i)));
     if (whole < columns)
-        largest = _mm256_max_epu32(
-            largest, _mm256_castps_si256(magnitude8(last_values(row, dtype, whole, columns))));
-    uint32_t each[SIDE], most = 0;
-    _mm256_storeu_si256((__m256i *)each, largest);
+        largest = larger_bits8(largest, magnitude8(last_values(row, dtype, whole, columns)));
+    float each[SIDE];
+    uint32_t most = 0;
+    store_floats8(each, largest);
     for (int i = 0; i < SIDE; i++)
-        most = each[i] > most ? each[i] : most;
-    memcpy(scale, &most, sizeof most);
-    *scale /= 127.0f;
+        most = bits_of(each[i]) > most ? bits_of(each[i]) : most;
+    *scale = float_of(most) / 127.0f;
     if (*scale < SMALLEST)
         *scale = SMALLEST;
-    __m256 scales = _mm256_set1_ps(*scale);
+    Eight scales = same8(*scale);
     for (int64_t i = 0; i < whole; i += SIDE)
-        store_codes(codes + i, codes_of_8_bits(values8(row, dtype, i), scales));
+        store_codes8(codes + i, codes_of_8_bits(values8(row, dtype, i), scales));
     if (whole < columns) {
         uint8_t last[SIDE];
-        store_codes(last, codes_of_8_bits(last_values(row, dtype, whole, columns), scales));
+        store_codes8(last, codes_of_8_bits(last_values(row, dtype, whole, columns), scales));
         memcpy(codes + whole, last, (size_t)(columns - whole));
     }
 }
 
-INLINE __m256 codes_of_4_bits(__m256 weights, __m256 inverse, __m256 shift)
+INLINE Eight codes_of_4_bits(Eight weights, Eight inverse, Eight shift)
 {
-    __m256 codes = whole8(_mm256_sub_ps(_mm256_mul_ps(weights, inverse), shift));
-    codes = _mm256_max_ps(codes, _mm256_setzero_ps()); /* of a NaN and another, the second is taken */
-    return _mm256_min_ps(codes, _mm256_set1_ps(15.0f));
+    Eight codes = whole8(subtract8(multiply8(weights, inverse), shift));
+    codes = higher8(codes, zero8()); /* of a NaN and another, the second is taken */
+    return lower8(codes, same8(15.0f));
 }
 
 /* The sum of each register's lanes, from the first to the last. */
-INLINE __m256 sums_in_order(const __m256 rows[SIDE])
+INLINE Eight sums_in_order(const Eight rows[SIDE])
 {
-    __m256 columns[SIDE], sum = _mm256_setzero_ps();
+    Eight columns[SIDE], sum = zero8();
     exchange8(rows, columns);
     for (int i = 0; i < SIDE; i++)
-        sum = _mm256_add_ps(sum, columns[i]);
+        sum = add8(sum, columns[i]);
     return sum;
 }
 
-INLINE __m256 joined(const __m256 sums[4])
+INLINE Eight joined(const Eight sums[4])
 {
-    return _mm256_add_ps(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), sums[2]), sums[3]);
+    return add8(add8(add8(sums[0], sums[1]), sums[2]), sums[3]);
 }
 
 /* Eight groups: [8] or, of weights, [8][group] in memory. */
 typedef struct {
-    __m256 scale, offset, gain;
+    Eight scale, offset, gain;
 } Fit;
 
 /* Rounds, then fits scale and offset to the codes. */
-INLINE Fit least_squares(const float *weights, const int group, __m256 total, __m256 middle, __m256 scale)
+INLINE Fit least_squares(const float *weights, const int group, Eight total, Eight middle, Eight scale)
 {
-    __m256 offset = _mm256_sub_ps(middle, _mm256_mul_ps(_mm256_set1_ps(7.5f), scale));
-    __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), scale);
-    __m256 products[SIDE], linears[SIDE], squares[SIDE];
+    Eight offset = subtract8(middle, multiply8(same8(7.5f), scale));
+    Eight inverse = divide8(same8(1.0f), scale);
+    Eight products[SIDE], linears[SIDE], squares[SIDE];
     float inverses[SIDE], shifts[SIDE];
-    _mm256_storeu_ps(inverses, inverse);
-    _mm256_storeu_ps(shifts, _mm256_mul_ps(offset, inverse));
+    store_floats8(inverses, inverse);
+    store_floats8(shifts, multiply8(offset, inverse));
     for (int g = 0; g < SIDE; g++) {
-        __m256 own_inverse = _mm256_set1_ps(inverses[g]), shift = _mm256_set1_ps(shifts[g]), sums[4];
-        linears[g] = squares[g] = _mm256_setzero_ps();
+        Eight own_inverse = same8(inverses[g]), shift = same8(shifts[g]), sums[4];
+        linears[g] = squares[g] = zero8();
         for (int k = 0; k < 4; k++)
-            sums[k] = _mm256_setzero_ps();
+            sums[k] = zero8();
         for (int i = 0; i < group; i += 4 * SIDE)
             for (int k = 0; k < 4; k++) {
-                __m256 own = _mm256_loadu_ps(weights + g * group + i + k * SIDE);
-                __m256 codes = codes_of_4_bits(own, own_inverse, shift);
-                sums[k] = _mm256_add_ps(sums[k], _mm256_mul_ps(codes, own));
-                linears[g] = _mm256_add_ps(linears[g], codes);
-                squares[g] = _mm256_fmadd_ps(codes, codes, squares[g]);
+                Eight own = load_floats8(weights + g * group + i + k * SIDE);
+                Eight codes = codes_of_4_bits(own, own_inverse, shift);
+                sums[k] = add8(sums[k], multiply8(codes, own));
+                linears[g] = add8(linears[g], codes);
+                squares[g] = multiply_add8(codes, codes, squares[g]);
             }
         products[g] = joined(sums);
     }
-    __m256 product = sums_in_order(products), linear = sums_in_order(linears);
-    __m256 square = sums_in_order(squares), count = _mm256_set1_ps((float)group);
-    __m256 spread = _mm256_sub_ps(_mm256_mul_ps(count, square), _mm256_mul_ps(linear, linear));
-    __m256 fitted = _mm256_div_ps(
-        _mm256_sub_ps(_mm256_mul_ps(count, product), _mm256_mul_ps(linear, total)), spread);
-    __m256 fits = _mm256_cmp_ps(spread, _mm256_setzero_ps(), _CMP_GT_OQ);
-    scale = _mm256_blendv_ps(scale, fitted, fits); /* with one code for all, any scale fits */
-    offset = _mm256_div_ps(_mm256_sub_ps(total, _mm256_mul_ps(scale, linear)), count);
-    __m256 gain = _mm256_add_ps(_mm256_mul_ps(scale, product), _mm256_mul_ps(offset, total));
+    Eight product = sums_in_order(products), linear = sums_in_order(linears);
+    Eight square = sums_in_order(squares), count = same8((float)group);
+    Eight spread = subtract8(multiply8(count, square), multiply8(linear, linear));
+    Eight fitted = divide8(
+        subtract8(multiply8(count, product), multiply8(linear, total)), spread);
+    /* with one code for all, any scale fits */
+    scale = choose8(more8(spread, zero8()), fitted, scale);
+    offset = divide8(subtract8(total, multiply8(scale, linear)), count);
+    Eight gain = add8(multiply8(scale, product), multiply8(offset, total));
     return (Fit){scale, offset, gain};
 }
 
@@ -174,53 +154,53 @@ INLINE void fit_groups(const void *row, const int dtype, const int group, uint8_
                        float *offsets)
 {
     float weights[SIDE * MOST_GROUP], inverses[SIDE], shifts[SIDE];
-    __m256 least[SIDE], most[SIDE], totals[SIDE], columns[SIDE];
+    Eight least[SIDE], most[SIDE], totals[SIDE], columns[SIDE];
     for (int g = 0; g < SIDE; g++) {
-        __m256 sums[4];
+        Eight sums[4];
         for (int k = 0; k < 4; k++)
-            sums[k] = _mm256_setzero_ps();
+            sums[k] = zero8();
         least[g] = most[g] = values8(row, dtype, g * group);
         for (int i = 0; i < group; i += 4 * SIDE)
             for (int k = 0; k < 4; k++) {
                 int at = g * group + i + k * SIDE;
-                __m256 own = values8(row, dtype, at);
-                _mm256_storeu_ps(weights + at, own);
-                least[g] = _mm256_min_ps(least[g], own);
-                most[g] = _mm256_max_ps(most[g], own);
-                sums[k] = _mm256_add_ps(sums[k], own);
+                Eight own = values8(row, dtype, at);
+                store_floats8(weights + at, own);
+                least[g] = lower8(least[g], own);
+                most[g] = higher8(most[g], own);
+                sums[k] = add8(sums[k], own);
             }
         totals[g] = joined(sums);
     }
-    __m256 total = sums_in_order(totals);
+    Eight total = sums_in_order(totals);
     exchange8(least, columns);
-    __m256 lowest = columns[0];
+    Eight lowest = columns[0];
     for (int i = 1; i < SIDE; i++)
-        lowest = _mm256_min_ps(lowest, columns[i]);
+        lowest = lower8(lowest, columns[i]);
     exchange8(most, columns);
-    __m256 highest = columns[0];
+    Eight highest = columns[0];
     for (int i = 1; i < SIDE; i++)
-        highest = _mm256_max_ps(highest, columns[i]);
-    __m256 middle = _mm256_mul_ps(_mm256_add_ps(lowest, highest), _mm256_set1_ps(0.5f));
-    __m256 width = _mm256_div_ps(_mm256_sub_ps(highest, lowest), _mm256_set1_ps(15.0f));
-    __m256 narrow = _mm256_mul_ps(width, _mm256_set1_ps(0.9f)), smallest = _mm256_set1_ps(SMALLEST);
-    Fit best = least_squares(weights, group, total, middle, _mm256_max_ps(width, smallest));
-    Fit other = least_squares(weights, group, total, middle, _mm256_max_ps(narrow, smallest));
-    __m256 won = _mm256_cmp_ps(other.gain, best.gain, _CMP_GT_OQ);
+        highest = higher8(highest, columns[i]);
+    Eight middle = multiply8(add8(lowest, highest), same8(0.5f));
+    Eight width = divide8(subtract8(highest, lowest), same8(15.0f));
+    Eight narrow = multiply8(width, same8(0.9f)), smallest = same8(SMALLEST);
+    Fit best = least_squares(weights, group, total, middle, higher8(width, smallest));
+    Fit other = least_squares(weights, group, total, middle, higher8(narrow, smallest));
+    Mask8 won = more8(other.gain, best.gain);
     /* as kernels keep them */
-    __m256 scale = rounded8(_mm256_blendv_ps(best.scale, other.scale, won));
-    __m256 offset = _mm256_blendv_ps(best.offset, other.offset, won);
-    __m256 eight = _mm256_mul_ps(scale, _mm256_set1_ps(8.0f));
-    offset = _mm256_sub_ps(rounded8(_mm256_add_ps(offset, eight)), eight);
-    __m256 inverse = _mm256_div_ps(_mm256_set1_ps(1.0f), scale);
-    _mm256_storeu_ps(scales, scale);
-    _mm256_storeu_ps(offsets, offset);
-    _mm256_storeu_ps(inverses, inverse);
-    _mm256_storeu_ps(shifts, _mm256_mul_ps(offset, inverse));
+    Eight scale = rounded8(choose8(won, other.scale, best.scale));
+    Eight offset = choose8(won, other.offset, best.offset);
+    Eight eight = multiply8(scale, same8(8.0f));
+    offset = subtract8(rounded8(add8(offset, eight)), eight);
+    Eight inverse = divide8(same8(1.0f), scale);
+    store_floats8(scales, scale);
+    store_floats8(offsets, offset);
+    store_floats8(inverses, inverse);
+    store_floats8(shifts, multiply8(offset, inverse));
     for (int g = 0; g < SIDE; g++) {
-        __m256 own_inverse = _mm256_set1_ps(inverses[g]), shift = _mm256_set1_ps(shifts[g]);
+        Eight own_inverse = same8(inverses[g]), shift = same8(shifts[g]);
         for (int at = g * group; at < (g + 1) * group; at += SIDE)
-            store_codes(codes + at,
-                        codes_of_4_bits(_mm256_loadu_ps(weights + at), own_inverse, shift));
+            store_codes8(codes + at,
+                        codes_of_4_bits(load_floats8(weights + at), own_inverse, shift));
     }
 }
 
@@ -304,5 +284,4 @@ EXPORT void quantize_int4(const void *values, int dtype, int64_t groups, int64_t
                         .scales = scales, .offsets = offsets, .quantize = quantize_groups},
                  threads);
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -15,8 +15,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 #define MOST_DIM 256 /* of keys */
@@ -41,12 +40,12 @@ typedef struct {
 /* Numbers divided by their length, times `scale`. */
 static void normalize(const uint16_t *from, float *to, int64_t count, float scale)
 {
-    __m256 sum = _mm256_setzero_ps();
+    Eight sum = zero8();
     for (int64_t i = 0; i < count; i += 8)
-        sum = _mm256_fmadd_ps(load8(from + i), load8(from + i), sum);
-    __m256 factor = _mm256_set1_ps(scale / sqrtf(sum8(sum) + 1e-6f));
+        sum = multiply_add8(load8(from + i), load8(from + i), sum);
+    Eight factor = same8(scale / sqrtf(sum8(sum) + 1e-6f));
     for (int64_t i = 0; i < count; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_mul_ps(load8(from + i), factor));
+        store_floats8(to + i, multiply8(load8(from + i), factor));
 }
 
 /* Some columns of a head's state [keys, width], from `state` on. */
@@ -54,25 +53,25 @@ INLINE void delta_columns(const float *state, float *made, const float *query, c
                           const float *fade, const uint16_t *value, float beta, uint16_t *output,
                           int64_t keys, int64_t width, const int columns)
 {
-    __m256 known[COLUMNS_AT_ONCE], read[COLUMNS_AT_ONCE];
+    Eight known[COLUMNS_AT_ONCE], read[COLUMNS_AT_ONCE];
     for (int c = 0; c < columns; c++)
-        known[c] = read[c] = _mm256_setzero_ps();
+        known[c] = read[c] = zero8();
     for (int64_t i = 0; i < keys; i++) {
-        __m256 factor = _mm256_set1_ps(fade[i] * key[i]);
+        Eight factor = same8(fade[i] * key[i]);
         for (int c = 0; c < columns; c++)
-            known[c] = _mm256_fmadd_ps(_mm256_loadu_ps(state + i * width + 8 * c), factor, known[c]);
+            known[c] = multiply_add8(load_floats8(state + i * width + 8 * c), factor, known[c]);
     }
     for (int c = 0; c < columns; c++)
-        known[c] = _mm256_mul_ps(_mm256_sub_ps(load8(value + 8 * c), known[c]),
-                                 _mm256_set1_ps(beta));
+        known[c] = multiply8(subtract8(load8(value + 8 * c), known[c]),
+                                 same8(beta));
     for (int64_t i = 0; i < keys; i++) {
-        __m256 fading = _mm256_set1_ps(fade[i]), written = _mm256_set1_ps(key[i]);
-        __m256 asked = _mm256_set1_ps(query[i]);
+        Eight fading = same8(fade[i]), written = same8(key[i]);
+        Eight asked = same8(query[i]);
         for (int c = 0; c < columns; c++) {
-            __m256 now = _mm256_mul_ps(_mm256_loadu_ps(state + i * width + 8 * c), fading);
-            now = _mm256_fmadd_ps(written, known[c], now);
-            _mm256_storeu_ps(made + i * width + 8 * c, now);
-            read[c] = _mm256_fmadd_ps(now, asked, read[c]);
+            Eight now = multiply8(load_floats8(state + i * width + 8 * c), fading);
+            now = multiply_add8(written, known[c], now);
+            store_floats8(made + i * width + 8 * c, now);
+            read[c] = multiply_add8(now, asked, read[c]);
         }
     }
     for (int c = 0; c < columns; c++)
@@ -167,21 +166,21 @@ static void selective_head(const SelectiveWork *w, int64_t sequence, int64_t hea
     const float *fading = w->fading + head * z->fades;
     float time = widened(w->times[sequence * z->times_step + head]);
     time = softplus(time + (w->bias ? w->bias[head] : 0.0f));
-    __m256 same = _mm256_set1_ps(expf(time * fading[0]));
+    Eight same = same8(expf(time * fading[0]));
     for (int64_t c = 0; c < z->channels; c++) {
         int64_t at = head * z->channels + c;
         const float *state = w->state + (from * z->channels + c) * size;
         float *made = w->made + (from * z->channels + c) * size;
         float input = widened(w->inputs[sequence * z->inputs_step + at]);
-        __m256 added = _mm256_set1_ps(time * input), sum = _mm256_setzero_ps();
+        Eight added = same8(time * input), sum = zero8();
         for (int64_t i = 0; i < size; i += 8) {
-            __m256 fade = same;
+            Eight fade = same;
             if (z->fades > 1)
-                fade = exp8(_mm256_mul_ps(_mm256_loadu_ps(fading + i), _mm256_set1_ps(time)));
-            __m256 now = _mm256_mul_ps(_mm256_loadu_ps(state + i), fade);
-            now = _mm256_fmadd_ps(load8(writing + i), added, now);
-            _mm256_storeu_ps(made + i, now);
-            sum = _mm256_fmadd_ps(now, load8(reading + i), sum);
+                fade = exp8(multiply8(load_floats8(fading + i), same8(time)));
+            Eight now = multiply8(load_floats8(state + i), fade);
+            now = multiply_add8(load8(writing + i), added, now);
+            store_floats8(made + i, now);
+            sum = multiply_add8(now, load8(reading + i), sum);
         }
         float output = sum8(sum) + (w->passing ? input * w->passing[head] : 0.0f);
         if (w->gates) {
@@ -223,5 +222,4 @@ EXPORT void selective_update(const uint16_t *inputs, const uint16_t *times, cons
     in_threads(selective_heads, &w,
                threads_for(z->sequences * z->heads * z->channels * z->size, threads));
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

@@ -11,8 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 #define DIMENSIONS 4
@@ -61,9 +60,9 @@ typedef struct {
 
 #define PIECE 4096 /* elements of a row that are computed at a time */
 
-INLINE __m256 compute8(int64_t kind, __m256 first, __m256 second)
+INLINE Eight compute8(int64_t kind, Eight first, Eight second)
 {
-    return kind == ADD ? _mm256_add_ps(first, second) : _mm256_mul_ps(first, second);
+    return kind == ADD ? add8(first, second) : multiply8(first, second);
 }
 
 INLINE float compute(int64_t kind, float first, float second)
@@ -77,9 +76,9 @@ INLINE void combine(int64_t kind, uint16_t *output, int64_t to, const uint16_t *
 {
     int64_t i = 0;
     if (to == 1 && from == 1 && (by == 1 || by == 0)) {
-        __m256 same = _mm256_set1_ps(number);
+        Eight same = same8(number);
         for (; i + 8 <= count; i += 8) {
-            __m256 other = by ? load8(second + i) : same;
+            Eight other = by ? load8(second + i) : same;
             store8(output + i, rounded8(compute8(kind, load8(first + i), other)));
         }
     }
@@ -214,5 +213,4 @@ EXPORT int replay(const Operation *operations, int64_t count, void *const *given
             return 1;
     return 0;
 }
-INSTRUCTIONS_END
-#endif
+EIGHTS_END

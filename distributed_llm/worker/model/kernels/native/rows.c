@@ -7,6 +7,7 @@
 
 #include "floats.h"
 #include "instructions.h"
+#include "processor.h"
 #include "threads.h"
 
 #include <stdatomic.h>
@@ -21,15 +22,12 @@
 /* One weight of a call. */
 typedef struct {
     const uint16_t *states; /* [rows, inputs] */
-    const float *wide;      /* the same as float32, for `multiply256`; see `widen` */
+    const float *wide;      /* the same as float32, for `multiply_wide`; see `widen` */
     const uint16_t *weight; /* [channels, inputs] */
     const uint16_t *bias;   /* [channels], or NULL */
     uint16_t *output;       /* [rows, channels] */
     int64_t rows, inputs, channels;
 } Rows;
-
-#if defined(__x86_64__)
-#include <immintrin.h>
 
 static inline void put(const Rows *p, int64_t row, int64_t channel, float sum)
 {
@@ -46,6 +44,8 @@ static inline float rest(const Rows *p, int64_t row, int64_t channel, int64_t fr
     return sum;
 }
 
+#if defined(X86) && defined(GNU)
+#define WITH_BFLOAT16
 INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 INLINE void tile512(const Rows *p, int64_t row, int64_t channel, const int rows, const int channels)
 {
@@ -64,7 +64,7 @@ INLINE void tile512(const Rows *p, int64_t row, int64_t channel, const int rows,
         /* Of the same channels, or of the next ones. */
         const int64_t further = k + AHEAD < p->inputs ? 0 : (channels - 1) * p->inputs;
         for (int c = 0; c < channels; c++)
-            _mm_prefetch((const char *)(weight + c * p->inputs + k + AHEAD + further), _MM_HINT_T0);
+            PREFETCH(weight + c * p->inputs + k + AHEAD + further);
         for (int r = 0; r < rows; r++) {
             __m512i own = _mm512_loadu_si512(states + r * p->inputs + k);
             for (int c = 0; c < channels; c++)
@@ -81,7 +81,7 @@ INLINE void tile512(const Rows *p, int64_t row, int64_t channel, const int rows,
                     rest(p, row + r, channel + c, whole));
 }
 
-static void multiply512(const Rows *p, int64_t row, int64_t stop, int64_t channel, int64_t last)
+static void multiply_narrow(const Rows *p, int64_t row, int64_t stop, int64_t channel, int64_t last)
 {
     int64_t r;
     if (stop - row == 1)
@@ -100,8 +100,9 @@ static void multiply512(const Rows *p, int64_t row, int64_t stop, int64_t channe
             tile512(p, r, channel, 1, 1);
 }
 INSTRUCTIONS_END
+#endif
 
-INSTRUCTIONS("avx2,fma,f16c")
+EIGHTS
 #include "eights.h"
 
 /* Sixteen states as float32: those at even places, then those at odd ones. */
@@ -114,28 +115,25 @@ static void widen(const uint16_t *states, float *wide, int64_t count)
         }
 }
 
-INLINE void tile256(const Rows *p, int64_t row, int64_t channel, const int rows, const int channels)
+INLINE void tile8(const Rows *p, int64_t row, int64_t channel, const int rows, const int channels)
 {
-    __m256 sums[ROWS_AT_ONCE][2];
+    Eight sums[ROWS_AT_ONCE][2];
     const int64_t whole = p->inputs / 16 * 16;
     const float *states = p->wide + row * whole;
     const uint16_t *weight = p->weight + channel * p->inputs;
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < channels; c++)
-            sums[r][c] = _mm256_setzero_ps();
+            sums[r][c] = zero8();
     for (int64_t k = 0; k < whole; k += 16) {
-        __m256 even[2], odd[2];
-        for (int c = 0; c < channels; c++) {
-            __m256i both = _mm256_loadu_si256((const __m256i *)(weight + c * p->inputs + k));
-            even[c] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
-            odd[c] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
-        }
+        Eight even[2], odd[2];
+        for (int c = 0; c < channels; c++)
+            load_pairs8(weight + c * p->inputs + k, even + c, odd + c);
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < channels; c++)
-                sums[r][c] = _mm256_fmadd_ps(_mm256_loadu_ps(states + r * whole + k), even[c], sums[r][c]);
+                sums[r][c] = multiply_add8(load_floats8(states + r * whole + k), even[c], sums[r][c]);
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < channels; c++)
-                sums[r][c] = _mm256_fmadd_ps(_mm256_loadu_ps(states + r * whole + k + 8), odd[c], sums[r][c]);
+                sums[r][c] = multiply_add8(load_floats8(states + r * whole + k + 8), odd[c], sums[r][c]);
     }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < channels; c++)
@@ -143,27 +141,28 @@ INLINE void tile256(const Rows *p, int64_t row, int64_t channel, const int rows,
                 sum8(sums[r][c]) + rest(p, row + r, channel + c, whole));
 }
 
-static void multiply256(const Rows *p, int64_t row, int64_t stop, int64_t channel, int64_t last)
+static void multiply_wide(const Rows *p, int64_t row, int64_t stop, int64_t channel, int64_t last)
 {
     int64_t r;
     for (; channel + 2 <= last; channel += 2) {
         for (r = row; r + 4 <= stop; r += 4)
-            tile256(p, r, channel, 4, 2);
+            tile8(p, r, channel, 4, 2);
         for (; r < stop; r++)
-            tile256(p, r, channel, 1, 2);
+            tile8(p, r, channel, 1, 2);
     }
     for (; channel < last; channel++)
         for (r = row; r < stop; r++)
-            tile256(p, r, channel, 1, 1);
+            tile8(p, r, channel, 1, 1);
 }
-INSTRUCTIONS_END
+EIGHTS_END
 
 /* What the threads of one call share. The channels of all weights are numbered through. */
 typedef struct {
     Rows states; /* a product but for weight and output */
     const Weight *weights;
     uint16_t *output;
-    int num_weights, has_bfloat16;
+    void (*multiply)(const Rows *, int64_t row, int64_t stop, int64_t channel, int64_t last);
+    int num_weights;
     int64_t channels, step;
     atomic_llong next;
 } Work;
@@ -181,7 +180,7 @@ static void multiply_channels(const Work *w, int64_t first, int64_t last)
         int64_t to = (last < start + p.channels ? last : start + p.channels) - start;
         for (int64_t row = 0; row < p.rows && from < to; row += ROWS_OF_BLOCK) {
             int64_t stop = row + ROWS_OF_BLOCK < p.rows ? row + ROWS_OF_BLOCK : p.rows;
-            (w->has_bfloat16 ? multiply512 : multiply256)(&p, row, stop, from, to);
+            w->multiply(&p, row, stop, from, to);
         }
         start += p.channels;
         p.output += p.rows * p.channels;
@@ -199,21 +198,21 @@ static void multiply_some(void *data)
     }
 }
 
-static int has_bfloat16(int instructions)
-{
-    return instructions == 3 && __builtin_cpu_supports("avx512bf16");
-}
-
 /* The products of states [rows, inputs] with weights [channels, inputs], one after another in `output`.
  * Weights have a bias where others have scales, or NULL. Returns 0, or 1 if there is no memory. */
 EXPORT int row_products(const uint16_t *states, uint16_t *output, const Weight *weights,
                         int num_weights, int64_t rows, int64_t inputs, int threads, int instructions)
 {
     Work w = {.states = {.states = states, .rows = rows, .inputs = inputs}, .weights = weights,
-              .output = output, .num_weights = num_weights,
-              .has_bfloat16 = has_bfloat16(instructions)};
+              .output = output, .multiply = multiply_wide, .num_weights = num_weights};
     float *wide = NULL;
-    if (!w.has_bfloat16) {
+#ifdef WITH_BFLOAT16
+    if (instructions == AVX512VNNI && has_bfloat16())
+        w.multiply = multiply_narrow;
+#else
+    (void)instructions;
+#endif
+    if (w.multiply == multiply_wide) {
         int64_t whole = inputs / 16 * 16;
         if (!(wide = malloc((size_t)(rows * whole + 1) * sizeof *wide)))
             return 1;
@@ -230,4 +229,3 @@ EXPORT int row_products(const uint16_t *states, uint16_t *output, const Weight *
     free(wide);
     return 0;
 }
-#endif

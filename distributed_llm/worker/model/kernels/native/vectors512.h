@@ -12,11 +12,15 @@
 #define multiply(a, b) _mm512_mul_ps(a, b)
 #define multiply_add(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define store_real(to, value) _mm512_storeu_ps(to, value)
+#ifdef GNU
 /* Written out, because GCC copies sums to other registers around the intrinsic and runs out of them. */
 INLINE __m512i multiply_codes_512(__m512i sum, __m512i codes, __m512i states)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(states));
     return sum;
 }
+#else
+#define multiply_codes_512(sum, codes, states) _mm512_dpbusd_epi32(sum, codes, states)
+#endif
 #define multiply_codes4 multiply_codes_512
 #define multiply_codes8 multiply_codes_512
