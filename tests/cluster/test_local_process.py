@@ -158,7 +158,7 @@ def interrupted(_: ForkServer) -> None:
 def test_variables_that_torch_has_read_already_need_a_cold_start(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "") + "1")
     process = starts(tmp_path, server)
     assert parent_of(process) == os.getpid()
     process.close()
