@@ -73,8 +73,8 @@ tree() {
 
 on_arm() {
     (cd "$cache/$1" && shift && qemu-aarch64 -cpu max -L "$cache/root" -E OMP_NUM_THREADS=1 \
-        -E PYTHONPATH="$PWD:$cache/packages" "$cache/root/usr/bin/python3.11" -m pytest -q -n 0 \
-        -p no:cacheprovider -W default --timeout=0 "${not_there[@]}" "$@")
+        -E PYTHONPATH="$PWD:$cache/packages" "$cache/root/usr/bin/python3.11" -m pytest -q \
+        -p no:cacheprovider -o filterwarnings=default --timeout=0 "${not_there[@]}" "$@")
 }
 
 say "Windows, built by MinGW"
