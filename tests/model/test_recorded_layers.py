@@ -150,6 +150,27 @@ def test_layers_with_experts_compute_what_these_do_one_by_one(
     assert programs_of(stage) == [{1, 2, 3} if taken else set()]
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "minicpm3"])
+def test_attention_over_latents_is_recorded(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chosen, "SMALLEST", 1)
+    sizes: Any = {
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    }
+    folder = make_checkpoint(
+        tmp_path, family, num_layers=2, hidden_size=64, moe_intermediate_size=64, **sizes
+    )
+    stage = stage_of(folder)
+    expected = list(states_of(unrecorded(stage_of(folder))))
+    for own, recorded in zip(expected, states_of(stage), strict=True):
+        assert all(map(torch.equal, own, recorded))
+    assert programs_of(stage) == [{1, 2, 3}] * 2
+
+
 def test_a_step_with_other_arguments_is_the_models_own(tmp_path: Path) -> None:
     stage = stage_of(make_checkpoint(tmp_path, num_layers=1))
     (layer,) = layers_of(stage)

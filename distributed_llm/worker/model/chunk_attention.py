@@ -21,7 +21,6 @@ from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.kernels.native.attention import Part
 from distributed_llm.worker.model.kernels.native.chunks import attend_rows, can_attend_chunk
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
-from distributed_llm.worker.model.page_attention import attend_chunk_of_pages, reads_pages
 from distributed_llm.worker.model.partial_attention import (
     Partial,
     fused,
@@ -89,8 +88,6 @@ def attend_chunk(
             heads = held[0].keys.shape[0]
             return in_pieces(step, queries, parts_of(held), scoring, rows, attend, heads)
         held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
-    if reads_pages(step, scoring, queries, held[0].values):
-        return _of_pages(step, queries, _joined(held), scoring)
     if in_blocks:
         return _in_blocks(step, queries, parts_of(held), scoring)
     if by_hand or scoring.sinks is not None:
@@ -291,7 +288,8 @@ def _by_one_kernel(queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor
     """Compute attention by whatever kernel torch has for the device."""
     heads, tokens, _ = queries.shape
     kv_heads = part.keys.shape[0]
-    part = _within_window(part, tokens, scoring.window)
+    if scoring.window:  # earlier positions are outside every token's window
+        part = part.cut(max(0, part.stop - tokens - scoring.window + 1), part.stop)
     positions = part.keys.shape[1]
     plain = positions == tokens and (not scoring.window or tokens <= scoring.window)
     keys, values = part.keys, part.values
@@ -314,19 +312,6 @@ def _by_one_kernel(queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor
         enable_gqa=heads != kv_heads and mask is None,
     )
     return attended[0].transpose(0, 1)
-
-
-def _within_window(part: ChunkPart, tokens: int, window: int) -> ChunkPart:
-    """Return what of all positions is in the window of any of the last tokens."""
-    if not window:
-        return part
-    return part.cut(max(0, part.stop - tokens - window + 1), part.stop)
-
-
-def _of_pages(step: PackedStep, queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:
-    """Compute attention by the kernel that reads pages."""
-    part = _within_window(part, queries.shape[1], scoring.window)
-    return attend_chunk_of_pages(step, queries, part.keys, part.values, scoring)
 
 
 def _by_hand(step: PackedStep, queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.worker.model.kernels.native.latents import absorbed, can_multiply, values
 
 _EXPANSION = "kv_b_proj"
 _TRIED_TOKENS = 2
@@ -59,6 +60,8 @@ class LatentExpansion(nn.Module):
         Returns:
             [heads, tokens, shared_dim + rank].
         """
+        if can_multiply(queries, self._by_head(), *self._dims, queries.shape[-1]):
+            return absorbed(queries, self._by_head(), self.key_dim)
         own, shared = queries.tensor_split((self.key_dim,), dim=-1)
         return torch.cat((shared, torch.bmm(own, self._by_head()[:, : self.key_dim])), dim=-1)
 
@@ -71,6 +74,8 @@ class LatentExpansion(nn.Module):
         Returns:
             [tokens, heads, value_dim].
         """
+        if can_multiply(attended, self._by_head(), *self._dims):
+            return values(attended, self._by_head(), self.key_dim)
         # In this order the large matrix is read row by row, as it lies in memory.
         columns = attended.permute(1, 2, 0)
         return torch.bmm(self._by_head()[:, self.key_dim :], columns).permute(2, 0, 1)
@@ -95,6 +100,10 @@ class LatentExpansion(nn.Module):
         keys[..., stop:] = 0
         values = made[..., self.key_dim :]
         return keys, F.pad(values, (0, dim - self.value_dim)) if dim > self.value_dim else values
+
+    @property
+    def _dims(self) -> tuple[int, int]:
+        return self.key_dim, self.value_dim
 
     def _by_head(self) -> Tensor:
         return self.weight.view(self.heads, -1, self.rank)

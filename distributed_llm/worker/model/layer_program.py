@@ -20,6 +20,7 @@ from distributed_llm.worker.model.kernels.native.calls import (
     AttentionCall,
     ConvolutionCall,
     ExpertsCall,
+    LatentCall,
     NativeCall,
     NormCall,
     Places,
@@ -50,6 +51,11 @@ _PRODUCTS = {
 _RECURRENCES = {
     "delta_rule": Kind.DELTA_RULE,
     "selective_update": Kind.SELECTIVE_UPDATE,
+}
+
+_OF_LATENTS = {
+    "absorb_queries": Kind.ABSORB_QUERIES,
+    "latent_values": Kind.LATENT_VALUES,
 }
 
 _MOST_COPIED = 1 << 19
@@ -219,6 +225,8 @@ class LayerProgram:
                 return [self._experts(call)]
             case AttentionCall():
                 return [self._attention(call)]
+            case LatentCall():
+                return [self._of_latents(call)]
             case ConvolutionCall():
                 return [self._convolution(call)]
             case RecurrenceCall():
@@ -285,6 +293,13 @@ class LayerProgram:
         )
         operation.places[:] = [self._memory.address(call.value), *held]
         operation.number, operation.other = call.scale, call.softcap
+        self._held.append(call.sizes)
+        return operation
+
+    def _of_latents(self, call: LatentCall) -> Operation:
+        kind = _OF_LATENTS[call.function]
+        operation = self._operation(kind, call.output, call.states, call.weight)
+        operation.places[0] = call.sizes.buffer_info()[0]
         self._held.append(call.sizes)
         return operation
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -153,7 +153,8 @@ class Scoring:
             attends to none before its own. 0: the text is not cut.
         slopes: [heads], by how much the score of a position exceeds that of the one before, the
             rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
-        across: whether tokens see the source of their sequence, and nothing else.
+        source: whether tokens see nothing of the source of their sequence, all of it and nothing
+            else, or all of it beside the rest.
     """
 
     scale: float
@@ -162,7 +163,7 @@ class Scoring:
     sinks: Tensor | None
     section: int = 0
     slopes: Tensor | None = None
-    across: bool = False
+    source: Literal["unseen", "alone", "too"] = "unseen"
 
     @property
     def most_seen(self) -> int:
@@ -175,11 +176,19 @@ class Scoring:
             return position - position % self.section
         return max(0, position + 1 - self.window) if self.window else 0
 
-    def seen_by(self, part: PackedSlice) -> tuple[int, int]:
-        """Return the positions [first, stop) of its sequence that a slice of one token sees."""
-        if self.across:
-            return 0, part.source
-        return part.source + self.first_seen(part.start - part.source), part.start + 1
+    def seen_by(self, part: PackedSlice) -> list[tuple[int, int]]:
+        """Return the positions of its sequence that a slice of one token sees.
+
+        They are spans [first, stop), in order, with others between them.
+        """
+        if self.source == "alone":
+            return [(0, part.source)]
+        first = part.source + self.first_seen(part.start - part.source)
+        if self.source == "unseen":
+            return [(first, part.start + 1)]
+        if first == part.source:
+            return [(0, part.start + 1)]
+        return [(0, part.source), (first, part.start + 1)]
 
 
 # The step that runs in this context; a context variable, for stages may run in several threads.

@@ -48,7 +48,7 @@ _PURE = frozenset(
         *(_ATEN.clamp.default, _ATEN.exp.default, _ATEN.softplus.default, _ATEN.log.default),
         *(_ATEN.sin.default, _ATEN.cos.default, _ATEN.sqrt.default, _ATEN.rsub.Scalar),
         *(_ATEN.concatenate.default, _ATEN.where.self, _ATEN.gt.Scalar, _ATEN.maximum.default),
-        _ATEN.baddbmm.default,
+        *(_ATEN.baddbmm.default, _ATEN.max.dim),
     }
 )
 

@@ -64,10 +64,10 @@ def attend_tokens(
     if reads_pages(step, scoring, query, value):
         return attend_pages(step, layer, query, key, value, scoring)
     coding, in_buffers = step.cache.coding, step.cache.pages is None
-    if in_buffers and can_attend(query, value.shape[-1]) and query.shape[-1] == key.shape[-1]:
+    if in_buffers and can_attend(query, key.shape[-1], value.shape[-1]):
         with unrecorded():
             places = make_places(step, layer, key, value, scoring)
-            rotation = coding.rotation(query.shape[-1], query.device) if coding else None
+            rotation = coding.rotation(key.shape[-1], query.device) if coding else None
         return attend(
             *(query, key, value, places),
             kept=step.cache.kv_dtype,

@@ -72,21 +72,21 @@ class Schedule:
 
 def readings_of(step: PackedStep, scoring: Scoring) -> list[Reading]:
     """Return what the single tokens of a step read in layers that see what these do."""
-    made_from = "readings", scoring.window, scoring.section, scoring.across
+    made_from = "readings", scoring.window, scoring.section, scoring.source
     made = step.made.get(made_from)
     if made is None:
         readers: dict[tuple[int, int, int], list[int]] = {}
         segments: dict[int, Segment] = {}
         for number, part in enumerate(step.single):
             chain = step.cache.segments(part.sequence_id)
-            lowest, end = scoring.seen_by(part)
-            for segment, following in itertools.pairwise((*chain, None)):
-                assert segment is not None
-                stop = min(following.start if following else end, end) - segment.start
-                first = max(0, lowest - segment.start)
-                if first < stop:
-                    readers.setdefault((segment.number, first, stop), []).append(number)
-                    segments[segment.number] = segment
+            for lowest, end in scoring.seen_by(part):
+                for segment, following in itertools.pairwise((*chain, None)):
+                    assert segment is not None
+                    stop = min(following.start if following else end, end) - segment.start
+                    first = max(0, lowest - segment.start)
+                    if first < stop:
+                        readers.setdefault((segment.number, first, stop), []).append(number)
+                        segments[segment.number] = segment
         made = step.made[made_from] = [
             Reading(segments[number], first, stop, tuple(read_by))
             for (number, first, stop), read_by in readers.items()
@@ -102,7 +102,7 @@ def schedule_of(
 ) -> Schedule:
     """Return which readings of a layer are computed together; layers that are alike share it."""
     slabs: dict[int, int] = {}  # numbered as they appear, for each layer has its own
-    signature: list[object] = [scoring.window, scoring.section, scoring.across]
+    signature: list[object] = [scoring.window, scoring.section, scoring.source]
     for buffers in held:
         if buffers.row is None:
             signature.append(None)

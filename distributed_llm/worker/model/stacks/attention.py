@@ -8,6 +8,7 @@ see both by one softmax.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ def packed_stack_attention(
         return _within_sources(step, seen, reach, query[0], key[0], value[0])[None], None
     layer = int(module.layer_idx) - step.first_layer
     if module.attends == "across":
-        scoring = Scoring(scale, 0, softcap, None, across=True)
+        scoring = Scoring(scale, 0, softcap, None, source="alone")
         return _across(step, layer, query[0], scoring)[None], None
     step.appended[layer] += 1
     scoring = Scoring(scale, sliding_window or 0, softcap, None)
     own = (query[0], key[0], value[0])
     if module.attends == "merged":
-        return _merged(step, layer, *own, Seen(scale, softcap), sliding_window or 0)[None], None
+        both = replace(scoring, source="too")
+        return _merged(step, layer, *own, both)[None], None
     if isinstance(bias, RelativeBias):
         return _within_answers_biased(step, layer, *own, Seen(scale, softcap, bias))[None], None
     return _within_answers(step, layer, *own, scoring)[None], None
@@ -234,16 +236,16 @@ def _later(queries: range, keys: range) -> Tensor:
 
 
 def _merged(
-    step: PackedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, seen: Seen, window: int
+    step: PackedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> Tensor:
     """Append keys and values of answers, whose tokens see all of their source beside them.
-
-    Args:
-        window: how much of the answer a token sees, itself included; 0: everything before it.
 
     Returns:
         [tokens, heads, dim].
     """
+    if not step.chunks:
+        return attend_tokens(step, layer, query, key, value, scoring)
+    seen, window = Seen(scoring.scale, scoring.softcap), scoring.window
     attended = []
     for part in step.slices:
 

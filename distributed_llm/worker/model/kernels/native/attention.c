@@ -6,39 +6,16 @@
 #include "floats.h"
 #include "instructions.h"
 #include "memory.h"
-#include "parts.h"
 #include "threads.h"
 
-#include <math.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 
 EIGHTS
-#include "eights.h"
+#include "attention.h"
 
-#define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
 #define MOST_SCORED 2 /* heads for which a key is read once, and the registers have room */
 #define MOST_ADDED 4  /* heads for which a value is */
-
-/* How the numbers of a row are kept: as they are, or as codes, behind which their scale is; coding.py. */
-enum { BFLOAT16, INT8, FP8 };
-
-typedef struct {
-    const uint16_t *queries; /* [tokens] of [heads, dim], with these strides */
-    const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise */
-    const float *rotation;   /* [dim, dim], for queries and keys; or NULL */
-    uint16_t *output;        /* [tokens, heads, value_dim] */
-    const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
-    const Part *parts; /* the last position of a token's last one is its own, and not written yet */
-    const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
-    int64_t tokens, heads, kv_heads, dim, value_dim;
-    int64_t query_token, query_head, key_token, key_head, value_token, value_head;
-    float scale, softcap; /* softcap 0: none */
-    int kept;             /* how keys and values are */
-    atomic_llong next;
-    atomic_int failed;
-} Work;
+#define FEWEST_HEADS 4 /* of one key that are worth a thread of their own, which reads the key again */
 
 INLINE Eight scale8(const uint8_t *from, float factor)
 {
@@ -47,10 +24,11 @@ INLINE Eight scale8(const uint8_t *from, float factor)
     return same8(widened(narrow) * factor);
 }
 
-static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t stride, int64_t columns,
-                       int kept)
+/* Rows of `columns` numbers, of which each is `width` behind the one before. */
+static void widen_rows(float *to, int64_t width, const uint8_t *from, int64_t rows, int64_t stride,
+                       int64_t columns, int kept)
 {
-    for (int64_t row = 0; row < rows; row++, from += stride, to += columns) {
+    for (int64_t row = 0; row < rows; row++, from += stride, to += width) {
         /* Positions that come next often begin a page, at which the processor stops reading ahead. */
         for (int64_t i = 0; i < columns * (kept == BFLOAT16 ? 2 : 1); i += 64)
             PREFETCH(from + POSITIONS * stride + i);
@@ -69,57 +47,41 @@ static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t str
     }
 }
 
-/* scores[h][p] = queries[h] . keys[p] for a few heads and POSITIONS rows, of which the last ones need
- * not be there. */
-INLINE void score_heads(float *scores, const float *queries, const float *keys, int64_t dim,
+/* scores[h][p] = queries[h] . keys[p] for a few heads and four rows. */
+INLINE void score_heads(float *scores, const float *queries, const float *keys, int64_t width,
                         const int heads)
 {
-    for (int p = 0; p < POSITIONS; p += 4) {
-        const float *k = keys + p * dim;
-        Eight sums[MOST_SCORED][4];
-        for (int h = 0; h < heads; h++)
+    Eight sums[MOST_SCORED][4];
+    for (int h = 0; h < heads; h++)
+        for (int n = 0; n < 4; n++)
+            sums[h][n] = zero8();
+    for (int64_t i = 0; i < width; i += 8)
+        for (int h = 0; h < heads; h++) {
+            Eight query = load_floats8(queries + h * width + i);
             for (int n = 0; n < 4; n++)
-                sums[h][n] = zero8();
-        for (int64_t i = 0; i < dim; i += 8)
-            for (int h = 0; h < heads; h++) {
-                Eight query = load_floats8(queries + h * dim + i);
-                for (int n = 0; n < 4; n++)
-                    sums[h][n] = multiply_add8(query, load_floats8(k + n * dim + i), sums[h][n]);
-            }
-        for (int h = 0; h < heads; h++)
-            store_sums8(scores + h * POSITIONS + p, sums[h]);
-    }
+                sums[h][n] = multiply_add8(query, load_floats8(keys + n * width + i), sums[h][n]);
+        }
+    for (int h = 0; h < heads; h++)
+        store_sums8(scores + h * POSITIONS, sums[h]);
 }
 
-/* Makes weights of one head's scores, as the softmax stands now; returns what earlier sums fade by. */
-INLINE float weigh(float *scores, int64_t count, float softcap, float *largest, float *total)
+/* The scores of `heads` heads and POSITIONS rows, of which the last ones need not be there. */
+static void score(float *scores, const float *queries, const float *keys, int64_t width, int64_t heads)
 {
-    if (softcap != 0.0f)
-        for (int64_t p = 0; p < count; p++)
-            scores[p] = softcap * tanhf(scores[p] / softcap);
-    for (int64_t p = count; p < POSITIONS; p++)
-        scores[p] = scores[0];
-    Eight highest = load_floats8(scores);
-    for (int p = 8; p < POSITIONS; p += 8)
-        highest = higher8(highest, load_floats8(scores + p));
-    float most = fmaxf(*largest, largest8(highest));
-    for (int64_t p = count; p < POSITIONS; p++)
-        scores[p] = most - 87.0f; /* adds 1e-38 to the total */
-    Eight sum = zero8();
-    for (int p = 0; p < POSITIONS; p += 8) {
-        Eight weight = exp8(subtract8(load_floats8(scores + p), same8(most)));
-        store_floats8(scores + p, weight);
-        sum = add8(sum, weight);
+    for (int p = 0; p < POSITIONS; p += 4) { /* these keys stay in the first cache */
+        int64_t h = 0;
+        for (; h + MOST_SCORED <= heads; h += MOST_SCORED)
+            score_heads(scores + h * POSITIONS + p, queries + h * width, keys + p * width, width,
+                        MOST_SCORED);
+        for (; h < heads; h++)
+            score_heads(scores + h * POSITIONS + p, queries + h * width, keys + p * width, width, 1);
     }
-    float fade = *largest == most ? 1.0f : expf(*largest - most);
-    *total = *total * fade + sum8(sum);
-    *largest = most;
-    return fade;
 }
 
-/* sums[h] = sums[h] * fades[h] + weights[h][p] * values[p] for a few heads and all positions. */
+/* sums[h] = sums[h] * fades[h] + weights[h][p] * values[p] for a few heads and all positions, whose values
+ * are `stride` apart. */
 INLINE void add_values(float *sums, const float *weights, const float *fades, const float *values,
-                       int64_t dim, int64_t positions, const int heads)
+                       int64_t stride, int64_t dim, int64_t positions, const int heads)
 {
     for (int64_t i = 0; i < dim; i += 8) {
         Eight own[MOST_ADDED], other[MOST_ADDED];
@@ -129,18 +91,18 @@ INLINE void add_values(float *sums, const float *weights, const float *fades, co
         }
         int64_t p = 0;
         for (; p + 2 <= positions; p += 2) {
-            Eight value = load_floats8(values + p * dim + i);
-            Eight next = load_floats8(values + (p + 1) * dim + i);
+            Eight value = load_floats8(values + p * stride + i);
+            Eight next = load_floats8(values + (p + 1) * stride + i);
             for (int h = 0; h < heads; h++) {
                 const float *weight = weights + h * POSITIONS + p;
                 own[h] = multiply_add8(same8(*weight), value, own[h]);
-                other[h] = multiply_add8(same8(*(weight + 1)), next, other[h]);
+                other[h] = multiply_add8(same8(weight[1]), next, other[h]);
             }
         }
         if (p < positions)
             for (int h = 0; h < heads; h++)
                 own[h] = multiply_add8(same8(weights[h * POSITIONS + p]),
-                                         load_floats8(values + p * dim + i), own[h]);
+                                       load_floats8(values + p * stride + i), own[h]);
         for (int h = 0; h < heads; h++)
             store_floats8(sums + h * dim + i, add8(own[h], other[h]));
     }
@@ -216,84 +178,135 @@ static void keep_newest(const Work *w, int64_t token, int64_t kv_head, float *fo
              w->kept, for_value);
 }
 
-/* Attention of one token's heads of one key, in `memory` for (group + POSITIONS) rows of both. */
-static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *memory)
+/* Returns the numbers of float32 that so many heads take, and sets where each is in `memory`, if any. */
+static int64_t divide(Memory *m, const Work *w, int64_t heads, float *memory)
 {
-    const int64_t group = w->heads / w->kv_heads;
-    float *queries = memory, *keys = queries + group * w->dim;
-    float *sums = keys + POSITIONS * w->dim, *values = sums + group * w->value_dim;
-    float *scores = values + POSITIONS * w->value_dim;
-    float *largest = scores + group * POSITIONS, *totals = largest + group, *fades = totals + group;
-    keep_newest(w, token, kv_head, keys, values);
-    for (int64_t g = 0; g < group; g++) {
-        const int64_t head = kv_head * group + g;
-        const uint16_t *query = w->queries + token * w->query_token + head * w->query_head;
-        float *own = queries + g * w->dim;
+    float *next = memory;
+    m->keys = next, next += POSITIONS * w->width;
+    m->values = w->width > w->dim ? m->keys + w->dim : next;
+    m->stride = w->width > w->dim ? w->width : w->value_dim;
+    next += w->width > w->dim ? 0 : POSITIONS * w->value_dim;
+    m->queries = next, next += heads * w->width;
+    m->sums = next, next += heads * w->value_dim;
+    m->scores = next, next += heads * POSITIONS;
+    m->largest = next, next += heads;
+    m->totals = next, next += heads;
+    m->fades = next, next += heads;
+    return next - memory;
+}
+
+/* What one token's heads [first, first + count) score with. */
+static void begin_heads(const Work *w, const Memory *m, int64_t token, int64_t first, int64_t count)
+{
+    for (int64_t h = 0; h < count; h++) {
+        const uint16_t *query = w->queries + token * w->query_token + (first + h) * w->query_head;
+        float *own = m->queries + h * w->width;
         if (w->rotation)
             rotate(own, query, w->rotation, w->dim);
-        for (int64_t i = 0; i < w->dim; i++)
-            own[i] = (w->rotation ? own[i] : widened(query[i])) * w->scale;
-        memset(sums + g * w->value_dim, 0, (size_t)w->value_dim * sizeof(float));
-        largest[g] = w->sinks ? w->sinks[head] : -INFINITY;
-        totals[g] = w->sinks ? 1.0f : 0.0f;
+        for (int64_t i = 0; i < w->width; i++)
+            own[i] = (w->rotation && i < w->dim ? own[i] : widened(query[i])) * w->scale;
+        memset(m->sums + h * w->value_dim, 0, (size_t)w->value_dim * sizeof(float));
+        m->largest[h] = w->sinks ? w->sinks[first + h] : -INFINITY;
+        m->totals[h] = w->sinks ? 1.0f : 0.0f;
     }
+}
+
+/* Attention of some of one token's heads of one key. */
+static void attend_heads(const Work *w, const Memory *m, int64_t token, int64_t kv_head,
+                         int64_t first_head, int64_t heads)
+{
+    begin_heads(w, m, token, first_head, heads);
     for (int64_t number = w->starts[token]; number < w->starts[token + 1]; number++) {
         const Part *part = w->parts + number;
         const uint8_t *own_keys = part->keys + kv_head * part->key_head;
         const uint8_t *own_values = part->values + kv_head * part->value_head;
         for (int64_t first = 0; first < part->positions; first += POSITIONS) {
             int64_t count = part->positions - first < POSITIONS ? part->positions - first : POSITIONS;
-            widen_rows(keys, own_keys + first * part->key_position, count, part->key_position,
-                       w->dim, w->kept);
-            widen_rows(values, own_values + first * part->value_position, count,
+            widen_rows(m->keys, w->width, own_keys + first * part->key_position, count,
+                       part->key_position, w->dim, w->kept);
+            widen_rows(m->values, m->stride, own_values + first * part->value_position, count,
                        part->value_position, w->value_dim, w->kept);
-            int64_t g = 0;
-            for (; g + MOST_SCORED <= group; g += MOST_SCORED)
-                score_heads(scores + g * POSITIONS, queries + g * w->dim, keys, w->dim, MOST_SCORED);
-            for (; g < group; g++)
-                score_heads(scores + g * POSITIONS, queries + g * w->dim, keys, w->dim, 1);
-            for (g = 0; g < group; g++)
-                fades[g] = weigh(scores + g * POSITIONS, count, w->softcap, largest + g, totals + g);
-            for (g = 0; g + MOST_ADDED <= group; g += MOST_ADDED)
-                add_values(sums + g * w->value_dim, scores + g * POSITIONS, fades + g, values,
-                           w->value_dim, count, MOST_ADDED);
-            for (; g < group; g++)
-                add_values(sums + g * w->value_dim, scores + g * POSITIONS, fades + g, values,
-                           w->value_dim, count, 1);
+            score(m->scores, m->queries, m->keys, w->width, heads);
+            int64_t h = 0;
+            for (; h < heads; h++)
+                m->fades[h] = weigh(m->scores + h * POSITIONS, count, w->softcap, m->largest + h,
+                                    m->totals + h);
+            for (h = 0; h + MOST_ADDED <= heads; h += MOST_ADDED)
+                add_values(m->sums + h * w->value_dim, m->scores + h * POSITIONS, m->fades + h,
+                           m->values, m->stride, w->value_dim, count, MOST_ADDED);
+            for (; h < heads; h++)
+                add_values(m->sums + h * w->value_dim, m->scores + h * POSITIONS, m->fades + h,
+                           m->values, m->stride, w->value_dim, count, 1);
         }
     }
-    for (int64_t g = 0; g < group; g++) {
-        uint16_t *output = w->output + (token * w->heads + kv_head * group + g) * w->value_dim;
-        Eight factor = same8(1.0f / totals[g]);
+    for (int64_t h = 0; h < heads; h++) {
+        uint16_t *output = w->output + (token * w->heads + first_head + h) * w->value_dim;
+        Eight factor = same8(1.0f / m->totals[h]);
         for (int64_t i = 0; i < w->value_dim; i += 8)
             store8(output + i, rounded8(multiply8(
-                                   load_floats8(sums + g * w->value_dim + i), factor)));
+                                   load_floats8(m->sums + h * w->value_dim + i), factor)));
     }
+}
+
+/* Heads of one key that are computed together at most. */
+static int64_t heads_of_piece(const Work *w)
+{
+    return (w->heads / w->kv_heads + w->pieces - 1) / w->pieces;
 }
 
 static void attend_some(void *data)
 {
     Work *w = data;
-    int64_t group = w->heads / w->kv_heads;
-    size_t numbers = (size_t)((group + POSITIONS) * (w->dim + w->value_dim) +
-                              group * (POSITIONS + 3));
-    char *own = malloc(numbers * sizeof(float) + LINE);
-    if (!own) {
+    const int64_t group = w->heads / w->kv_heads, most = heads_of_piece(w);
+    Attend *attend = attend_heads;
+#ifdef WITH_PAIRS
+    if (can_attend_latents(w))
+        attend = attend_latents;
+#endif
+    Memory m;
+    size_t bytes = (size_t)divide(&m, w, most, NULL) * sizeof(float);
+    char *memory = malloc(bytes + LINE);
+    if (!memory) {
         atomic_store(&w->failed, 1);
         return;
     }
-    float *memory = at_line(own);
-    memset(memory, 0, numbers * sizeof(float)); /* rows of keys that are not there yet are scored */
+    divide(&m, w, most, at_line(memory));
+    /* Rows of keys that are not there yet are scored. */
+    memset(m.keys, 0, (size_t)(POSITIONS * w->width) * sizeof(float));
     for (;;) {
         int64_t item = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
-        if (item >= w->tokens * w->kv_heads)
+        if (item >= w->tokens * w->kv_heads * w->pieces)
             break;
-        attend_item(w, item / w->kv_heads, item % w->kv_heads, memory);
+        int64_t token = item / w->pieces / w->kv_heads, kv_head = item / w->pieces % w->kv_heads;
+        int64_t first = item % w->pieces * most, count = group - first < most ? group - first : most;
+        if (w->pieces == 1)
+            keep_newest(w, token, kv_head, m.keys, m.values);
+        if (count > 0)
+            attend(w, &m, token, kv_head, kv_head * group + first, count);
     }
-    free(own);
+    free(memory);
 }
 
-/* dim and value_dim are multiples of 8. Returns 0, or 1 if there is no memory. */
+/* Has more threads than there are keys compute each some heads of one, which is kept before. */
+static void cut_heads(Work *w, int threads)
+{
+    const int64_t group = w->heads / w->kv_heads, items = w->tokens * w->kv_heads;
+    int64_t pieces = (threads + items - 1) / items, most = group / FEWEST_HEADS;
+    w->pieces = pieces < most ? pieces : most > 1 ? most : 1;
+    if (w->pieces == 1)
+        return;
+    float *memory = malloc((size_t)(w->dim + w->value_dim) * sizeof(float));
+    if (!memory) {
+        atomic_store(&w->failed, 1);
+        return;
+    }
+    for (int64_t item = 0; item < items; item++)
+        keep_newest(w, item / w->kv_heads, item % w->kv_heads, memory, memory + w->dim);
+    free(memory);
+}
+
+/* dim and value_dim are multiples of 8; width is dim, or dim + value_dim where queries score values too,
+ * behind the keys, as with latents. Returns 0, or 1 if there is no memory. */
 EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
                          uint16_t *output, const float *sinks, const float *rotation,
                          const void *parts, const int64_t *starts, const int64_t *sizes, float scale,
@@ -302,10 +315,13 @@ EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const ui
     Work w = {.queries = queries, .keys = keys, .values = values, .output = output, .sinks = sinks,
               .rotation = rotation, .parts = parts, .starts = starts, .tokens = sizes[0],
               .heads = sizes[1], .kv_heads = sizes[2], .dim = sizes[3], .value_dim = sizes[4],
-              .query_token = sizes[5], .query_head = sizes[6], .key_token = sizes[7],
-              .key_head = sizes[8], .value_token = sizes[9], .value_head = sizes[10],
-              .scale = scale, .softcap = softcap, .kept = kept};
-    in_threads(attend_some, &w, threads);
+              .width = sizes[5], .query_token = sizes[6], .query_head = sizes[7],
+              .key_token = sizes[8], .key_head = sizes[9], .value_token = sizes[10],
+              .value_head = sizes[11], .scale = scale, .softcap = softcap, .kept = kept,
+              .instructions = (int)sizes[12]};
+    cut_heads(&w, threads);
+    if (!atomic_load(&w.failed))
+        in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);
 }
 EIGHTS_END

@@ -14,7 +14,7 @@ from torch import Tensor
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.worker.model.kernels.native import library
 from distributed_llm.worker.model.kernels.native.calls import AttentionCall, Places, tell
-from distributed_llm.worker.model.kernels.native.norms import can_compute
+from distributed_llm.worker.model.kernels.native.norms import EIGHT, can_compute
 
 _KEPT: dict[KVDtype, int] = {"auto": 0, "int8": 1, "fp8": 2}
 """The numbers that attention.c has for them."""
@@ -51,9 +51,10 @@ def places_of(parts: Sequence[Sequence[Part]]) -> Places:
     return Places(numbers, array("q", itertools.accumulate(map(len, parts), initial=0)))
 
 
-def can_attend(query: Tensor, value_dim: int) -> bool:
-    """Return whether `attend` takes queries [..., dim] and values [..., value_dim] like these."""
-    return can_compute(query) and value_dim % 8 == 0
+def can_attend(query: Tensor, dim: int, value_dim: int) -> bool:
+    """Return whether `attend` takes such queries, keys [..., dim] and values [..., value_dim]."""
+    fits = query.shape[-1] in (dim, dim + value_dim)
+    return fits and can_compute(query) and dim % EIGHT == value_dim % EIGHT == 0
 
 
 def attend(
@@ -73,12 +74,13 @@ def attend(
     Computed in float32 and rounded once.
 
     Args:
-        query: bfloat16 [heads, tokens, dim]; see `can_attend`.
+        query: bfloat16 [heads, tokens, dim], or [heads, tokens, dim + value_dim] where values are
+            scored too, as behind the keys; see `can_attend`.
         key: bfloat16 [kv_heads, tokens, dim]; becomes the last position of a token's last part.
         value: bfloat16 [kv_heads, tokens, value_dim]; likewise.
         places: of the parts of each token.
         kept: what the codes of rows of bytes are; auto if keys and values are kept as numbers.
-        rotation: float32 [dim, dim], by which queries and keys are turned; or None.
+        rotation: float32 [dim, dim], by which keys, and what scores them, are turned; or None.
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
@@ -90,12 +92,14 @@ def attend(
         MemoryError: there is no memory for a few rows.
     """
     query, key, value = (_in_rows(states) for states in (query, key, value))
-    heads, tokens, dim = query.shape
+    heads, tokens, width = query.shape
     kv_heads, _, value_dim = value.shape
     if sinks is not None:
         sinks = sinks.float().contiguous()
     strides = [states.stride(way) for states in (query, key, value) for way in (1, 0)]
-    sizes = array("q", (tokens, heads, kv_heads, dim, value_dim, *strides))
+    shape = tokens, heads, kv_heads, key.shape[2], value_dim, width
+    instructions = library.NAMES.index(library.instructions())
+    sizes = array("q", (*shape, *strides, instructions))
     output = query.new_empty(tokens, heads, value_dim)
     call = AttentionCall(
         *(query, key, value, output, sinks, rotation, sizes),

@@ -112,6 +112,25 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentCall:
+    """A call that multiplies what each head has by its rows of a weight; see `latents`.
+
+    Attributes:
+        function: "absorb_queries" or "latent_values".
+        states: that are multiplied.
+        weight: of all heads.
+        output: what is made.
+        sizes: as latents.c reads them, strides among them.
+    """
+
+    function: str
+    states: Tensor
+    weight: Tensor
+    output: Tensor
+    sizes: "array[int]"
+
+
+@dataclass(frozen=True, slots=True)
 class ConvolutionCall:
     """A call of `convolve`; see `recurrences.convolve`.
 
@@ -151,7 +170,13 @@ class RecurrenceCall:
 
 
 NativeCall = (
-    NormCall | ProductsCall | ExpertsCall | AttentionCall | ConvolutionCall | RecurrenceCall
+    NormCall
+    | ProductsCall
+    | ExpertsCall
+    | AttentionCall
+    | LatentCall
+    | ConvolutionCall
+    | RecurrenceCall
 )
 
 

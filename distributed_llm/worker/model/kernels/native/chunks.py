@@ -14,7 +14,7 @@ from distributed_llm.worker.model.kernels.native.attention import Part, address,
 
 def can_attend_chunk(queries: Tensor, value_dim: int) -> bool:
     """Return whether `attend_rows` takes queries [..., dim] and values [..., value_dim]."""
-    return can_attend(queries, value_dim) and _has_products()
+    return can_attend(queries, queries.shape[-1], value_dim) and _has_products()
 
 
 @functools.cache

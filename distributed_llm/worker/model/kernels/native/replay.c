@@ -30,7 +30,9 @@ enum {
     EXPERT_PRODUCTS,
     CONVOLUTION,
     DELTA_RULE,
-    SELECTIVE_UPDATE
+    SELECTIVE_UPDATE,
+    ABSORB_QUERIES,
+    LATENT_VALUES
 };
 
 /* One operation; replay.py makes them. What `sizes` and `places` hold depends on the kind. */
@@ -197,6 +199,10 @@ static int carry_out(const Operation *o, const Run *run)
                          run->given[sizes[0]], run->given[sizes[1]], o->output, o->second,
                          run->threads);
         return 0;
+    case ABSORB_QUERIES: /* how they lie */
+        return absorb_queries(o->first, o->second, o->output, o->places[0], run->threads);
+    case LATENT_VALUES: /* likewise */
+        return latent_values(o->first, o->second, o->output, o->places[0], run->threads);
     default:
         compute_elements(o, run->threads);
         return 0;

@@ -29,6 +29,12 @@ EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const ui
                          const int64_t *starts, const int64_t *sizes, float scale, float softcap, int kept,
                          int threads);
 
+EXPORT int absorb_queries(const uint16_t *queries, const uint16_t *weight, uint16_t *output,
+                          const int64_t *sizes, int threads);
+
+EXPORT int latent_values(const uint16_t *latents, const uint16_t *weight, uint16_t *output,
+                         const int64_t *sizes, int threads);
+
 EXPORT void delta_rule(const uint16_t *query, const uint16_t *key, const uint16_t *value,
                        const float *fading, const uint16_t *beta, const float *state, float *made,
                        uint16_t *output, const int64_t *sizes, int threads);

@@ -30,6 +30,8 @@ class Kind(IntEnum):
     CONVOLUTION = 11
     DELTA_RULE = 12
     SELECTIVE_UPDATE = 13
+    ABSORB_QUERIES = 14
+    LATENT_VALUES = 15
 
 
 _Strides = ctypes.c_int64 * DIMENSIONS
