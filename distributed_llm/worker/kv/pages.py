@@ -203,13 +203,13 @@ class LayerPages(LayerMemory):
         Args:
             segments: of the sequence, in order.
             first: counted from its start.
-            stop: likewise.
+            stop: likewise; in the last segment.
             windowed: whether in layers with a window, or in the others.
         """
         runs: list[Run] = []
         ends = [*(segment.start for segment in segments[1:]), stop]
         for segment, end in zip(segments, ends, strict=True):
-            low, high = max(first - segment.start, 0), min(end, stop) - segment.start
+            low, high = max(first - segment.start, 0), end - segment.start
             runs += self.runs(segment, max(low, segment.unseen * windowed), high, windowed=windowed)
         return _joined(runs)
 
