@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tests.checkpoints import build_model
-from tests.gguf_cases import CASES
+from tests.gguf_cases import CASES, WRITTEN
 from tests.gguf_models import write_gguf
 
 _PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38]
@@ -26,7 +26,9 @@ _VOCABULARY = 320
 _ALLOWED = 2e-3
 _NEEDED: Mapping[str, Mapping[str, Any]] = {
     "gemma3n": {"intermediate_size": 8192},  # it takes deviations as of a sample
-    "deepseek2, lite": {"num_layers": 27},  # by which it knows that one
+    "command-r, larger": {"num_layers": 64},  # by which it knows that one
+    "deepseek2, lite": {"num_layers": 27},  # likewise
+    "phi3": {"sliding_window": None},  # it leaves the window out
 }
 """What a case needs for llama.cpp to compute the same."""
 
@@ -38,7 +40,7 @@ def distance(python: str, case: str, folder: Path) -> float | str:
     family, settings = CASES[case]
     settings = {"num_layers": 4, **settings, **_NEEDED.get(case, {})}
     model = build_model(family, vocab_size=_VOCABULARY, **settings)
-    file = write_gguf(folder / "model.gguf", model)
+    file = write_gguf(folder / "model.gguf", model, **WRITTEN.get(case, {}))
     command = [python, str(_SCRIPT), str(file), *map(str, _PROMPT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The process that forks workers, as ordered by `local_process.ForkServer`.
+"""The process that forks workers, as ordered by `forking.ForkServer`.
 
 It imports what a worker needs, starts no thread, opens no socket and computes nothing, so that a
 fork of it is as good as a new process. Orders come over a Unix socket, one JSON object per line,

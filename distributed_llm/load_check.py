@@ -1,11 +1,11 @@
 """A process that says whether a checkpoint could be loaded, as `coordinator.loadable` asks it.
 
-The question comes on stdin; the answer is written to the file that is its argument.
+The question comes on stdin, and the answer goes to stdout. What libraries print goes to stderr.
 """
 
 import json
+import os
 import sys
-from pathlib import Path
 
 import msgspec
 
@@ -25,4 +25,6 @@ def verdict(question: bytes) -> Verdict:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_bytes(as_json(verdict(sys.stdin.buffer.read())))
+    with os.fdopen(os.dup(1), "wb") as answer:
+        os.dup2(2, 1)
+        answer.write(as_json(verdict(sys.stdin.buffer.read())))

@@ -24,7 +24,8 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.settings import SECTIONS
 from distributed_llm.common.wording import count_text
-from distributed_llm.local_process import LocalProcess, fork_server
+from distributed_llm.forking import fork_server
+from distributed_llm.local_process import LocalProcess
 
 _POLL_S = 0.05
 _CONNECT_S = 1.0

@@ -40,8 +40,12 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "phi3": ("phi3", {}),
     "granite": ("granite", {}),
-    "command-r": ("cohere", {"use_qk_norm": True}),
-    "cohere2": ("cohere2", {**_WINDOWED, "sliding_window": 5}),
+    "command-r": ("cohere", {}),
+    "command-r, larger": ("cohere", {"use_qk_norm": True}),
+    "cohere2": (
+        "cohere2",
+        {"layer_types": [*["sliding_attention"] * 3, "full_attention"], "sliding_window": 5},
+    ),
     "gpt_oss": (
         "gpt_oss",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 150000.0}},
@@ -84,12 +88,27 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "minimax-m2": ("minimax_m2", {}),
     "mistral3": ("ministral3", {}),
     "nemotron": ("nemotron", {}),
+    "nemotron_h": (
+        "nemotron_h",
+        {"num_layers": 3, "layers_block_type": ["linear_attention", "mlp", "full_attention"]},
+    ),
+    "nemotron_h_moe": (
+        "nemotron_h",
+        {"num_layers": 3, "layers_block_type": ["linear_attention", "moe", "full_attention"]},
+    ),
     "olmo2": ("olmo2", {}),
     "olmoe": ("olmoe", {}),
     "qwen2moe": ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": []}),
     "qwen3next": ("qwen3_next", _DELTA_NET),
     "qwen35": ("qwen3_5_text", _DELTA_NET),
     "qwen35moe": ("qwen3_5_moe_text", _DELTA_NET),
+    "qwen2vl": ("qwen2", {"use_sliding_window": False, "sliding_window": None}),
+    "qwen3vl": ("qwen3", {}),
+    "qwen3vlmoe": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
+    "mistral3, without scaling": ("mistral", {"sliding_window": None}),
     "seed_oss": ("seed_oss", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
     "stablelm": ("stablelm", {}),
@@ -112,3 +131,12 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 """Tiny models, made so that a GGUF file of them says all that they are: model type and settings."""
+
+_SECTIONS = {"arch__rope__dimension_sections": [2, 1, 1, 0]}
+WRITTEN: Mapping[str, Mapping[str, Any]] = {
+    "qwen2vl": {"architecture": "qwen2vl", **_SECTIONS},
+    "qwen3vl": {"architecture": "qwen3vl", "arch__n_deepstack_layers": 0, **_SECTIONS},
+    "qwen3vlmoe": {"architecture": "qwen3vlmoe", "arch__n_deepstack_layers": 0, **_SECTIONS},
+    "mistral3, without scaling": {"architecture": "mistral3"},
+}
+"""What `write_gguf` is told besides of some of them: what else their files say."""

@@ -20,9 +20,11 @@ from tests.gguf_mambas import (
     granite_hybrid_sizes,
     mamba2_sizes,
     mamba_sizes,
+    nemotron_h_sizes,
     split_granite,
     split_granite_hybrid,
     split_mamba,
+    split_nemotron_h,
 )
 
 _LAYER = re.compile(r"(?:model|backbone)\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -382,6 +384,7 @@ _SIZES: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "minicpm3": _minicpm3_sizes,
     "minimax_m2": _minimax_sizes,
     "ministral3": _ministral3_sizes,
+    "nemotron_h": nemotron_h_sizes,
     "qwen3_next": delta_net_sizes,
     "qwen3_5_text": delta_net_sizes,
     "qwen3_5_moe_text": delta_net_sizes,
@@ -401,6 +404,7 @@ _SPLITS: Mapping[str, Callable[[Any, str, Tensor], dict[str, Tensor] | None]] = 
     "mamba": split_mamba,
     "mamba2": split_mamba,
     "minimax_m2": _split_correction,
+    "nemotron_h": split_nemotron_h,
     "lfm2": _split_lfm2,
     "lfm2_moe": _split_lfm2,
     "qwen3_next": split_delta_net,

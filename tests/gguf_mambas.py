@@ -89,3 +89,63 @@ def split_granite_hybrid(config: Any, name: str, tensor: Tensor) -> dict[str, Te
     if name.startswith("mamba."):
         return split_mamba(config, name, tensor)
     return split_granite(config, name, tensor)
+
+
+def nemotron_h_sizes(config: Any) -> dict[str, Any]:
+    """Likewise, of Nemotron 3."""
+    types = config.layers_block_type
+    widths = {"moe": config.moe_intermediate_size, "mlp": config.intermediate_size}
+    found = {
+        "attention.layer_norm_rms_epsilon": config.layer_norm_epsilon,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.head_count_kv": [
+            config.num_key_value_heads if kind == "full_attention" else 0 for kind in types
+        ],
+        "feed_forward_length": [widths.get(kind, 0) for kind in types],
+        "ssm.conv_kernel": config.conv_kernel,
+        "ssm.inner_size": config.mamba_num_heads * config.mamba_head_dim,
+        "ssm.state_size": config.ssm_state_size,
+        "ssm.group_count": config.n_groups,
+        "ssm.time_step_rank": config.mamba_num_heads,
+        "vocab_size": config.vocab_size,
+    }
+    if "moe" not in types:
+        return found
+    return found | {
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_group_count": config.n_group,
+    }
+
+
+_NEMOTRON = {
+    "in_proj.weight": "ssm_in.weight",
+    "out_proj.weight": "ssm_out.weight",
+    "conv1d.bias": "ssm_conv1d.bias",
+    "q_proj.weight": "attn_q.weight",
+    "k_proj.weight": "attn_k.weight",
+    "v_proj.weight": "attn_v.weight",
+    "o_proj.weight": "attn_output.weight",
+    "experts.up_proj": "ffn_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
+    "gate.weight": "ffn_gate_inp.weight",
+    "gate.e_score_correction_bias": "exp_probs_b.bias",
+    "up_proj.weight": "ffn_up.weight",
+    "down_proj.weight": "ffn_down.weight",
+    "shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+}
+
+
+def split_nemotron_h(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """Return what a parameter of Nemotron 3 becomes; None: it is only renamed."""
+    path, _, rest = name.partition(".")
+    if path == "mixer" and rest in _NEMOTRON:
+        return {_NEMOTRON[rest]: tensor}
+    return split_mamba(config, name, tensor)

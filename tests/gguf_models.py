@@ -22,6 +22,7 @@ from tests.gguf_families import as_by_ollama, extra_tensors, sizes_of, stacked, 
 
 ARCHITECTURES = {
     "llama": "llama",
+    "mistral": "llama",
     "mixtral": "llama",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
@@ -55,6 +56,7 @@ ARCHITECTURES = {
     "mamba": "mamba",
     "mamba2": "mamba2",
     "minimax_m2": "minimax-m2",
+    "nemotron_h": "nemotron_h_moe",
     "ministral3": "mistral3",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_dense": "hunyuan-dense",
@@ -81,6 +83,14 @@ _ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms are stored with 1 added."""
 
 
+def architecture_of(model: PreTrainedModel) -> str:
+    """Return the name in llama.cpp of a model's architecture."""
+    types = getattr(model.config, "layers_block_type", ())
+    if model.config.model_type == "nemotron_h" and "moe" not in types:
+        return "nemotron_h"
+    return ARCHITECTURES[model.config.model_type]
+
+
 def write_gguf(
     path: Path,
     model: PreTrainedModel,
@@ -90,6 +100,7 @@ def write_gguf(
     parts: int = 1,
     by_ollama: bool = False,
     experts_alone: bool = False,
+    architecture: str | None = None,
     **fields: Any,
 ) -> Path:
     """Write a model, and return the (first) file.
@@ -101,11 +112,14 @@ def write_gguf(
         parts: number of files.
         by_ollama: with the names of ollama's own files of gpt-oss.
         experts_alone: only experts are of that kind, all else is float32.
+        architecture: llama.cpp's name, if it is not the usual one of that model type.
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
-    architecture = ARCHITECTURES[model.config.model_type]
+    architecture = architecture or architecture_of(model)
     most = -(-_count(model) // parts) if parts > 1 else 0
-    tensors = [*stacked(_tensors(model, architecture)), *extra_tensors(model)]
+    known = architecture in gguf.MODEL_ARCH_NAMES.values()
+    named_as = architecture if known else architecture_of(model)
+    tensors = [*stacked(_tensors(model, named_as)), *extra_tensors(model)]
     if by_ollama:
         architecture, tensors = "gptoss", as_by_ollama(tensors)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
@@ -134,7 +148,7 @@ def write_gguf(
 
 
 def _count(model: PreTrainedModel) -> int:
-    return len(stacked(_tensors(model, ARCHITECTURES[model.config.model_type])))
+    return len(stacked(_tensors(model, architecture_of(model))))
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -179,11 +193,11 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_layer_norm_eps(getattr(config, name))
             break
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts:
+    if experts and config.model_type != "nemotron_h":  # which may have layers of others alone
         writer.add_expert_count(experts)
         used = said.get("num_experts_per_tok") or said.get("top_k_experts")
         writer.add_expert_used_count(used)
-    if getattr(config, "moe_intermediate_size", None):
+    if experts and getattr(config, "moe_intermediate_size", None):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if hasattr(config, "shared_expert_intermediate_size"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)

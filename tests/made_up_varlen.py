@@ -5,7 +5,6 @@ calls that can be run without a GPU. What it cannot show is that the real one do
 say (`aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`).
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +53,7 @@ class Kernel:
         self.calls += 1
         if self.fault:
             raise RuntimeError(self.fault)
-        scale, used = options["scale"], options.get("seqused_k")
+        scale, used = options["scale"], options["seqused_k"]
         left, right = options["window_size_left"], options["window_size_right"]
         assert options.get("block_table") is None
         assert options.get("alibi_slopes") is None
@@ -75,15 +74,13 @@ class Kernel:
         assert heads % key.shape[1] == 0
         runs = len(cum_seq_q) - 1
         assert runs > 0
-        for told in (cum_seq_q, cum_seq_k, *((used,) if used is not None else ())):
+        for told in (cum_seq_q, cum_seq_k, used):
             assert told.dtype == torch.int32
             assert told.is_contiguous()
             assert told.device == query.device
         assert cum_seq_k.shape == (runs + 1,)
-        assert used is None or used.shape == (runs,)
-        ends, starts = cum_seq_q.tolist(), cum_seq_k.tolist()
-        lengths = [b - a for a, b in itertools.pairwise(starts)]
-        lengths = lengths if used is None else used.tolist()
+        assert used.shape == (runs,)
+        ends, starts, lengths = cum_seq_q.tolist(), cum_seq_k.tolist(), used.tolist()
         attended = torch.full_like(query, UNWRITTEN, memory_format=torch.contiguous_format)
         lse = torch.full((heads, tokens), UNWRITTEN, dtype=torch.float32)
         for run in range(runs):

@@ -11,7 +11,8 @@ import pytest
 from distributed_llm import load_check
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.coordinator.loadable import as_json, ensure_loadable
-from distributed_llm.local_process import LocalProcess, fork_server
+from distributed_llm.forking import fork_server
+from distributed_llm.local_process import LocalProcess
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,8 +59,7 @@ def load_checks_here() -> Iterator[list[bytes]]:
 
     def answer(command: list[str], **options: Any) -> Any:
         asked.append(options["input"])
-        Path(command[-1]).write_bytes(as_json(load_check.verdict(asked[-1])))
-        return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, 0, as_json(load_check.verdict(asked[-1])))
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(subprocess, "run", answer)

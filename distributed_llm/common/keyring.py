@@ -243,8 +243,11 @@ FindLogin = Callable[[str, float | None], Awaitable[Login | None]]
 """Returns the keys for the coordinator at an address; until when it may wait for them."""
 
 
-def key_of_text(text: str) -> Login:
+def key_of_text(text: str, where: str = "This") -> Login:
     """Return the keys that `text` holds: those of the coordinator and of this end, with a dot.
+
+    Args:
+        where: what holds the text, for people.
 
     Raises:
         ConfigError: it holds no keys.
@@ -255,8 +258,8 @@ def key_of_text(text: str) -> Login:
         return Login(PublicKey(server), key_pair_of(secret))
     except ValueError:
         raise ConfigError(
-            f"This is no key for a coordinator. `dllm join LINE --print-key` prints one; it is "
-            f"looked for in {KEY_VARIABLE} as well."
+            f"{where} is no key for a coordinator, or not all of one. `dllm join LINE --print-key` "
+            f"prints one, for {KEY_VARIABLE}, and `dllm key create` one for a program."
         ) from None
 
 
@@ -299,7 +302,7 @@ async def find_login(address: str, give_up_at: float | None) -> Login:
             return keyring.login(address)
         except NotEnrolled:
             if text := os.environ.get(KEY_VARIABLE):
-                return key_of_text(text)
+                return key_of_text(text, f"What {KEY_VARIABLE} is set to")
             if await listens(address):
                 await asyncio.sleep(_LOOK_EVERY_S)  # it may just have started, and is about to
                 return keyring.login(address)

@@ -35,6 +35,7 @@ _MAX_NAME_CHARS = 4096
 _SHOWN_CHARS = 100
 _SHOWN_FOLDERS = 5
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
+_WINDOWS_PATH = re.compile(r"(?P<drive>[A-Za-z]):[\\/](?P<path>.*)")
 _PATH_START = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 
 logger = logging.getLogger(__name__)
@@ -279,6 +280,12 @@ def _path(model: str) -> Path:
 def _no_folder(model: str) -> str:
     """Return that there is no such folder, and what is in the one above it."""
     parent = _path(model).parent
+    if os.sep == "/" and (windows := _WINDOWS_PATH.fullmatch(model)):
+        inside = windows["path"].replace("\\", "/")
+        return (
+            f"{_shown(model)} is a path of Windows, and this machine has no drives. In WSL it is "
+            f"/mnt/{windows['drive'].lower()}/{inside}."
+        )
     text = f"There is no folder {_shown(model)} on this machine (looked up from {Path.cwd()})"
     try:
         beside = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
@@ -307,4 +314,5 @@ def _parse_hub_id(model: str) -> tuple[str, str | None]:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
+    shown = repr(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
+    return shown.replace("\\\\", "\\")  # as people write paths of Windows

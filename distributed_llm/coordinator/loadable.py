@@ -12,7 +12,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,25 +112,22 @@ def ensure_loadable(checkpoint: Checkpoint, tell: Callable[[str], None] = logger
 def _answer(asked: bytes, checkpoint: Checkpoint) -> Verdict | None:
     """Return what the process says; None, and the log says why, if it says nothing."""
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory(prefix="distributed_llm_load_check_") as folder:
-        answer = Path(folder) / "verdict.json"
-        try:
-            done = subprocess.run(  # noqa: S603
-                [sys.executable, "-m", "distributed_llm.load_check", str(answer)],
-                env=os.environ | quiet,
-                input=asked,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=_TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            why = f"it took more than {_TIMEOUT_S:.0f} s"
-        else:
-            if answer.is_file():
-                return msgspec.convert(json.loads(answer.read_bytes()), Verdict)
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            why = f"exit code {done.returncode}" + "".join(f": {line}" for line in said[-1:])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "distributed_llm.load_check"],
+            env=os.environ | quiet,
+            input=asked,
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        why = f"it took more than {_TIMEOUT_S:.0f} s"
+    else:
+        if done.returncode == 0:
+            return msgspec.convert(json.loads(done.stdout), Verdict)
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        why = f"exit code {done.returncode}" + "".join(f": {line}" for line in said[-1:])
     logger.warning(
         "whether workers can load %s could not be checked (%s); they check it when they load it",
         checkpoint.place,

@@ -58,20 +58,27 @@ _MODEL_TYPES: Mapping[str, str] = {
     "minimax-m2": "minimax_m2",
     "mistral3": "ministral3",
     "nemotron": "nemotron",
+    "nemotron_h": "nemotron_h",
+    "nemotron_h_moe": "nemotron_h",
     "olmo2": "olmo2",
     "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
+    "qwen25vl": "qwen2",
     "qwen2moe": "qwen2_moe",
+    "qwen2vl": "qwen2",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "qwen3next": "qwen3_next",
+    "qwen3vl": "qwen3",
+    "qwen3vlmoe": "qwen3_moe",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
-"""Model types in transformers, by llama.cpp's names of architectures; those that are right."""
+"""Model types in transformers, by llama.cpp's names of architectures; those that are right. Models
+that read pictures as well are, to text, those that they were made of."""
 
 _TABLES = {
     "cohere": "llama",

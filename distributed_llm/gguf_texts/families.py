@@ -13,6 +13,7 @@ from distributed_llm.gguf_texts.hybrids import (
     of_lfm2_moe,
     of_mamba,
     of_mamba2,
+    of_nemotron_h,
     of_qwen3_next,
 )
 from distributed_llm.gguf_texts.rotary import rope_parameters
@@ -29,7 +30,9 @@ _GROUPS: Mapping[tuple[str, int], tuple[int, int]] = {
 say it: by model type and number of experts."""
 
 _SHARED_UP = "blk.0.ffn_up_shexp.weight"
-_OWN_ROTARY = frozenset({"gpt2", "gemma3_text", "gemma3n_text", "gemma4_text", "mamba", "mamba2"})
+_OWN_ROTARY = frozenset(
+    {"gpt2", "gemma3_text", "gemma3n_text", "gemma4_text", "mamba", "mamba2", "nemotron_h"}
+)
 
 
 def model_type_of(header: Header, usual: str) -> str:
@@ -44,6 +47,8 @@ def model_type_of(header: Header, usual: str) -> str:
         corrected = any(name.endswith("exp_probs_b.bias") for name in header.tensors)
         gating = header.get("expert_gating_func") or (_SIGMOID if corrected else _SOFTMAX)
         return "deepseek_v3" if gating == _SIGMOID else "deepseek_v2"
+    if usual == "ministral3" and header.get("attention.temperature_scale") is None:
+        return "mistral"
     if usual == "granitemoe" and _SHARED_UP in header.tensors:
         return "granitemoeshared"
     return usual
@@ -223,6 +228,10 @@ def _of_ministral3(header: Header, content: _Content) -> dict[str, Any]:
     }
 
 
+def _of_mistral(header: Header, content: _Content) -> dict[str, Any]:
+    return {"sliding_window": header.get("attention.sliding_window")}
+
+
 def _of_hunyuan_moe(header: Header, content: _Content) -> dict[str, Any]:
     return {"moe_topk": header.get("expert_used_count")}
 
@@ -258,6 +267,8 @@ _MAKERS: Mapping[str, Callable[[Header, _Content], dict[str, Any]]] = {
     "minicpm3": _of_mla,
     "minimax_m2": _of_minimax,
     "ministral3": _of_ministral3,
+    "mistral": _of_mistral,
+    "nemotron_h": of_nemotron_h,
     "phi3": _of_phi3,
     "qwen3_next": of_qwen3_next,
     "seed_oss": _of_seed,

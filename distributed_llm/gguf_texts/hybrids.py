@@ -93,3 +93,46 @@ def of_mamba2(header: Header, content: _Content) -> dict[str, Any]:
         "expand": inner // header.get("embedding_length"),
         "layer_norm_epsilon": header.get("attention.layer_norm_rms_epsilon"),
     }
+
+
+_NEMOTRON_LAYERS: Mapping[str, str] = {
+    "ssm_in.weight": "linear_attention",
+    "attn_q.weight": "full_attention",
+    "ffn_gate_inp.weight": "moe",
+    "ffn_up.weight": "mlp",
+}
+"""Of Nemotron H, what a layer is by a tensor that it has."""
+
+
+def of_nemotron_h(header: Header, content: _Content) -> dict[str, Any]:
+    """Return the settings of Nemotron H and Nemotron 3, each of whose layers is one thing alone."""
+    states, inner = header.get("ssm.time_step_rank"), header.get("ssm.inner_size")
+    types = [
+        kind
+        for number in range(layers_of(header))
+        for leaf, kind in _NEMOTRON_LAYERS.items()
+        if f"blk.{number}.{leaf}" in header.tensors
+    ]
+    found = {
+        "layers_block_type": types,
+        "num_key_value_heads": max(header.get("attention.head_count_kv")),
+        "intermediate_size": max(header.get("feed_forward_length")),
+        "mamba_num_heads": states,
+        "mamba_head_dim": inner // states,
+        "n_groups": header.get("ssm.group_count"),
+        "ssm_state_size": header.get("ssm.state_size"),
+        "conv_kernel": header.get("ssm.conv_kernel"),
+        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in header.tensors),
+        "layer_norm_epsilon": header.get("attention.layer_norm_rms_epsilon"),
+    }
+    if header.get("expert_count"):
+        shared = header.get("expert_shared_feed_forward_length")
+        found |= {
+            "moe_shared_expert_intermediate_size": shared,
+            "moe_latent_size": header.get("moe_latent_size"),
+            "norm_topk_prob": bool(header.get("expert_weights_norm")),
+            "routed_scaling_factor": header.get("expert_weights_scale") or 1.0,
+            "n_group": header.get("expert_group_count") or 1,
+            "topk_group": header.get("expert_group_used_count") or 1,
+        }
+    return found

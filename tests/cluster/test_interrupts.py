@@ -42,9 +42,9 @@ def line(running: "subprocess.Popen[str]") -> str:
 
 INTERRUPTED = """
 import sys, threading
-from distributed_llm import DistributedClient, LocalCluster, local_process
+from distributed_llm import DistributedClient, LocalCluster, forking
 if sys.argv[2] == "cold":
-    local_process._can_fork = lambda: False
+    forking._can_fork = lambda: False
 asked = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0.0}
 with (
     LocalCluster(sys.argv[1], workers=[{"slowdown": 20.0}], progress=None) as cluster,
@@ -83,7 +83,7 @@ def test_ctrl_c_cancels_one_request_and_the_cluster_lives(checkpoint: Path, kind
 FORKING = """
 import os, sys
 from distributed_llm import LocalCluster
-from distributed_llm.local_process import fork_server
+from distributed_llm.forking import fork_server
 with LocalCluster(sys.argv[1], workers=2, progress=None) as cluster, fork_server() as server:
     processes = [cluster.coordinator, *cluster.workers]
     print(*(process.pid for process in processes), *([server.pid] if server else []), flush=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distributed_llm import LocalCluster, local_process
+from distributed_llm import LocalCluster, forking
 from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.keyring import STATE_VARIABLE
-from distributed_llm.local_process import ForkServer, LocalProcess, earlier_log, fork_server
+from distributed_llm.forking import ForkServer, fork_server
+from distributed_llm.local_process import LocalProcess, earlier_log
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")
@@ -157,7 +158,7 @@ def interrupted(_: ForkServer) -> None:
 def test_variables_that_torch_has_read_already_need_a_cold_start(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "") + "1")
     process = starts(tmp_path, server)
     assert parent_of(process) == os.getpid()
     process.close()
@@ -210,8 +211,8 @@ def test_all_clusters_share_one_server(checkpoint: Path) -> None:
 
 
 def test_the_server_ends_with_its_last_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_process, "_users", 0)  # as if nobody used one yet
-    monkeypatch.setattr(local_process, "_server", None)
+    monkeypatch.setattr(forking, "_users", 0)  # as if nobody used one yet
+    monkeypatch.setattr(forking, "_server", None)
     with fork_server() as outer:
         assert outer is not None
         with fork_server() as inner:

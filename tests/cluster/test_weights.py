@@ -15,7 +15,8 @@ from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.types import LayerRange
-from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
+from distributed_llm.forking import ForkServer, fork_server
+from distributed_llm.local_process import LocalProcess
 from tests.checkpoints import make_checkpoint
 from tests.hub_snapshot import NAME, write_snapshot
 from tests.reference import reference_text

@@ -15,10 +15,12 @@ from distributed_llm.worker.model import chunk_attention, partial_attention, tok
 from distributed_llm.worker.model.attention import packed_attention
 from distributed_llm.worker.model.kernels import native
 from distributed_llm.worker.model.kernels.native.attention import Part, attend, places_of
+from distributed_llm.worker.model.kernels.native.chunks import attend_rows, can_attend_chunk
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring, running
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 64}
 HEADS, KV_HEADS, KEY_DIM = 6, 2, 8
+HAS_CHUNKS = can_attend_chunk(torch.zeros(1, 1, 8, dtype=torch.bfloat16), 8)
 LAYER = 3
 Chunk = tuple[int, int, int]
 """A sequence, the first position, the number of tokens."""
@@ -142,6 +144,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     products = request.param == "products"
     if request.param != "library":
         monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
+        monkeypatch.setattr(chunk_attention, "can_attend_chunk", lambda *_: False)
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
     monkeypatch.setattr(chunk_attention, "QUERIES_AT_ONCE", 2)
     monkeypatch.setattr(chunk_attention, "SCORES_AT_ONCE", 200)
@@ -236,6 +239,56 @@ def test_long_heads_in_the_library(positions: int) -> None:
     scores = query.double() @ whole_keys.transpose(1, 2) * 0.2
     expected = (scores.softmax(-1) @ whole_values).transpose(0, 1)
     assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1 / 128
+
+
+@pytest.mark.skipif(not HAS_CHUNKS, reason="the processor does not multiply bfloat16")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "window", "softcap", "with_sinks"),
+    [(230, 0, None, False), (64, 0, 5.0, True), (1, 0, None, False), (170, 40, None, True)],
+)
+def test_long_chunks_in_the_library(
+    tokens: int, window: int, softcap: float | None, with_sinks: bool, threads: int
+) -> None:
+    """Several blocks of rows and keys, in two places; values that fill no register."""
+    torch.manual_seed(0)
+    before, positions = torch.get_num_threads(), 333
+    keys = torch.randn(positions, 2, 72).bfloat16().transpose(0, 1)
+    values = torch.randn(2, positions, 88).bfloat16()
+    queries = torch.randn(tokens, 6, 72).bfloat16().transpose(0, 1)
+    sinks = torch.randn(6) + 2 if with_sinks else None
+    held = KVBuffers(keys, values)
+    parts = [held.cut(0, 101), held.cut(101, positions)]
+    places = [Part(*one.addresses, one.keys.shape[1], *one.strides) for one in parts]
+    torch.set_num_threads(threads)
+    actual = attend_rows(
+        *(queries, places, 2, 88), scale=0.2, softcap=softcap, window=window, sinks=sinks
+    )
+    torch.set_num_threads(before)
+    whole_keys, whole_values = (each.double().repeat_interleave(3, 0) for each in (keys, values))
+    scores = queries.double() @ whole_keys.transpose(1, 2) * 0.2
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    behind = torch.arange(positions - tokens, positions)[:, None] - torch.arange(positions)
+    scores[:, (behind < 0) | (behind >= (window or positions))] = float("-inf")
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, tokens, 1)], -1)
+    weights = scores.softmax(-1)[..., :positions]
+    expected = (weights @ whole_values).transpose(0, 1)
+    assert float((actual.double() - expected).norm() / expected.norm()) < 1 / 256
+    assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1 / 128
+
+
+@pytest.mark.skipif(not HAS_CHUNKS, reason="the processor does not multiply bfloat16")
+def test_what_is_no_number_stays_in_its_rows_of_a_chunk() -> None:
+    queries = torch.randn(4, 9, 8).bfloat16()
+    queries[1, 3, 2] = float("nan")
+    held = KVBuffers(torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 9, 8).bfloat16())
+    places = [Part(*held.addresses, 9, *held.strides)]
+    output = attend_rows(queries, places, 2, 8, scale=1.0, softcap=None, window=0, sinks=None)
+    assert output[3, 1].isnan().all()
+    output[3, 1] = 0.0
+    assert output.isfinite().all()
 
 
 @pytest.mark.skipif(native.instructions() == "none", reason="the C library was not built here")

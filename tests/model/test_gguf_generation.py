@@ -1,6 +1,7 @@
 """Whole models from GGUF files, split in two, answer as they did before they were written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model.weights import load_stage_model
 from tests.checkpoints import build_model
-from tests.gguf_cases import CASES
+from tests.gguf_cases import CASES, WRITTEN
 from tests.gguf_models import open_here, write_gguf
 from tests.model.driver import CPU, load_stages
 
@@ -46,13 +47,18 @@ def differences(model: PreTrainedModel, file: Path, texts: Path) -> Tensor:
 def test_what_a_split_model_answers(tmp_path: Path, case: str) -> None:
     family, settings = CASES[case]
     model = build_model(family, **{"num_layers": 2, "vocab_size": 320, **settings})
-    file = write_gguf(tmp_path / "m.gguf", model)
+    file = write_gguf(tmp_path / "m.gguf", model, **WRITTEN.get(case, {}))
     assert differences(model, file, tmp_path / "texts").max() < 1e-4
 
 
-def test_files_of_ollama_itself(tmp_path: Path) -> None:
-    model = build_model("gpt_oss", num_layers=2, vocab_size=320, **CASES["gpt_oss"][1])
-    file = write_gguf(tmp_path / "m.gguf", model, by_ollama=True)
+@pytest.mark.parametrize(
+    ("case", "written"),
+    [("gpt_oss", {"by_ollama": True}), ("qwen2vl", {"architecture": "qwen25vl"})],
+)
+def test_files_of_ollama_itself(tmp_path: Path, case: str, written: dict[str, Any]) -> None:
+    family, settings = CASES[case]
+    model = build_model(family, num_layers=2, vocab_size=320, **settings)
+    file = write_gguf(tmp_path / "m.gguf", model, **written)
     assert differences(model, file, tmp_path / "texts").max() < 1e-4
 
 

@@ -21,10 +21,13 @@ from tests.warm import load_checks_here
 from tests.wholes import edit_config
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[bytes]]:
-    """The questions of a process that is played in this one; nothing is remembered yet."""
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DLLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def asked() -> Iterator[list[bytes]]:
     with load_checks_here() as asked:
         yield asked
 
@@ -78,7 +81,6 @@ def test_a_checkpoint_arrives_as_it_is(model: Path, asked: list[bytes]) -> None:
 @pytest.mark.parametrize("breaks", ["ends", "hangs"])
 def test_without_an_answer_the_workers_are_left_to_check(
     model: Path,
-    asked: list[bytes],
     breaks: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

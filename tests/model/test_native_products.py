@@ -94,6 +94,21 @@ def test_int8(
 
 @pytest.mark.parametrize("instructions", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_of_int8(dtype: torch.dtype, instructions: str, threads: int) -> None:
+    """Computed otherwise than few, and the same to the last bit."""
+    codes = torch.randint(-128, 128, (146, 620), dtype=torch.int8)
+    scales = torch.rand(146) * 0.1 + 0.01
+    product = Int8Blocks(codes, scales, instructions).kernels()["native"]
+    states = states_of(150, 620, dtype)
+    output = product(states)
+    assert_product(output, states, RUN, codes * scales[:, None])
+    assert torch.equal(output, torch.cat([product(few) for few in torch.split(states, 15)]))
+    states[17, 400] = float("nan")
+    assert product(states)[17].isnan().all()
+
+
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("channels", "inputs", "group"), [(300, 192, 64), (64, 96, 32), (7, 256, 128), (1, 8, 8)]
 )
@@ -263,6 +278,18 @@ def test_the_usual_order_is_that_of_the_library_where_there_is_one(
     assert orders.usual(Kind("int4", "", "large")).order != "blocks"
     with pytest.raises(library.Missing):
         Int8Blocks(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16))
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernel"), [("x86_64", "linear"), ("aarch64", "native"), ("arm64", "native")]
+)
+def test_single_tokens_usually_take_the_library_on_arm(
+    machine: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of floating-point weights too: only then are layers recorded."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert orders.usual(Kind("float", "bfloat16", "large")).kernels[0] == kernel
 
 
 @pytest.mark.parametrize(

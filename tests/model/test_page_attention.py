@@ -9,13 +9,16 @@ import torch
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.page_tables import Piece
 from distributed_llm.worker.kv.segments import Segment
-from distributed_llm.worker.model import page_attention, page_choice
+from distributed_llm.worker.model import page_attention, page_choice, page_chunks
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.kernels.gpu_choice import Gpu
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring
+from distributed_llm.worker.model.page_chunks import _Chunk
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.token_attention import attend_tokens
 from distributed_llm.worker.model.token_schedule import Reading
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.made_up_varlen import Kernel, made_up
@@ -64,7 +67,9 @@ def test_tokens_are_those_of_transformers(
     for chunks in ([(0, 0, 90), (2, 0, 5)], [(0, 90, 149), (1, 0, 74)]):
         pipeline.run(chunks, sampling=None)
         forget(pipeline)
+    called = kernel.calls
     pipeline.decode()
+    assert kernel.calls == called + 2 * NUM_LAYERS, "a chunk, and two tokens"
     called = kernel.calls
     pipeline.decode()
     assert kernel.calls == called + NUM_LAYERS
@@ -142,6 +147,49 @@ def test_attention_is_the_sum_of_its_pieces(
         called = kernel.calls
         attention.step((2, 101, 1), (0, 137, 1), (3, 101, 1))
         assert kernel.calls == called + 1
+
+
+def test_chunks_are_computed_together_but_for_those_that_are_gathered() -> None:
+    alone = [_Chunk((row, 3), [(row, 3)], [1, 2], [[(640, 9)], [(70, 2)]]) for row in (0, 3)]
+    cut = [_Chunk((row, 5), [(row, 5)], [5], [[(64, 30), (640, row)]]) for row in (10, 20, 200, 5)]
+    assert [chunk.positions for chunk in (*alone, *cut)] == [0, 0, 40, 50, 230, 35]
+    groups = page_chunks._groups([cut[0], alone[0], *cut[1:], alone[1]], 100)
+    assert groups == [alone, cut[:2], [cut[2]], [cut[3]]]
+    tables = page_chunks._made(cut[:2], CPU)
+    assert tables.gathered is not None
+    assert tables.gathered.tolist() == [
+        *(*range(64, 94), *range(640, 650)),
+        *(*range(64, 94), *range(640, 660)),
+    ]
+    assert (tables.ends.tolist(), tables.lengths.tolist()) == ([0, 5, 10], [40, 50])
+    assert tables.starts.tolist()[:2] == [0, 40]
+    assert page_chunks._made(alone, CPU).starts.tolist()[:4] == [640, 70, 640, 70]
+
+
+def test_answers_do_not_depend_on_who_else_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's attention is the same to the last bit, alone or among others that are longer."""
+    lengths = (700, 1400, 9)
+    states = torch.randn(2, len(lengths), 2, max(lengths) + 1, 8).bfloat16()
+    queries = torch.randn(6, len(lengths), 8).bfloat16()
+    found = []
+    with made_up(monkeypatch, (torch.bfloat16,)):
+        for served in ((0,), (1, 0, 2)):
+            cache, parts = KVCache(1, in_pages=True), []
+            for row, number in enumerate(served):
+                length, sequence = lengths[number], SequenceId(number)
+                keys, values = states[:, number, :, :length]
+                cache.begin(sequence, 0, as_token_ids([0] * length))
+                cache.append(0, sequence, 0, keys, values)
+                cache.commit(sequence, length)
+                cache.begin(sequence, length, as_token_ids([0]))
+                parts.append(PackedSlice(sequence, length, row, 1))
+            step = PackedStep(cache, 0, tuple(parts), [0])
+            at = [lengths[number] for number in served]
+            key, value = states[:, served, :, at].permute(1, 2, 0, 3)
+            scoring = Scoring(0.5, 0, None, None)
+            own = (queries[:, served], key, value, scoring)
+            found.append(attend_tokens(step, 0, *own)[served.index(0)])
+    assert torch.equal(*found)
 
 
 def test_pieces_of_long_texts_are_longer() -> None:

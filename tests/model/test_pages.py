@@ -192,6 +192,8 @@ def test_blocks_are_taken_once_and_left_to_who_goes_on(limit: int | None) -> Non
     blocks.free([1, 2])
     assert blocks.take(None, 1, limit) == 1
     assert blocks.take(second, 1, limit) == 6
+    assert [blocks.take(number, 1, limit) for number in (6, 7, 8)] == [7, 8, 9]
+    assert blocks.take(None, 1, limit) >= 12, "more are left to who has used up his own"
 
 
 def test_what_is_left_is_given_to_others_when_nothing_else_is() -> None:

@@ -311,7 +311,7 @@ def test_what_is_no_key_in_the_environment_is_told(
     keyring: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "nonsense")
-    with pytest.raises(ConfigError, match=KEY_VARIABLE):
+    with pytest.raises(ConfigError, match=f"What {KEY_VARIABLE} is set to is no key"):
         asyncio.run(find_login(FAR, 0.0))
 
 

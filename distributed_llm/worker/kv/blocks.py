@@ -37,16 +37,15 @@ class Blocks:
         states = self._states
         if limit is not None and len(states) < limit:
             states.extend(bytes(limit - len(states)))
-        if before is not None and before + 1 < len(states) and states[before + 1] != _TAKEN:
-            states[before + 1] = _TAKEN
-            return before + 1
         run = max(_LEAST_LEFT, min(_MOST_LEFT, held))
-        at = self._found(run, limit)
+        at = len(states) if before is None else before + 1
+        if at >= len(states) or states[at] == _TAKEN:
+            at = self._found(run, limit)
         states[at] = _TAKEN
-        stop = at + 1
-        while stop < min(at + run, len(states)) and states[stop] == _FREE:
-            states[stop] = _LEFT
-            stop += 1
+        behind = at + 1
+        while behind < min(at + run, len(states)) and states[behind] == _FREE:
+            states[behind] = _LEFT
+            behind += 1
         return at
 
     def _found(self, run: int, limit: int | None) -> int:

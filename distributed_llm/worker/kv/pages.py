@@ -11,7 +11,6 @@ can be helped. Where those of one kind of layers have more than they need while 
 more than there is, they are closed up first.
 """
 
-import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -192,12 +191,27 @@ class LayerPages(LayerMemory):
 
     def read_chain(self, layer: int, segments: Sequence[Segment], stop: int) -> list[KVBuffers]:
         """Return what a layer keeps of a sequence, in one piece."""
+        windowed = self._windowed(layer)
+        runs = self.runs_of_chain(segments, 0, segments[-1].start + stop, windowed=windowed)
+        return [self._got(layer, runs, 0)]
+
+    def runs_of_chain(
+        self, segments: Sequence[Segment], first: int, stop: int, *, windowed: bool
+    ) -> list[Run]:
+        """Return where positions `[first, stop)` of a sequence are, if they are kept, in order.
+
+        Args:
+            segments: of the sequence, in order.
+            first: counted from its start.
+            stop: likewise.
+            windowed: whether in layers with a window, or in the others.
+        """
         runs: list[Run] = []
-        ends = [after.start - each.start for each, after in itertools.pairwise(segments)]
-        for segment, end in zip(segments, [*ends, stop], strict=True):
-            windowed = self._windowed(layer)
-            runs += self.runs(segment, segment.unseen * windowed, end, windowed=windowed)
-        return [self._got(layer, _joined(runs), 0)]
+        ends = [*(segment.start for segment in segments[1:]), stop]
+        for segment, end in zip(segments, ends, strict=True):
+            low, high = max(first - segment.start, 0), min(end, stop) - segment.start
+            runs += self.runs(segment, max(low, segment.unseen * windowed), high, windowed=windowed)
+        return _joined(runs)
 
     def _got(self, layer: int, runs: list[Run], first: int) -> KVBuffers:
         both = self.tensors_of(layer)

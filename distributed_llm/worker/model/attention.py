@@ -21,6 +21,8 @@ from distributed_llm.worker.model.indexers import Choice
 from distributed_llm.worker.model.latent_attention import attend_latents
 from distributed_llm.worker.model.latents import expansion_of
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring, running_step
+from distributed_llm.worker.model.page_attention import reads_pages
+from distributed_llm.worker.model.page_chunks import attend_chunks_of_pages
 from distributed_llm.worker.model.sections import attend_sections
 from distributed_llm.worker.model.sparse_attention import attend_chosen
 from distributed_llm.worker.model.token_attention import attend_tokens
@@ -114,8 +116,11 @@ def _attend_both(
     """
     heads, tokens, _ = query.shape
     attended = query.new_empty((tokens, heads, value.shape[-1]))
+    in_pages = reads_pages(step, scoring, query, value)
+    if in_pages:
+        attend_chunks_of_pages(step, layer, query, key, value, scoring, into=attended)
     by_themselves = step.chunks if scoring.slopes is None else step.slices
-    for part in by_themselves:
+    for part in () if in_pages else by_themselves:
         rows = slice(part.row, part.row + part.num_tokens)
         held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
         inputs = (query[:, rows], held, scoring, value.shape[-1])

@@ -18,8 +18,9 @@ from torch.nn.attention.bias import causal_lower_right
 from distributed_llm.common.workspace import QUERIES_AT_ONCE, SCORES_AT_ONCE
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.kernels.native.attention import Part
+from distributed_llm.worker.model.kernels.native.chunks import attend_rows, can_attend_chunk
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
-from distributed_llm.worker.model.page_attention import attend_chunk_of_pages, reads_pages
 from distributed_llm.worker.model.partial_attention import (
     Partial,
     fused,
@@ -66,10 +67,19 @@ def attend_chunk(
     Returns:
         [tokens, heads, value_dim].
     """
+    coding = step.cache.coding
+    plain = coding is None and step.cache.pages is None and scoring.slopes is None
+    if plain and can_attend_chunk(queries, value_dim):
+        return attend_rows(
+            *(queries, [_place_of(one) for one in held], held[0].keys.shape[0], value_dim),
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+            window=scoring.window,
+            sinks=scoring.sinks,
+        )
     same_dims = queries.shape[-1] == value_dim
     by_hand = scoring.softcap is not None or scoring.slopes is not None or not same_dims
     in_blocks = not by_hand and queries.device.type == "cpu"
-    coding = step.cache.coding
     if coding is not None:
         queries = coding.rotated(queries)
         rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
@@ -78,13 +88,15 @@ def attend_chunk(
             heads = held[0].keys.shape[0]
             return in_pieces(step, queries, parts_of(held), scoring, rows, attend, heads)
         held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
-    if reads_pages(step, scoring, queries, held[0].values):
-        return _of_pages(step, queries, _joined(held), scoring)
     if in_blocks:
         return _in_blocks(step, queries, parts_of(held), scoring)
     if by_hand or scoring.sinks is not None:
         return _by_hand(step, queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
+
+
+def _place_of(held: KVBuffers) -> Part:
+    return Part(*held.addresses, held.keys.shape[1], *held.strides)
 
 
 def parts_of(held: Sequence[KVBuffers]) -> list[ChunkPart]:
@@ -276,7 +288,8 @@ def _by_one_kernel(queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor
     """Compute attention by whatever kernel torch has for the device."""
     heads, tokens, _ = queries.shape
     kv_heads = part.keys.shape[0]
-    part = _within_window(part, tokens, scoring.window)
+    if scoring.window:  # earlier positions are outside every token's window
+        part = part.cut(max(0, part.stop - tokens - scoring.window + 1), part.stop)
     positions = part.keys.shape[1]
     plain = positions == tokens and (not scoring.window or tokens <= scoring.window)
     keys, values = part.keys, part.values
@@ -299,19 +312,6 @@ def _by_one_kernel(queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor
         enable_gqa=heads != kv_heads and mask is None,
     )
     return attended[0].transpose(0, 1)
-
-
-def _within_window(part: ChunkPart, tokens: int, window: int) -> ChunkPart:
-    """Return what of all positions is in the window of any of the last tokens."""
-    if not window:
-        return part
-    return part.cut(max(0, part.stop - tokens - window + 1), part.stop)
-
-
-def _of_pages(step: PackedStep, queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:
-    """Compute attention by the kernel that reads pages."""
-    part = _within_window(part, queries.shape[1], scoring.window)
-    return attend_chunk_of_pages(step, queries, part.keys, part.values, scoring)
 
 
 def _by_hand(step: PackedStep, queries: Tensor, part: ChunkPart, scoring: Scoring) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over pages of KV cache, by a kernel that reads them where they are.
+"""Attention of single tokens over pages of KV cache, by a kernel that reads them where they are.
 
 What a single token attends to is taken in pieces (`page_tables`): of 256 positions, or of a
 sixteenth of what there is, if that is more. So a long sequence keeps many parts of a GPU busy at
@@ -19,7 +19,7 @@ from distributed_llm.worker.kv.page_tables import HostTables, Piece, TableKey, T
 from distributed_llm.worker.kv.pages import Run
 from distributed_llm.worker.model.kernels import varlen
 from distributed_llm.worker.model.packed_step import PackedStep, PageLayer, Scoring
-from distributed_llm.worker.model.partial_attention import Partial, merged, with_sinks
+from distributed_llm.worker.model.partial_attention import merged, with_sinks
 from distributed_llm.worker.model.token_schedule import Reading, readings_of
 
 _LEAST_PIECE = 256
@@ -115,42 +115,6 @@ def _put_together(
         whole = merged(attended[places], sums)
         found.append(whole.attended if sinks is None else with_sinks(whole, sinks))
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def attend_chunk_of_pages(
-    step: PackedStep, queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
-) -> Tensor:
-    """Compute attention of the last tokens of a sequence.
-
-    Args:
-        step: that runs.
-        queries: [heads, tokens, dim].
-        keys: [kv_heads, positions, dim], the chunk's own at the end.
-        values: [kv_heads, positions, dim].
-        scoring: how; one for which `reads_pages`.
-
-    Returns:
-        [tokens, heads, dim].
-    """
-    tokens, positions = queries.shape[1], keys.shape[1]
-    ends = step.made.get(("ends", tokens, positions))
-    if not isinstance(ends, Tensor):
-        told = torch.tensor([[0, tokens], [0, positions]], dtype=torch.int32)
-        ends = step.made["ends", tokens, positions] = sent(told, queries.device)
-    attended, lse = varlen.attend(
-        queries.transpose(0, 1),
-        keys.transpose(0, 1),
-        values.transpose(0, 1),
-        ends[0],
-        ends[1],
-        tokens,
-        positions,
-        scale=scoring.scale,
-        window=varlen.last_tokens(scoring.window if scoring.window < positions else 0),
-    )
-    if scoring.sinks is None:
-        return attended
-    return with_sinks(Partial(attended, lse.T), scoring.sinks)
 
 
 def table_key(step: PackedStep, layer: int) -> TableKey:

@@ -10,7 +10,6 @@ without it, and the log says so.
 """
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def attend(
     most_positions: int,
     *,
     scale: float,
-    lengths: Tensor | None = None,
+    lengths: Tensor,
     window: tuple[int, int] = _EVERYTHING,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention of runs of queries over runs of positions.
@@ -57,12 +56,11 @@ def attend(
         keys: [positions, kv_heads, dim].
         values: [positions, kv_heads, dim].
         query_ends: int32 [runs + 1], where the queries of each run begin, and the last end.
-        starts: int32 [runs + 1], likewise of positions.
+        starts: int32 [runs + 1], where the positions of each run begin; the last says nothing.
         most_queries: of a run, at most.
         most_positions: of a run, at most.
         scale: factor of the scores.
-        lengths: int32 [runs], how many positions each run has; then runs may lie anywhere. None:
-            they follow one another.
+        lengths: int32 [runs], how many positions each run has.
         window: how many positions before and after its own a query sees, if the last query stands
             at the last position; -1: all.
 
@@ -139,7 +137,7 @@ def _passes(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
 def _problem(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     """Return what is wrong with the kernel on a device; empty if nothing is."""
     try:
-        error = max(_error_of_tokens(device, dtype, dim), _error_of_chunks(device, dtype, dim))
+        error = max(_error(*trial, device, dtype, dim) for trial in _TRIALS)
     except (torch.AcceleratorError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, AttributeError, TypeError, ValueError, ImportError) as exc:
@@ -150,33 +148,50 @@ def _problem(device: torch.device, dtype: torch.dtype, dim: int) -> str:
 
 _KV_HEADS, _GROUP = 2, 3
 
-_PIECES = ((640, 256, 2), (64, 1, 1), (130, 100, 1), (896, 64, 70), (0, 300, 1), (700, 40, 3))
-"""Start, length and queries for each head of keys of runs: in no order, and partly the same."""
+_Runs = tuple[tuple[int, int, int], ...]
 
-_CHUNKS = ((70, 200, 0), (33, 33, 0), (70, 200, 40), (5, 300, 256))
-"""Queries, positions and window of what is tried as one run."""
+_PIECES: _Runs = (
+    (640, 256, 2),
+    (64, 1, 1),
+    (130, 100, 1),
+    (896, 64, 70),
+    (0, 300, 1),
+    (700, 40, 3),
+)
+"""Start, length and queries of runs, in no order and partly the same: of single tokens."""
+
+_CHUNKS: _Runs = ((300, 200, 70), (40, 33, 33), (900, 100, 5))
+"""Likewise of chunks, of which the queries are the last positions."""
+
+_TRIALS = ((_PIECES, 1, _EVERYTHING), (_CHUNKS, _GROUP, (-1, 0)), (_CHUNKS, _GROUP, (39, 0)))
+"""Runs, heads of queries for each of keys, and the window of what is tried."""
 
 
-def _error_of_tokens(device: torch.device, dtype: torch.dtype, dim: int) -> float:
-    """Return the largest error of runs that lie anywhere, among which others have large numbers."""
-    starts, lengths, counts = zip(*_PIECES, strict=True)
+def _error(
+    runs: _Runs,
+    group: int,
+    window: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+) -> float:
+    """Return the largest error of a row or a log-sum-exp; infinite if there is a NaN.
+
+    Numbers are large where no run is.
+    """
+    starts, lengths, counts = zip(*runs, strict=True)
     ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    queries = _random((int(ends[-1]), _KV_HEADS, dim), dtype)
+    queries = _random((int(ends[-1]), _KV_HEADS * group, dim), dtype)
     keys, values = (_random((1024, _KV_HEADS, dim), dtype) for _ in range(2))
-    used = torch.zeros(len(keys), dtype=torch.bool)
-    for start, length, _ in _PIECES:
-        used[start : start + length] = True
-    keys[~used], values[~used] = 100.0, 100.0
-    expected = [
-        _reference(
-            queries[ends[n] : ends[n + 1]],
-            keys[start : start + length],
-            values[start : start + length],
-            _EVERYTHING,
-        )
-        for n, (start, length, _) in enumerate(_PIECES)
-    ]
-    made = attend(
+    unused = torch.ones(len(keys), dtype=torch.bool)
+    expected = []
+    for n, (start, length, _) in enumerate(runs):
+        own = slice(start, start + length)
+        unused[own] = False
+        rows = queries[ends[n] : ends[n + 1]]
+        expected.append(_reference(rows, keys[own], values[own], window))
+    keys[unused], values[unused] = 100.0, 100.0
+    attended, lse = attend(
         queries.to(device),
         keys.to(device),
         values.to(device),
@@ -186,30 +201,13 @@ def _error_of_tokens(device: torch.device, dtype: torch.dtype, dim: int) -> floa
         1 << (max(lengths) - 1).bit_length(),
         scale=dim**-0.5,
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        window=window,
     )
-    return _error(made, expected)
-
-
-def _error_of_chunks(device: torch.device, dtype: torch.dtype, dim: int) -> float:
-    """Return the largest error of queries that are the last positions of their run."""
-    worst = 0.0
-    for count, positions, window in _CHUNKS:
-        queries = _random((count, _KV_HEADS * _GROUP, dim), dtype)
-        keys, values = (_random((positions, _KV_HEADS, dim), dtype) for _ in range(2))
-        expected = _reference(queries, keys, values, last_tokens(window))
-        made = attend(
-            queries.to(device),
-            keys.to(device),
-            values.to(device),
-            torch.tensor([0, count], dtype=torch.int32, device=device),
-            torch.tensor([0, positions], dtype=torch.int32, device=device),
-            count,
-            positions,
-            scale=dim**-0.5,
-            window=last_tokens(window),
-        )
-        worst = max(worst, _error(made, [expected]))
-    return worst
+    right = torch.cat([each for each, _ in expected])
+    right_lse = torch.cat([each for _, each in expected], dim=1)
+    apart = (attended.float().cpu() - right).norm(dim=-1) / right.norm(dim=-1)
+    both = torch.cat([apart.flatten(), (lse.float().cpu() - right_lse).abs().flatten()])
+    return float(both.nan_to_num(float("inf")).max())
 
 
 def _reference(
@@ -230,16 +228,6 @@ def _reference(
     scores.masked_fill_(hidden, float("-inf"))
     weights = torch.softmax(scores, dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, values), torch.logsumexp(scores, dim=-1)
-
-
-def _error(made: tuple[Tensor, Tensor], expected: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Return the largest error of a row or a log-sum-exp; infinite if there is a NaN."""
-    attended = torch.cat([values for values, _ in expected])
-    lse = torch.cat([sums for _, sums in expected], dim=1)
-    apart = (made[0].float().cpu() - attended).norm(dim=-1) / attended.norm(dim=-1)
-    sums_apart = (made[1].float().cpu() - lse).abs()
-    both = torch.cat([apart.flatten(), sums_apart.flatten()])
-    return float(both.nan_to_num(float("inf")).max())
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ CHANGES: Mapping[str, _Change] = {
     "deepseek2": _of_deepseek,
     "ernie4_5-moe": _of_ernie,
     "granitehybrid": _of_granite_hybrid,
-    "mamba2": _of_mamba2,
+    **dict.fromkeys(("mamba2", "nemotron_h", "nemotron_h_moe"), _of_mamba2),
     "qwen3next": _of_qwen3_next,
     "qwen35": _of_qwen35,
     "qwen35moe": _of_qwen35,

@@ -14,7 +14,7 @@ import torch
 
 from distributed_llm.worker.model.quantized.targets import Join, Target
 
-KNOWN_AS: Mapping[str, str] = {"gptoss": "gpt-oss"}
+KNOWN_AS: Mapping[str, str] = {"gptoss": "gpt-oss", "qwen25vl": "qwen2vl"}
 """Architectures that ollama's own files call otherwise than llama.cpp."""
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
@@ -53,6 +53,21 @@ _IN_LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Parameters of layers, and the tensors in files that are the whole or a part of them; a tensor may
 be several of them."""
+
+_OF_MIXERS: Mapping[str, str] = {
+    **{"A_log": "ssm_a", "D": "ssm_d", "conv1d.weight": "ssm_conv1d.weight"},
+    **{"conv1d.bias": "ssm_conv1d.bias", "in_proj.weight": "ssm_in.weight"},
+    **{"norm.weight": "ssm_norm.weight", "out_proj.weight": "ssm_out.weight"},
+    **{"q_proj.weight": "attn_q.weight", "k_proj.weight": "attn_k.weight"},
+    **{"v_proj.weight": "attn_v.weight", "o_proj.weight": "attn_output.weight"},
+    **{"up_proj.weight": "ffn_up.weight", "down_proj.weight": "ffn_down.weight"},
+    **{"experts.up_proj": "ffn_up_exps.weight", "gate.weight": "ffn_gate_inp.weight"},
+    **{"shared_experts.up_proj.weight": "ffn_up_shexp.weight"},
+    **{"shared_experts.down_proj.weight": "ffn_down_shexp.weight"},
+    **{"fc1_latent_proj.weight": "ffn_latent_down.weight"},
+    **{"fc2_latent_proj.weight": "ffn_latent_up.weight"},
+}
+"""Parameters of Nemotron H, all of whose layers have one part of that name, and their tensors."""
 
 _OUTSIDE: tuple[tuple[str, str], ...] = (
     (r"model\.altup_projections\.\d+\.weight", "altup_proj.weight"),
@@ -106,6 +121,9 @@ def more_names(parameter: str) -> list[str]:
     """Return the tensors in files that are a parameter or a part of it, beyond those of `gguf`."""
     if (match := _LAYER.fullmatch(parameter)) is None:
         return [name for pattern, name in _OUTSIDE if re.fullmatch(pattern, parameter)]
+    path, _, rest = match["rest"].partition(".")
+    if path == "mixer" and rest in _OF_MIXERS:
+        return [f"blk.{match['layer']}.{_OF_MIXERS[rest]}"]
     return [
         f"blk.{match['layer']}.{leaf}"
         for pattern, leaves in _IN_LAYERS

@@ -1,4 +1,4 @@
-"""Products, orders and making of integers, decode attention, norms, cutoffs: in C, where built."""
+"""Products, orders and making of integers, attention, norms, cutoffs: in C, where built."""
 
 from distributed_llm.worker.model.kernels.native.layouts import (
     Blocks,

@@ -3,6 +3,7 @@
 #define DISTRIBUTED_LLM_ATTENTION_H
 
 #include "eights.h"
+#include "parts.h"
 
 #include <math.h>
 #include <stdatomic.h>
@@ -13,13 +14,6 @@
 /* How the numbers of a row are kept: as they are, or as codes, behind which their scale is; coding.py. */
 enum { BFLOAT16, INT8, FP8 };
 
-/* Consecutive positions that a token attends to, in one place; strides in bytes. The last position of a
- * token's last part is its own, and not written yet. */
-typedef struct {
-    const uint8_t *keys, *values; /* of the first position and the first head */
-    int64_t positions, key_head, key_position, value_head, value_position;
-} Part;
-
 typedef struct {
     const uint16_t *queries; /* [tokens] of [heads, width], with these strides */
     const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise; or NULL: they
@@ -29,7 +23,7 @@ typedef struct {
     const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
     const float *biases;     /* [heads, reach]: added to the scores of the last positions; or NULL */
     int64_t reach;           /* at least as many as a token sees */
-    const Part *parts;
+    const Part *parts;     /* the last position of a token's last one is its own, and not written yet */
     const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
     int64_t tokens, heads, kv_heads, dim, value_dim;
     int64_t width;  /* dim; or dim + value_dim: queries score keys and, behind them, values */

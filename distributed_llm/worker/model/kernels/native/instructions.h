@@ -35,6 +35,15 @@
 #define INSTRUCTIONS_END
 #endif
 
+/* Before a loop over registers: they are none while the compiler keeps the loop. */
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#elif defined(GNU)
+#define UNROLLED _Pragma("GCC unroll 8")
+#else
+#define UNROLLED
+#endif
+
 /* The name of ARM's products of bytes among INSTRUCTIONS. */
 #ifdef __clang__
 #define DOTPROD_NAME "dotprod"

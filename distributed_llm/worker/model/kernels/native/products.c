@@ -13,6 +13,7 @@
 #define MOST_GROUP 1024
 #define MOST_ROWS 8
 #define MOST_BLOCKS 4
+#define FEWEST_ROWS 16 /* for which panels are faster */
 
 /* States rounded to integers. */
 typedef struct {
@@ -82,6 +83,7 @@ INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define BLOCKS_AT_ONCE 4
 #include "vectors512.h"
 #include "products.inc.h"
+#include "panels.h"
 #include "undefine.h"
 INSTRUCTIONS_END
 
@@ -144,25 +146,27 @@ INSTRUCTIONS_END
 #endif
 
 typedef void Rows(const Product *, const Rounded *, int64_t block, int blocks);
+typedef void Panels(const Product *, const Rounded *, int64_t block);
 typedef void RoundRow(const Product *, int64_t row, int64_t group, int8_t *, float *, int32_t *);
 
 /* The functions of one set of instructions. */
 typedef struct {
     RoundRow *round_row;
     Rows *int8, *int4;
-    int blocks; /* that are fastest together */
+    Panels *int8_panels; /* NULL: they are not faster */
+    int blocks;          /* that are fastest together, and those of a panel */
 } Instructions;
 
 static const Instructions sets[SETS] = {
 #if defined(X86)
-    [AVX2] = {round_row_avx2, int8_rows_avx2, int4_rows_avx2, 1},
-    [AVXVNNI] = {round_row_avxvnni, int8_rows_avxvnni, int4_rows_avxvnni, 1},
-    [AVX512VNNI] = {round_row_avx512, int8_rows_avx512, int4_rows_avx512, 4},
+    [AVX2] = {round_row_avx2, int8_rows_avx2, int4_rows_avx2, NULL, 1},
+    [AVXVNNI] = {round_row_avxvnni, int8_rows_avxvnni, int4_rows_avxvnni, NULL, 1},
+    [AVX512VNNI] = {round_row_avx512, int8_rows_avx512, int4_rows_avx512, int8_panels, 4},
 #elif defined(ARM)
-    [NEON] = {round_row_neon, int8_rows_neon, int4_rows_neon, 1},
-    [DOTPROD] = {round_row_dotprod, int8_rows_dotprod, int4_rows_dotprod, 1},
+    [NEON] = {round_row_neon, int8_rows_neon, int4_rows_neon, NULL, 1},
+    [DOTPROD] = {round_row_dotprod, int8_rows_dotprod, int4_rows_dotprod, NULL, 1},
 #else
-    [PLAIN] = {round_row_plain, int8_rows_plain, int4_rows_plain, 1},
+    [PLAIN] = {round_row_plain, int8_rows_plain, int4_rows_plain, NULL, 1},
 #endif
 };
 
@@ -194,6 +198,17 @@ static void round_some(void *data)
 
 static int64_t blocks_of(const Weight *weight) { return (weight->channels + LANES - 1) / LANES; }
 
+/* Multiplies by as many of the blocks [first, last) as panels have; returns the first that is left. */
+static int64_t multiply_panels(const Work *work, const Product *p, int64_t first, int64_t last)
+{
+    const int64_t whole = p->weight.channels / LANES; /* the last block may lack channels */
+    last = last < whole ? last : whole;
+    if (work->set->int8_panels && !work->is_int4 && p->rows >= FEWEST_ROWS)
+        for (; first + work->set->blocks <= last; first += work->set->blocks)
+            work->set->int8_panels(p, work->rounded, first);
+    return first;
+}
+
 static void multiply_blocks(const Work *work, int64_t first, int64_t last)
 {
     Rows *rows = work->is_int4 ? work->set->int4 : work->set->int8;
@@ -205,6 +220,7 @@ static void multiply_blocks(const Work *work, int64_t first, int64_t last)
         p.output = output;
         int64_t stop = start + blocks_of(&p.weight);
         int64_t block = first > start ? first : start, end = last < stop ? last : stop;
+        block = start + multiply_panels(work, &p, block - start, end - start);
         for (; block < end; block += work->set->blocks)
             rows(&p, work->rounded, block - start,
                  (int)(end - block < work->set->blocks ? end - block : work->set->blocks));

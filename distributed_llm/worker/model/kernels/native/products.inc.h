@@ -162,6 +162,9 @@ INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int
                     }
             }
         }
+        real totals[MOST_ROWS]; /* of the rounded states */
+        for (int r = 0; r < rows; r++)
+            totals[r] = to_real(set_integer(x->sums[(row + r) * x->runs + run]));
         for (int b = 0; b < blocks; b++)
             for (int v = 0; v < VECTORS; v++) {
                 const uint8_t *halves = group + b * block_bytes + v * (2 * LANES / VECTORS);
@@ -170,7 +173,7 @@ INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int
                     int64_t at = (row + r) * x->runs + run;
                     /* (codes . states) * scale + (sum of states) * offset, of rounded states */
                     real own = multiply_add(to_real(products[r][b][v]), scale,
-                                            multiply(set_real((float)x->sums[at]), offset));
+                                            multiply(totals[r], offset));
                     sums[r][b][v] = multiply_add(own, set_real(x->scales[at]), sums[r][b][v]);
                 }
             }
