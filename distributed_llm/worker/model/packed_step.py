@@ -155,6 +155,8 @@ class Scoring:
             rest being equal (ALiBi); what a position adds is rounded to their dtype. Or None.
         source: whether tokens see nothing of the source of their sequence, all of it and nothing
             else, or all of it beside the rest.
+        biases: float32 [heads, positions], added to the scores of the last positions, of which a
+            token sees no more; or None. Only the C library adds them to single tokens.
     """
 
     scale: float
@@ -164,6 +166,7 @@ class Scoring:
     section: int = 0
     slopes: Tensor | None = None
     source: Literal["unseen", "alone", "too"] = "unseen"
+    biases: Tensor | None = None
 
     @property
     def most_seen(self) -> int:

@@ -22,6 +22,7 @@ from distributed_llm.worker.model.kernels.native.attention import (
     attend,
     can_attend,
     places_of,
+    read,
 )
 from distributed_llm.worker.model.kernels.native.calls import Places, unrecorded
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
@@ -75,6 +76,7 @@ def attend_tokens(
             scale=scoring.scale,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
+            biases=scoring.biases,
         )
     own = [(part.sequence_id, part.start) for part in step.single]
     step.cache.append_tokens(layer, own, key, value)
@@ -99,7 +101,20 @@ def read_tokens(
     """
     coding = step.cache.coding
     readings = readings_of(step, scoring)
-    heads, tokens, _ = query.shape
+    heads, tokens, dim = query.shape
+    plain = step.cache.pages is None and scoring.sinks is None and dim == key_dim == value_dim
+    if plain and can_attend(query, key_dim, value_dim):
+        buffers = readings[0].segment.layers[layer]
+        assert buffers is not None
+        return read(
+            *(query, _places(step, layer, scoring), buffers.keys.shape[0]),
+            kept=step.cache.kv_dtype,
+            rotation=coding.rotation(dim, query.device) if coding else None,
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+        )
+    if can_attend(query, key_dim, value_dim) and query.shape[-1] == value_dim:
+        ...
     held = [_held(step, layer, reading) for reading in readings]
     kv_heads = held[0].keys.shape[0]
     rows = None
@@ -146,7 +161,12 @@ def make_places(
     """
     own = [(part.sequence_id, part.start) for part in step.single]
     step.cache.make_room(layer, own, key, value)
-    parts: list[list[Part]] = [[] for _ in own]  # in the order of positions
+    return _places(step, layer, scoring)
+
+
+def _places(step: PackedStep, layer: int, scoring: Scoring) -> Places:
+    """Return where single tokens find in a layer what they attend to."""
+    parts: list[list[Part]] = [[] for _ in step.single]  # in the order of positions
     for segment, first, stop, readers in readings_of(step, scoring):
         buffers = segment.layers[layer]
         assert buffers is not None

@@ -21,6 +21,7 @@ from distributed_llm.worker.devices import sent
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.chunk_attention import attend_chunk
 from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.kernels.native.attention import can_attend
 from distributed_llm.worker.model.packed_step import (
     PackedSlice,
     PackedStep,
@@ -85,7 +86,7 @@ def packed_stack_attention(
         both = replace(scoring, source="too")
         return _merged(step, layer, *own, both)[None], None
     if isinstance(bias, RelativeBias):
-        return _within_answers_biased(step, layer, *own, Seen(scale, softcap, bias))[None], None
+        return _within_answers_biased(step, layer, *own, scoring, bias)[None], None
     return _within_answers(step, layer, *own, scoring)[None], None
 
 
@@ -215,9 +216,21 @@ def _within_answers(
 
 
 def _within_answers_biased(
-    step: PackedStep, layer: int, query: Tensor, key: Tensor, value: Tensor, seen: Seen
+    step: PackedStep,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    bias: RelativeBias,
 ) -> Tensor:
     """Compute what `_within_answers` does, where scores depend on how far a key is."""
+    dims = key.shape[-1], value.shape[-1]
+    if not step.chunks and can_attend(query, *dims) and query.shape[-1] == dims[0]:
+        longest = max(part.start - part.source for part in step.slices)
+        biased = replace(scoring, biases=bias.until(longest))
+        return attend_tokens(step, layer, query, key, value, biased)
+    seen = Seen(scoring.scale, scoring.softcap, bias)
     attended = []
     for part in step.slices:
         rows = slice(part.row, part.row + part.num_tokens)

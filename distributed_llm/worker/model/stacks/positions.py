@@ -38,6 +38,14 @@ class RelativeBias:
             return by_distance[:, None, first : first + len(keys)]
         return by_distance[:, sent(distances(queries, keys) + reach, by_distance.device)]
 
+    def until(self, position: int) -> Tensor:
+        """Return what is added to the scores of the last keys, float32 [heads, keys].
+
+        There are at least as many as there are positions up to this one; the last is the query's.
+        """
+        by_distance = self._up_to(position)
+        return by_distance[:, : by_distance.shape[1] // 2 + 1].float().contiguous()
+
     def _up_to(self, distance: int) -> Tensor:
         """Return the biases of all distances up to one, at least; they are kept.
 

@@ -78,6 +78,18 @@ static void score(float *scores, const float *queries, const float *keys, int64_
     }
 }
 
+/* Adds what scores are biased by to those of some heads, of positions of which `left` are seen from the first
+ * one on. */
+static void add_biases(const Work *w, float *scores, int64_t first_head, int64_t heads, int64_t left,
+                       int64_t count)
+{
+    for (int64_t h = 0; h < heads; h++) {
+        const float *biases = w->biases + (first_head + h + 1) * w->reach - left;
+        for (int64_t p = 0; p < count; p++)
+            scores[h * POSITIONS + p] += biases[p];
+    }
+}
+
 /* sums[h] = sums[h] * fades[h] + weights[h][p] * values[p] for a few heads and all positions, whose values
  * are `stride` apart. */
 INLINE void add_values(float *sums, const float *weights, const float *fades, const float *values,
@@ -215,6 +227,9 @@ static void begin_heads(const Work *w, const Memory *m, int64_t token, int64_t f
 static void attend_heads(const Work *w, const Memory *m, int64_t token, int64_t kv_head,
                          int64_t first_head, int64_t heads)
 {
+    int64_t left = 0;
+    for (int64_t number = w->starts[token]; number < w->starts[token + 1]; number++)
+        left += w->parts[number].positions;
     begin_heads(w, m, token, first_head, heads);
     for (int64_t number = w->starts[token]; number < w->starts[token + 1]; number++) {
         const Part *part = w->parts + number;
@@ -227,6 +242,9 @@ static void attend_heads(const Work *w, const Memory *m, int64_t token, int64_t 
             widen_rows(m->values, m->stride, own_values + first * part->value_position, count,
                        part->value_position, w->value_dim, w->kept);
             score(m->scores, m->queries, m->keys, w->width, heads);
+            if (w->biases)
+                add_biases(w, m->scores, first_head, heads, left, count);
+            left -= count;
             int64_t h = 0;
             for (; h < heads; h++)
                 m->fades[h] = weigh(m->scores + h * POSITIONS, count, w->softcap, m->largest + h,
@@ -279,7 +297,7 @@ static void attend_some(void *data)
             break;
         int64_t token = item / w->pieces / w->kv_heads, kv_head = item / w->pieces % w->kv_heads;
         int64_t first = item % w->pieces * most, count = group - first < most ? group - first : most;
-        if (w->pieces == 1)
+        if (w->pieces == 1 && w->keys)
             keep_newest(w, token, kv_head, m.keys, m.values);
         if (count > 0)
             attend(w, &m, token, kv_head, kv_head * group + first, count);
@@ -293,7 +311,7 @@ static void cut_heads(Work *w, int threads)
     const int64_t group = w->heads / w->kv_heads, items = w->tokens * w->kv_heads;
     int64_t pieces = (threads + items - 1) / items, most = group / FEWEST_HEADS;
     w->pieces = pieces < most ? pieces : most > 1 ? most : 1;
-    if (w->pieces == 1)
+    if (w->pieces == 1 || !w->keys)
         return;
     float *memory = malloc((size_t)(w->dim + w->value_dim) * sizeof(float));
     if (!memory) {
@@ -306,10 +324,10 @@ static void cut_heads(Work *w, int threads)
 }
 
 /* dim and value_dim are multiples of 8; width is dim, or dim + value_dim where queries score values too,
- * behind the keys, as with latents. Returns 0, or 1 if there is no memory. */
+ * behind the keys, as with latents, and no biases are added. Returns 0, or 1 if there is no memory. */
 EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
-                         uint16_t *output, const float *sinks, const float *rotation,
-                         const void *parts, const int64_t *starts, const int64_t *sizes, float scale,
+                         uint16_t *output, const float *sinks, const float *biases,
+                         const float *rotation, const void *parts, const int64_t *starts, const int64_t *sizes, float scale,
                          float softcap, int kept, int threads)
 {
     Work w = {.queries = queries, .keys = keys, .values = values, .output = output, .sinks = sinks,
@@ -318,7 +336,7 @@ EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const ui
               .width = sizes[5], .query_token = sizes[6], .query_head = sizes[7],
               .key_token = sizes[8], .key_head = sizes[9], .value_token = sizes[10],
               .value_head = sizes[11], .scale = scale, .softcap = softcap, .kept = kept,
-              .instructions = (int)sizes[12]};
+              .instructions = (int)sizes[12], .biases = biases, .reach = sizes[13]};
     cut_heads(&w, threads);
     if (!atomic_load(&w.failed))
         in_threads(attend_some, &w, threads);

@@ -16,10 +16,13 @@ enum { BFLOAT16, INT8, FP8 };
 
 typedef struct {
     const uint16_t *queries; /* [tokens] of [heads, width], with these strides */
-    const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise */
+    const uint16_t *keys, *values; /* of the tokens themselves: of [kv_heads, dim], likewise; or NULL: they
+                                    * are kept, or none are */
     const float *rotation;   /* [dim, dim], for keys and as many numbers of queries; or NULL */
     uint16_t *output;        /* [tokens, heads, value_dim] */
     const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
+    const float *biases;     /* [heads, reach]: added to the scores of the last positions; or NULL */
+    int64_t reach;           /* at least as many as a token sees */
     const Part *parts;     /* the last position of a token's last one is its own, and not written yet */
     const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
     int64_t tokens, heads, kv_heads, dim, value_dim;

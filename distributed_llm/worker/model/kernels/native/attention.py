@@ -68,6 +68,7 @@ def attend(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    biases: Tensor | None = None,
 ) -> Tensor:
     """Keep the keys and values of single tokens, and return their attention.
 
@@ -84,6 +85,8 @@ def attend(
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); or None.
         sinks: [heads], logits that take part in softmax without a value; or None.
+        biases: float32 [heads, positions], added to the scores of the last positions that a token
+            sees, and of no fewer; or None. Not where values are scored too.
 
     Returns:
         bfloat16 [tokens, heads, value_dim].
@@ -99,22 +102,66 @@ def attend(
     strides = [states.stride(way) for states in (query, key, value) for way in (1, 0)]
     shape = tokens, heads, kv_heads, key.shape[2], value_dim, width
     instructions = library.NAMES.index(library.instructions())
-    sizes = array("q", (*shape, *strides, instructions))
+    reach = 0 if biases is None else biases.shape[1]
+    sizes = array("q", (*shape, *strides, instructions, reach))
     output = query.new_empty(tokens, heads, value_dim)
+    settings = scale, softcap or 0.0, _KEPT[kept]
     call = AttentionCall(
-        *(query, key, value, output, sinks, rotation, sizes),
-        *(scale, softcap or 0.0, _KEPT[kept], places),
+        query, key, value, output, sinks, rotation, sizes, *settings, places=places
     )
-    failed = library.loaded().attend_tokens(
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), output.data_ptr()),
-        *(address(sinks), address(rotation)),
-        *(each.buffer_info()[0] for each in (*places, sizes)),
-        *(call.scale, call.softcap, call.kept, torch.get_num_threads()),
-    )
-    if failed:
-        raise MemoryError("no memory for the rows that attention is computed with")
-    tell(call)
+    _compute((query, key, value, output, sinks, biases, rotation), places, sizes, settings)
+    if biases is None:
+        tell(call)
     return output
+
+
+def read(
+    query: Tensor,
+    places: Places,
+    kv_heads: int,
+    *,
+    kept: KVDtype,
+    rotation: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Return the attention of single tokens to what is kept already, as `attend` computes it.
+
+    Args:
+        query: bfloat16 [heads, tokens, dim]; values have as many numbers.
+        places: of the parts of each token.
+        kv_heads: of keys and values.
+        kept: as in `attend`, like all that follows.
+        rotation: of the same.
+        scale: of the same.
+        softcap: of the same.
+
+    Raises:
+        MemoryError: as there.
+    """
+    query = _in_rows(query)
+    heads, tokens, dim = query.shape
+    strides = query.stride(1), query.stride(0), 0, 0, 0, 0
+    instructions = library.NAMES.index(library.instructions())
+    sizes = array("q", (tokens, heads, kv_heads, dim, dim, dim, *strides, instructions, 0))
+    output = query.new_empty(tokens, heads, dim)
+    tensors = query, None, None, output, None, None, rotation
+    _compute(tensors, places, sizes, (scale, softcap or 0.0, _KEPT[kept]))
+    return output
+
+
+def _compute(
+    tensors: Sequence[Tensor | None],
+    places: Places,
+    sizes: "array[int]",
+    settings: tuple[float, float, int],
+) -> None:
+    if library.loaded().attend_tokens(
+        *map(address, tensors),
+        *(each.buffer_info()[0] for each in (*places, sizes)),
+        *(*settings, torch.get_num_threads()),
+    ):
+        raise MemoryError("no memory for the rows that attention is computed with")
 
 
 def _in_rows(states: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ _STARTS = (
 
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "attend_tokens": (*[_ADDRESS] * 9, *[_REAL] * 2, *[_SMALL] * 2),
+    "attend_tokens": (*[_ADDRESS] * 10, *[_REAL] * 2, *[_SMALL] * 2),
     "attend_chunk": (*[_ADDRESS] * 5, *[_REAL] * 2, _SMALL),
     "absorb_queries": (*[_ADDRESS] * 4, _SMALL),
     "latent_values": (*[_ADDRESS] * 4, _SMALL),

@@ -179,7 +179,7 @@ static int carry_out(const Operation *o, const Run *run)
         return row_products(o->first, o->output, o->second, (int)sizes[0], sizes[1], sizes[2],
                             run->threads, (int)sizes[3]);
     case ATTENTION: /* how keys and values are kept */
-        return attend_tokens(o->first, o->second, o->places[0], o->output, o->places[1],
+        return attend_tokens(o->first, o->second, o->places[0], o->output, o->places[1], NULL,
                              o->places[2], run->parts, run->starts, o->places[3],
                              (float)o->number, (float)o->other, (int)sizes[0], run->threads);
     case EXPERT_PRODUCTS: /* choices, sharing, inputs, group, instructions; weights, form */

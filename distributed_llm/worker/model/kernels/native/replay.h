@@ -25,9 +25,9 @@ EXPORT void rms_norm(const uint16_t *states, uint16_t *output, const uint16_t *w
                      int64_t columns, float epsilon, int kind, int threads);
 
 EXPORT int attend_tokens(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
-                         uint16_t *output, const float *sinks, const float *rotation, const void *parts,
-                         const int64_t *starts, const int64_t *sizes, float scale, float softcap, int kept,
-                         int threads);
+                         uint16_t *output, const float *sinks, const float *biases,
+                         const float *rotation, const void *parts, const int64_t *starts,
+                         const int64_t *sizes, float scale, float softcap, int kept, int threads);
 
 EXPORT int absorb_queries(const uint16_t *queries, const uint16_t *weight, uint16_t *output,
                           const int64_t *sizes, int threads);
