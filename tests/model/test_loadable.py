@@ -80,7 +80,7 @@ def test_a_checkpoint_arrives_as_it_is(model: Path, asked: list[bytes]) -> None:
 
 @pytest.mark.parametrize("breaks", ["ends", "hangs"])
 def test_without_an_answer_the_workers_are_left_to_check(
-    model: Path,
+    tmp_path: Path,
     breaks: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -91,6 +91,7 @@ def test_without_an_answer_the_workers_are_left_to_check(
         return subprocess.CompletedProcess(command, -9, stderr=b"Killed\n")
 
     monkeypatch.setattr(subprocess, "run", run)
+    model = make_checkpoint(tmp_path / "model", num_layers=2)  # what is logged is sent as UTF-8
     with caplog.at_level(logging.WARNING):
         ensure_loadable(open_checkpoint(model))
     (said,) = caplog.messages
