@@ -29,6 +29,9 @@ sys.dont_write_bytecode = False
 # Jobs that a shell starts in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Likewise those of nohup, and that a terminal was closed.
+if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("suite", deadline=None)  # other programs slow tests down
 hypothesis.settings.load_profile("suite")

@@ -30,7 +30,7 @@ HOSTILE = of(
 ROWS: Mapping[str, tuple[str, ...]] = {
     "M1": (
         *of(WIRE, "transport", "strangers_are_served_nothing_and_disturb_nobody"),
-        *of(WIRE, "keys", "random_bytes_change_nothing_for_who_is_known"),
+        *of(WIRE, "keys", "what_strangers_send_takes_no_memory"),
         *of(CLUSTER, "soak", "noise_changes_no_token"),
     ),
     "M2": (
@@ -112,7 +112,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     ),
     "M18": of(WIRE, "transport", "a_frame_that_claims_too_much_ends_its_connection"),
     "M19": (
-        *of(WIRE, "keys", "an_unfinished_message_of_a_stranger_never_gets_in"),
+        *of(WIRE, "keys", "what_strangers_send_takes_no_memory"),
         *of(WIRE, "unfinished", "a_message_without_an_end_ends_its_connection"),
         *of(WIRE, "unfinished", "a_message_of_the_same_size_that_ends_is_delivered"),
     ),
