@@ -68,6 +68,9 @@ class FakeStage:
     def reset(self) -> None:
         pass
 
+    def give_kv_back(self) -> None:
+        pass
+
     def run(self, sequences: Any, token_ids: Any, hidden_states: Any, masks: Any) -> StageOutput:
         if hidden_states is None:
             return StageOutput(hidden_states=2.0 * token_ids[:, None])
