@@ -678,7 +678,7 @@ class BusyCluster(MovingCluster):
     ]
     memories = (3000, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed", "max_batch_sequences": 8}
-    max_examples = 8
+    max_examples = 5
     num_moves: ClassVar[list[int]] = []
 
     @rule()
