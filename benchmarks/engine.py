@@ -4,7 +4,7 @@
     python -m benchmarks.engine int8 --llama-python PYTHON     against llama.cpp Q8_0
     python -m benchmarks.engine int4 --llama-python PYTHON     against llama.cpp Q4_0
     python -m benchmarks.engine cluster                        three workers, one, transformers
-    python -m benchmarks.engine avx2 --base CHECKOUT           against an older checkout of this
+    python -m benchmarks.engine avx2                           without AVX-512, against transformers
     python -m benchmarks.engine moe                            a mixture of experts
     python -m benchmarks.engine load [--base CHECKOUT]         loading and quantising
     python -m benchmarks.engine profile                        where the time of a step goes
@@ -142,22 +142,17 @@ def _integers(
 
 
 def avx2(given: Given, limits: Limits) -> list[Row]:
-    """Compare a stage in bfloat16 without AVX-512 with one of an older checkout."""
-    if given.base is None:
-        raise SystemExit("`avx2` compares with an older checkout: name it with --base.")
+    """Compare a stage in bfloat16 without AVX-512 with transformers, which has torch's products."""
+    few, short = Question(16, 16, 8), Question(1, 128, 4)  # it is slow
     with ExitStack() as stack:
         own = stack.enter_context(peers.ours(given.folder, **peers.AVX2))
-        base = stack.enter_context(
-            peers.ours(given.folder, "before", PYTHONPATH=str(given.base), **peers.AVX2)
-        )
-        few = Question(16, 16, 8)  # it is slow
-        found = in_turns([own, base], (few, Question(1, 128, 4)), given.rounds)
-    ours, before = _of(found, own.name), _of(found, base.name)
-    short = Question(1, 128, 4)
+        other = stack.enter_context(peers.transformers(given.folder, **peers.AVX2))
+        found = in_turns([own, other], (few, short), given.rounds)
+    ours, theirs = _of(found, own.name), _of(found, other.name)
     return [
-        _prefill("AVX2, bf16, prompt of 128", ours[short], base.name, before[short], 3.0),
-        _decode("AVX2, bf16, 16 sequences", ours[few], base.name, before[few], 3.0),
-        _decode("AVX2, bf16, 1 sequence", ours[short], base.name, before[short], 1.0),
+        _prefill("AVX2, bf16, prompt of 128", ours[short], other.name, theirs[short], 3.0),
+        _decode("AVX2, bf16, 16 sequences", ours[few], other.name, theirs[few], 3.0),
+        _decode("AVX2, bf16, 1 sequence", ours[short], other.name, theirs[short], 1.0),
     ]
 
 

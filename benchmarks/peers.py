@@ -116,6 +116,10 @@ class Peer:
         return answer
 
 
+# Without the script's own folder: transformers would take `kernels.py` there for a package.
+_ENGINE_PEER = (sys.executable, "-P", "benchmarks/engine_peer.py")
+
+
 def ours(
     folder: Path, name: str = "this engine", quantize: str = "none", *more: str, **env: str
 ) -> Peer:
@@ -128,13 +132,13 @@ def ours(
         more: options of `benchmarks.engine_peer`.
         env: what the child gets beside our environment.
     """
-    command = [sys.executable, "benchmarks/engine_peer.py", str(folder), "--quantize", quantize]
+    command = [*_ENGINE_PEER, str(folder), "--quantize", quantize]
     return Peer(name, [*command, *more], {"GOMP_SPINCOUNT": "10000", **env})
 
 
 def transformers(folder: Path, **env: str) -> Peer:
     """Return `transformers.generate`, which pads a batch."""
-    command = [sys.executable, "benchmarks/engine_peer.py", str(folder), "--transformers"]
+    command = [*_ENGINE_PEER, str(folder), "--transformers"]
     return Peer("transformers", command, env)
 
 
