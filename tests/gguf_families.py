@@ -59,6 +59,16 @@ def _windows(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
+def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
+    if rope["rope_type"] != "yarn":
+        return {}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+    }
+
+
 def _gpt_oss_sizes(config: Any) -> dict[str, Any]:
     found = {
         "attention.key_length": config.head_dim,
@@ -66,14 +76,7 @@ def _gpt_oss_sizes(config: Any) -> dict[str, Any]:
         "attention.sliding_window": config.sliding_window,
         "expert_feed_forward_length": config.intermediate_size,
     }
-    rope = config.rope_parameters
-    if rope["rope_type"] == "yarn":
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        }
-    return found
+    return found | _yarn(config.rope_parameters)
 
 
 def _split_gpt_oss(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -120,15 +123,10 @@ def _deepseek_sizes(config: Any) -> dict[str, Any]:
             "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group,
         }
-    rope = config.rope_parameters
-    if rope["rope_type"] == "yarn":
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
-        }
-    return found
+    yarn = _yarn(config.rope_parameters)
+    if yarn:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * config.rope_parameters["mscale_all_dim"]
+    return found | yarn
 
 
 def _split_deepseek(config: Any, name: str, tensor: Tensor) -> dict[str, Tensor] | None:

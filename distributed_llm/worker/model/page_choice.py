@@ -39,7 +39,7 @@ def in_pages(
 
 
 def attends_plainly(config: Mapping[str, Any]) -> bool:
-    """Return whether scores are products of queries and keys, and nothing is added or picked."""
+    """Return whether scores are products of queries and keys, and nothing is added or chosen."""
     if is_encoder_decoder(config) or not any(keeps_kv(config)) or keeps_latents(config):
         return False
     if block_sizes(config) is not None or key_block_sizes(config) is not None:

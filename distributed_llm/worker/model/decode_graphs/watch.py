@@ -4,12 +4,14 @@ Some of it would even go unnoticed: numbers that are copied from the CPU's memor
 place whenever a graph is launched, whatever lies there by then.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed_llm.worker.model.recording import tensors_in
 
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Of operations that give the CPU numbers, or a shape that depends on numbers."""
@@ -48,7 +50,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Carry out one of torch's operations, if a graph can have it."""
         kwargs = kwargs or {}
-        given = list(_tensors_in((args, kwargs)))
+        given = list(tensors_in([*args, *kwargs.values()]))
         here = any(self._is_here(tensor) for tensor in given)
         if here and _reads(func, given):
             raise NotAGraph(f"{func} has the CPU wait for numbers")
@@ -69,13 +71,3 @@ def _reads(func: Any, given: Sequence[Tensor]) -> bool:
     if func in _BY_INDEX:
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])
     return any(tag in func.tags for tag in _READS)
-
-
-def _tensors_in(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors_in(value)
-    elif isinstance(values, Mapping):
-        yield from _tensors_in(list(values.values()))
